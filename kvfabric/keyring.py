@@ -1,0 +1,168 @@
+"""Keyring: tenant secrets and handle keys, wrapped by a root key, in one 0600 file.
+
+Held by nodes and routers only: never by engines, Redis, events or logs. The node is the one writer; a
+router reads, and reads again when it meets a tenant or key id it does not know.
+
+File: magic, version, 12-byte nonce, AES-256-GCM(root key) over MessagePack. The header is the associated
+data. It is replaced by write, fsync, rename, fsync of the directory: a reader sees the old or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from kvfabric.errors import ConfigError, UnknownTenant
+from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, TenantId
+
+_MAGIC = b"KVFKEYS1"
+_NONCE_BYTES = 12
+SECRET_BYTES = 32
+
+
+class _Contents(msgspec.Struct):
+    generation: int = 0
+    tenant_secrets: dict[str, bytes] = {}
+    handle_keys: dict[int, bytes] = {}
+    current_handle_key: int = 0
+
+
+class Keyring:
+    """Secrets in memory, backed by a file. `repr` shows no secret."""
+
+    def __init__(self, path: Path, root_key_path: Path) -> None:
+        self._path = path
+        self._root_key_path = root_key_path
+        self._contents = _Contents()
+
+    @classmethod
+    def create_or_open(cls, directory: Path) -> Keyring:
+        """The node's way in: makes root key and keyring at first start, with 0600 on both."""
+        keyring = cls(directory / "keyring", directory / "root.key")
+        if not keyring._root_key_path.exists():
+            if keyring._path.exists():
+                raise ConfigError(
+                    f"{keyring._path} exists but its root key {directory}/root.key does not"
+                )
+            _write_private(keyring._root_key_path, secrets.token_bytes(SECRET_BYTES))
+        if keyring._path.exists():
+            keyring.reload()
+            return keyring
+        keyring._contents = _Contents(
+            generation=1,
+            tenant_secrets={
+                DEFAULT_TENANT: secrets.token_bytes(SECRET_BYTES),
+                PUBLIC_TENANT: secrets.token_bytes(SECRET_BYTES),
+            },
+            handle_keys={1: secrets.token_bytes(SECRET_BYTES)},
+            current_handle_key=1,
+        )
+        keyring._save()
+        return keyring
+
+    @classmethod
+    def open(cls, directory: Path) -> Keyring:
+        """The router's way in: reads what a node made."""
+        keyring = cls(directory / "keyring", directory / "root.key")
+        keyring.reload()
+        return keyring
+
+    def __repr__(self) -> str:
+        c = self._contents
+        return (
+            f"<Keyring generation {c.generation}: {len(c.tenant_secrets)} tenants, "
+            f"handle keys {sorted(c.handle_keys)}>"
+        )
+
+    @property
+    def generation(self) -> int:
+        return self._contents.generation
+
+    def reload(self) -> None:
+        """Read the file again. Raises ConfigError if it is missing, exposed or not ours."""
+        root = _read_private(self._root_key_path)
+        raw = _read_private(self._path)
+        head = len(_MAGIC) + _NONCE_BYTES
+        if raw[: len(_MAGIC)] != _MAGIC:
+            raise ConfigError(f"{self._path} is not a keyring of this version")
+        nonce = raw[len(_MAGIC) : head]
+        try:
+            plain = AESGCM(root).decrypt(nonce, raw[head:], _MAGIC)
+        except InvalidTag as exc:
+            raise ConfigError(f"{self._path} does not open with {self._root_key_path}") from exc
+        self._contents = msgspec.msgpack.decode(plain, type=_Contents)
+
+    def tenant_secret(self, tenant: TenantId) -> bytes:
+        """32 bytes. Raises UnknownTenant."""
+        try:
+            return self._contents.tenant_secrets[tenant]
+        except KeyError:
+            raise UnknownTenant(f"no secret for tenant {tenant}") from None
+
+    def handle_keys(self) -> dict[int, bytes]:
+        """Every handle key in force, by id."""
+        return dict(self._contents.handle_keys)
+
+    def current_handle_key(self) -> tuple[int, bytes]:
+        key_id = self._contents.current_handle_key
+        return key_id, self._contents.handle_keys[key_id]
+
+    def add_tenant(self, tenant: TenantId) -> None:
+        """Give a tenant a random secret, durably. A tenant that has one keeps it."""
+        if tenant not in self._contents.tenant_secrets:
+            self._contents.tenant_secrets[tenant] = secrets.token_bytes(SECRET_BYTES)
+            self._save()
+
+    def rotate_handle_key(self) -> int:
+        """A new current handle key; the one before stays valid, older ones end. Returns its id."""
+        previous = self._contents.current_handle_key
+        fresh = previous + 1
+        self._contents.handle_keys = {
+            previous: self._contents.handle_keys[previous],
+            fresh: secrets.token_bytes(SECRET_BYTES),
+        }
+        self._contents.current_handle_key = fresh
+        self._save()
+        return fresh
+
+    def _save(self) -> None:
+        self._contents.generation += 1
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        sealed = AESGCM(_read_private(self._root_key_path)).encrypt(
+            nonce, msgspec.msgpack.encode(self._contents), _MAGIC
+        )
+        _write_private(self._path, _MAGIC + nonce + sealed)
+
+
+def _read_private(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_IMODE(mode) & 0o077:
+                raise ConfigError(
+                    f"{path} is readable by others (mode {stat.S_IMODE(mode):o}): chmod 600 it"
+                )
+            return file.read()
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".new")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with open(os.open(temporary, flags, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,397 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EVENT_KIND_UNSPECIFIED: _ClassVar[EventKind]
+    STORED: _ClassVar[EventKind]
+    REMOVED: _ClassVar[EventKind]
+    CLEARED: _ClassVar[EventKind]
+
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_UNSPECIFIED: _ClassVar[Tier]
+    HBM: _ClassVar[Tier]
+    HOST: _ClassVar[Tier]
+    SSD: _ClassVar[Tier]
+EVENT_KIND_UNSPECIFIED: EventKind
+STORED: EventKind
+REMOVED: EventKind
+CLEARED: EventKind
+TIER_UNSPECIFIED: Tier
+HBM: Tier
+HOST: Tier
+SSD: Tier
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NodeDescription(_message.Message):
+    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    boot_id: bytes
+    version: str
+    sequence: int
+    engines: _containers.RepeatedCompositeFieldContainer[Engine]
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ...) -> None: ...
+
+class Engine(_message.Message):
+    __slots__ = ("session", "engine_id", "endpoint", "model", "model_revision", "adapter", "adapter_revision", "layout_fingerprint", "block_tokens", "block_bytes", "gone")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_REVISION_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    engine_id: str
+    endpoint: str
+    model: str
+    model_revision: str
+    adapter: str
+    adapter_revision: str
+    layout_fingerprint: bytes
+    block_tokens: int
+    block_bytes: int
+    gone: bool
+    def __init__(self, session: _Optional[bytes] = ..., engine_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., adapter: _Optional[str] = ..., adapter_revision: _Optional[str] = ..., layout_fingerprint: _Optional[bytes] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., gone: _Optional[bool] = ...) -> None: ...
+
+class WatchEventsRequest(_message.Message):
+    __slots__ = ("boot_id", "from_sequence")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    boot_id: bytes
+    from_sequence: int
+    def __init__(self, boot_id: _Optional[bytes] = ..., from_sequence: _Optional[int] = ...) -> None: ...
+
+class SnapshotRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Run(_message.Message):
+    __slots__ = ("kind", "tier", "namespace_tag", "parent", "keys", "engine")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_TAG_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    kind: EventKind
+    tier: Tier
+    namespace_tag: bytes
+    parent: bytes
+    keys: bytes
+    engine: bytes
+    def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., namespace_tag: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., engine: _Optional[bytes] = ...) -> None: ...
+
+class EventBatch(_message.Message):
+    __slots__ = ("boot_id", "sequence", "runs", "engines", "gap", "snapshot_end")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    GAP_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_END_FIELD_NUMBER: _ClassVar[int]
+    boot_id: bytes
+    sequence: int
+    runs: _containers.RepeatedCompositeFieldContainer[Run]
+    engines: _containers.RepeatedCompositeFieldContainer[Engine]
+    gap: bool
+    snapshot_end: bool
+    def __init__(self, boot_id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., gap: _Optional[bool] = ..., snapshot_end: _Optional[bool] = ...) -> None: ...
+
+class WatchRegistryRequest(_message.Message):
+    __slots__ = ("holder_id", "holder_kind")
+    HOLDER_ID_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_KIND_FIELD_NUMBER: _ClassVar[int]
+    holder_id: str
+    holder_kind: str
+    def __init__(self, holder_id: _Optional[str] = ..., holder_kind: _Optional[str] = ...) -> None: ...
+
+class EpochEntry(_message.Message):
+    __slots__ = ("scope", "epoch")
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    scope: str
+    epoch: int
+    def __init__(self, scope: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class TierQuota(_message.Message):
+    __slots__ = ("max_bytes", "floor_bytes")
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_bytes: int
+    floor_bytes: int
+    def __init__(self, max_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ...) -> None: ...
+
+class Tenant(_message.Message):
+    __slots__ = ("tenant_id", "name", "api_key_digests", "host", "ssd", "max_age_s", "opted_out")
+    TENANT_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    API_KEY_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
+    MAX_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    OPTED_OUT_FIELD_NUMBER: _ClassVar[int]
+    tenant_id: str
+    name: str
+    api_key_digests: _containers.RepeatedScalarFieldContainer[bytes]
+    host: TierQuota
+    ssd: TierQuota
+    max_age_s: float
+    opted_out: bool
+    def __init__(self, tenant_id: _Optional[str] = ..., name: _Optional[str] = ..., api_key_digests: _Optional[_Iterable[bytes]] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ...) -> None: ...
+
+class Template(_message.Message):
+    __slots__ = ("name", "version", "incarnation", "text", "is_public", "state")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    IS_PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    incarnation: bytes
+    text: bytes
+    is_public: bool
+    state: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ..., state: _Optional[str] = ...) -> None: ...
+
+class RegistryState(_message.Message):
+    __slots__ = ("registry_id", "version", "epochs", "tenants", "templates")
+    REGISTRY_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATES_FIELD_NUMBER: _ClassVar[int]
+    registry_id: bytes
+    version: int
+    epochs: _containers.RepeatedCompositeFieldContainer[EpochEntry]
+    tenants: _containers.RepeatedCompositeFieldContainer[Tenant]
+    templates: _containers.RepeatedCompositeFieldContainer[Template]
+    def __init__(self, registry_id: _Optional[bytes] = ..., version: _Optional[int] = ..., epochs: _Optional[_Iterable[_Union[EpochEntry, _Mapping]]] = ..., tenants: _Optional[_Iterable[_Union[Tenant, _Mapping]]] = ..., templates: _Optional[_Iterable[_Union[Template, _Mapping]]] = ...) -> None: ...
+
+class RenewLeaseRequest(_message.Message):
+    __slots__ = ("holder_id", "holder_kind", "applied_version")
+    HOLDER_ID_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_KIND_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    holder_id: str
+    holder_kind: str
+    applied_version: int
+    def __init__(self, holder_id: _Optional[str] = ..., holder_kind: _Optional[str] = ..., applied_version: _Optional[int] = ...) -> None: ...
+
+class EpochLease(_message.Message):
+    __slots__ = ("registry_id", "ttl_s", "version")
+    REGISTRY_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    registry_id: bytes
+    ttl_s: float
+    version: int
+    def __init__(self, registry_id: _Optional[bytes] = ..., ttl_s: _Optional[float] = ..., version: _Optional[int] = ...) -> None: ...
+
+class CreateTenantRequest(_message.Message):
+    __slots__ = ("name", "host", "ssd")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    host: TierQuota
+    ssd: TierQuota
+    def __init__(self, name: _Optional[str] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ...) -> None: ...
+
+class TenantCreated(_message.Message):
+    __slots__ = ("tenant", "api_key")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    API_KEY_FIELD_NUMBER: _ClassVar[int]
+    tenant: Tenant
+    api_key: str
+    def __init__(self, tenant: _Optional[_Union[Tenant, _Mapping]] = ..., api_key: _Optional[str] = ...) -> None: ...
+
+class SetTenantRequest(_message.Message):
+    __slots__ = ("name", "host", "ssd", "max_age_s", "opted_out")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
+    MAX_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    OPTED_OUT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    host: TierQuota
+    ssd: TierQuota
+    max_age_s: float
+    opted_out: bool
+    def __init__(self, name: _Optional[str] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ...) -> None: ...
+
+class CreateApiKeyRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ApiKeyCreated(_message.Message):
+    __slots__ = ("api_key",)
+    API_KEY_FIELD_NUMBER: _ClassVar[int]
+    api_key: str
+    def __init__(self, api_key: _Optional[str] = ...) -> None: ...
+
+class RevokeApiKeyRequest(_message.Message):
+    __slots__ = ("name", "api_key_prefix")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    API_KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    api_key_prefix: str
+    def __init__(self, name: _Optional[str] = ..., api_key_prefix: _Optional[str] = ...) -> None: ...
+
+class RegisterTemplateRequest(_message.Message):
+    __slots__ = ("name", "version", "text", "is_public")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    IS_PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    text: bytes
+    is_public: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ...) -> None: ...
+
+class PromoteTemplateRequest(_message.Message):
+    __slots__ = ("name", "version")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class InvalidateRequest(_message.Message):
+    __slots__ = ("scope", "name", "version", "purge")
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PURGE_FIELD_NUMBER: _ClassVar[int]
+    scope: str
+    name: str
+    version: str
+    purge: bool
+    def __init__(self, scope: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., purge: _Optional[bool] = ...) -> None: ...
+
+class Acknowledgement(_message.Message):
+    __slots__ = ("holder_id", "holder_kind", "after_s", "waited_out")
+    HOLDER_ID_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_KIND_FIELD_NUMBER: _ClassVar[int]
+    AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    WAITED_OUT_FIELD_NUMBER: _ClassVar[int]
+    holder_id: str
+    holder_kind: str
+    after_s: float
+    waited_out: bool
+    def __init__(self, holder_id: _Optional[str] = ..., holder_kind: _Optional[str] = ..., after_s: _Optional[float] = ..., waited_out: _Optional[bool] = ...) -> None: ...
+
+class Receipt(_message.Message):
+    __slots__ = ("action", "scope", "old_epoch", "new_epoch", "requested_by", "requested_at", "unreachable_at", "acknowledgements", "bytes_unreachable", "audit_head")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    OLD_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NEW_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_BY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_AT_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_AT_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGEMENTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_HEAD_FIELD_NUMBER: _ClassVar[int]
+    action: str
+    scope: str
+    old_epoch: int
+    new_epoch: int
+    requested_by: str
+    requested_at: float
+    unreachable_at: float
+    acknowledgements: _containers.RepeatedCompositeFieldContainer[Acknowledgement]
+    bytes_unreachable: int
+    audit_head: bytes
+    def __init__(self, action: _Optional[str] = ..., scope: _Optional[str] = ..., old_epoch: _Optional[int] = ..., new_epoch: _Optional[int] = ..., requested_by: _Optional[str] = ..., requested_at: _Optional[float] = ..., unreachable_at: _Optional[float] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., bytes_unreachable: _Optional[int] = ..., audit_head: _Optional[bytes] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ("sealed_keys",)
+    SEALED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    sealed_keys: bool
+    def __init__(self, sealed_keys: _Optional[bool] = ...) -> None: ...
+
+class TierStatus(_message.Message):
+    __slots__ = ("tier", "state", "capacity_bytes", "used_bytes", "draining_bytes", "num_blocks")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    state: str
+    capacity_bytes: int
+    used_bytes: int
+    draining_bytes: int
+    num_blocks: int
+    def __init__(self, tier: _Optional[str] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., draining_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class TenantUsage(_message.Message):
+    __slots__ = ("tenant_id", "host_bytes", "ssd_bytes", "leased_bytes")
+    TENANT_ID_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SSD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tenant_id: str
+    host_bytes: int
+    ssd_bytes: int
+    leased_bytes: int
+    def __init__(self, tenant_id: _Optional[str] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ...) -> None: ...
+
+class NodeStatus(_message.Message):
+    __slots__ = ("node_id", "boot_id", "version", "uptime_s", "tiers", "engines", "usage", "registry_version", "arena_adopted", "counters", "sealed_keys")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    REGISTRY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ARENA_ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    SEALED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    boot_id: bytes
+    version: str
+    uptime_s: float
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
+    engines: _containers.RepeatedCompositeFieldContainer[Engine]
+    usage: _containers.RepeatedCompositeFieldContainer[TenantUsage]
+    registry_version: int
+    arena_adopted: bool
+    counters: _containers.ScalarMap[str, int]
+    sealed_keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., usage: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., registry_version: _Optional[int] = ..., arena_adopted: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., sealed_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...

@@ -1,0 +1,278 @@
+"""Every message between an engine process and its node. Frozen structs, no behaviour.
+
+Every message is a vector: its unit is a request or a chunk of blocks, never a block or a layer. Vectors
+of fixed-size things are packed bytes: keys 32 B each, indexes and generations u32, offsets and lengths
+u64, checksums 16 B (XXH3-128, big-endian), states and tiers one byte; integers little-endian. Times are
+seconds relative to the receipt of the message, so the two clocks need not agree.
+
+Flow of one request:
+
+    OpenHandle -> HandleOpened          once, the engine's scheduler
+    Match      -> Matched               leased; asking again renews
+    Load       -> Located               per (group, shard), a worker; brings SSD blocks into the arena
+      ... the worker copies from the arena and verifies ...
+    Confirm    -> Confirmed             after the copies ended: rights, generations and epochs still hold
+    Reserve    -> Reserved              per (group, shard), a worker; then it writes its window
+    Commit     -> Committed             the daemon has copied and checksummed: the window is free again
+    Release    -> Released              nothing of this request is touched any more
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Role(enum.IntFlag):
+    """What a connection of a session does."""
+
+    SCHEDULER = 1
+    WORKER = 2
+
+
+class WirePart(msgspec.Struct, array_like=True, frozen=True):
+    group: int
+    shard: int
+    num_bytes: int
+
+
+class WireLayout(msgspec.Struct, array_like=True, frozen=True):
+    """A `types.BlockLayout`, field by field."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    block_tokens: int
+    engine_block_tokens: int
+    parts: tuple[WirePart, ...]
+    kv_scales: str
+    packing: str
+    parallel: str
+    rope: str
+    attention: str
+
+
+class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1):
+    """First frame of a connection. May carry one descriptor: the arena of an earlier daemon, returned.
+
+    `session` is empty for the first connection of an engine instance (the node mints one) and names it
+    for every further one. A client that lost its node and reconnects from the same processes sends the
+    old session with `resumed` true: by that it states that no copy from the arena is under way in any
+    process of the session, and that windows of the old connection are not written any more.
+    """
+
+    version: int
+    role: int
+    session: bytes
+    resumed: bool
+    engine_id: str
+    endpoint: str
+    model: str
+    model_revision: str
+    adapter: str
+    adapter_revision: str
+    layout: WireLayout
+    shard: int
+    window_bytes: int
+
+
+class OpenHandle(msgspec.Struct, array_like=True, frozen=True, tag=2):
+    """`handle` empty: the request came without one (default tenant, if the node allows it)."""
+
+    request_id: str
+    handle: str
+
+
+class Match(msgspec.Struct, array_like=True, frozen=True, tag=3):
+    """Longest leased prefix of `keys`. Idempotent per (session, request): asking again renews."""
+
+    request_id: str
+    keys: bytes
+
+
+class Load(msgspec.Struct, array_like=True, frozen=True, tag=4):
+    """Where the parts (`group`, `shard`) of matched `keys` lie in the arena, in their order."""
+
+    request_id: str
+    keys: bytes
+    group: int
+    shard: int
+
+
+class Confirm(msgspec.Struct, array_like=True, frozen=True, tag=5):
+    """The copies of everything located for this request have ended: did every right hold throughout?"""
+
+    request_id: str
+    keys: bytes
+    generations: bytes
+    group: int
+    shard: int
+
+
+class Reserve(msgspec.Struct, array_like=True, frozen=True, tag=6):
+    """Ask to store consecutive blocks of a chain; `parent` is the key before the first, or 32 zeros."""
+
+    request_id: str
+    parent: bytes
+    keys: bytes
+    group: int
+    shard: int
+
+
+class Commit(msgspec.Struct, array_like=True, frozen=True, tag=7):
+    """Parts `indexes` (into Reserve.keys) lie at `offsets` of this connection's window."""
+
+    reservation: int
+    indexes: bytes
+    offsets: bytes
+
+
+class Abort(msgspec.Struct, array_like=True, frozen=True, tag=8):
+    """Give a reservation up. Idempotent."""
+
+    reservation: int
+
+
+class Release(msgspec.Struct, array_like=True, frozen=True, tag=9):
+    """No process of the session reads anything of these requests any more. Idempotent."""
+
+    request_ids: tuple[str, ...]
+
+
+class BlockRun(msgspec.Struct, array_like=True, frozen=True):
+    """Consecutive blocks of one chain, as 8-byte prefixes. Hints: they may collide or be stale."""
+
+    namespace_tag: bytes
+    parent: bytes
+    keys: bytes
+
+
+class EngineEvents(msgspec.Struct, array_like=True, frozen=True, tag=10):
+    """What changed in the engine's own HBM pool. `cleared`: all was dropped before `stored`."""
+
+    stored: tuple[BlockRun, ...]
+    removed: tuple[BlockRun, ...]
+    cleared: bool
+
+
+class Ping(msgspec.Struct, array_like=True, frozen=True, tag=11):
+    pass
+
+
+class Bye(msgspec.Struct, array_like=True, frozen=True, tag=12):
+    """Orderly end of this connection: nothing of it is in flight and its window is not used any more."""
+
+
+Request = (
+    Hello
+    | OpenHandle
+    | Match
+    | Load
+    | Confirm
+    | Reserve
+    | Commit
+    | Abort
+    | Release
+    | EngineEvents
+    | Ping
+    | Bye
+)
+
+
+class Welcome(msgspec.Struct, array_like=True, frozen=True, tag=64):
+    """Answer to Hello. Carries the arena (read-only) and, to a worker, its window, as descriptors.
+
+    `arena_bytes` 0 means that the host tier is not there (yet): no descriptor of it comes.
+    """
+
+    version: int
+    session: bytes
+    boot_id: bytes
+    node_id: str
+    arena_bytes: int
+    window_bytes: int
+    lease_s: float
+    reservation_s: float
+    arena_adopted: bool
+
+
+class WireSegment(msgspec.Struct, array_like=True, frozen=True):
+    template: str
+    version: str
+    incarnation: bytes
+    first_token: int
+
+
+class HandleOpened(msgspec.Struct, array_like=True, frozen=True, tag=65):
+    """`cacheable_tokens` -1: no limit. `public_key` is empty without a public prefix."""
+
+    namespace_key: bytes
+    public_key: bytes
+    public_tokens: int
+    cacheable_tokens: int
+    segments: tuple[WireSegment, ...]
+    no_store: bool
+    no_read: bool
+
+
+class Matched(msgspec.Struct, array_like=True, frozen=True, tag=66):
+    """`tiers`: one byte a block (0 host, 1 SSD). `reason` tells why the block after the last missed."""
+
+    num_blocks: int
+    tiers: bytes
+    lease_s: float
+    reason: str
+
+
+class Located(msgspec.Struct, array_like=True, frozen=True, tag=67):
+    """The first `num_blocks` of what was asked are in the arena; `reason` tells why not the rest."""
+
+    num_blocks: int
+    part_bytes: int
+    offsets: bytes
+    generations: bytes
+    checksums: bytes
+    reason: str
+
+
+class Confirmed(msgspec.Struct, array_like=True, frozen=True, tag=68):
+    """Only the first `num_blocks` may be used."""
+
+    num_blocks: int
+    reason: str
+
+
+class Reserved(msgspec.Struct, array_like=True, frozen=True, tag=69):
+    """`states`: one `types.GrantState` byte a part. `reservation` 0: nothing was granted."""
+
+    reservation: int
+    states: bytes
+    ttl_s: float
+    reason: str
+
+
+class Committed(msgspec.Struct, array_like=True, frozen=True, tag=70):
+    """`states`: 1 for each index of Commit that is stored now, else 0."""
+
+    states: bytes
+    reason: str
+
+
+class Done(msgspec.Struct, array_like=True, frozen=True, tag=71):
+    """Answer to Abort, Release, EngineEvents, Ping and Bye."""
+
+
+class Failed(msgspec.Struct, array_like=True, frozen=True, tag=72):
+    """The request failed as a whole; `code` is a class of `kvfabric.errors`."""
+
+    code: str
+    message: str
+
+
+Reply = (
+    Welcome | HandleOpened | Matched | Located | Confirmed | Reserved | Committed | Done | Failed
+)

@@ -1,0 +1,1 @@
+"""Epochs, tenants, templates, audit log: what must not be stale. One interface, one home each."""

@@ -1,0 +1,83 @@
+"""The registry's state as one immutable value, and what may be concluded from it. Pure.
+
+Nodes and routers each hold a `RegistryState`; whoever holds one without a valid epoch lease may serve
+nothing by it. `fence_reason` is the one place that decides whether a request made under some epochs may
+still read or store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from kvfabric.types import Incarnation, MissReason, Segment, TenantId
+
+SERVING, RETIRED, PURGED = "serving", "retired", "purged"
+
+
+@dataclass(frozen=True, slots=True)
+class TierQuota:
+    """`max_bytes` 0: no limit of the tenant's own. `floor_bytes`: nobody pushes it below this."""
+
+    max_bytes: int = 0
+    floor_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """`tenant_id` is opaque and is what metrics, events and logs may show; `name` is the operator's."""
+
+    tenant_id: TenantId
+    name: str
+    api_key_digests: tuple[bytes, ...] = ()
+    host: TierQuota = TierQuota()
+    ssd: TierQuota = TierQuota()
+    max_age_s: float = 0.0
+    opted_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateVersion:
+    """One registration. The incarnation is minted once and never used again for anything else."""
+
+    name: str
+    version: str
+    incarnation: Incarnation
+    text: bytes
+    is_public: bool = False
+    state: str = SERVING
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryState:
+    """`version` rises with every change. A scope without an entry in `epochs` is at epoch 0."""
+
+    registry_id: bytes = bytes(16)
+    version: int = 0
+    epochs: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    tenants: Mapping[TenantId, Tenant] = field(default_factory=lambda: MappingProxyType({}))
+    templates: Mapping[tuple[str, str], TemplateVersion] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+
+    def epoch(self, scope: str) -> int:
+        return self.epochs.get(scope, 0)
+
+    def epochs_of(self, scopes: Sequence[str]) -> tuple[tuple[str, int], ...]:
+        """(scope, epoch) pairs to put into a handle."""
+        return tuple((scope, self.epoch(scope)) for scope in scopes)
+
+    def fence_reason(
+        self, epochs: Sequence[tuple[str, int]], segments: Sequence[Segment]
+    ) -> MissReason:
+        """NONE if a request made under `epochs` with these segments may be served and stored now."""
+        for segment in segments:
+            known = self.templates.get((segment.template, segment.version))
+            if known is None or known.incarnation != segment.incarnation:
+                return MissReason.WITHDRAWN
+            if known.state != SERVING:
+                return MissReason.WITHDRAWN
+        if any(self.epoch(scope) != epoch for scope, epoch in epochs):
+            return MissReason.FENCED
+        return MissReason.NONE

@@ -1,0 +1,1 @@
+"""The locality-aware HTTP front door of kvfabric."""
