@@ -1,0 +1,322 @@
+"""Configuration: one frozen dataclass a process, and the only reader of TOML and KVFABRIC_* variables.
+
+One file serves all processes of a machine: sections [node], [router], [engine], and [fabric] for keys that
+several of them share. Precedence: flag, then environment variable KVFABRIC_<SECTION>_<KEY>, then the
+process's own section, then [fabric], then the default. Tenants and templates are data, not configuration.
+
+Sizes accept `512MiB`, `4GiB` or plain bytes. Validation rejects; it never changes another key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import socket
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kvfabric.errors import ConfigError
+
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"(\d+)\s*([KMGT]iB)?", re.IGNORECASE)
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def default_state_dir() -> Path:
+    """Where a node keeps keyring, registry, SSD tier and sockets unless told otherwise."""
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "kvfabric"
+
+
+def _key(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """The node daemon, section [node]."""
+
+    section = "node"
+
+    node_id: str = _key("", "name of this node in the fleet (default: host name)")
+    state_dir: Path = dataclasses.field(
+        default_factory=default_state_dir,
+        metadata={"help": "keyring, registry, SSD tier and sockets live here"},
+    )
+    socket: str = _key("", "Unix socket for engines (default: STATE_DIR/node.sock)")
+    admin_socket: str = _key("", "Unix socket for gRPC (default: STATE_DIR/admin.sock)")
+    http: str = _key("127.0.0.1:9470", "address of /metrics, /healthz, /readyz; empty for none")
+    host_bytes: int = _key(1 << 30, "size of the host tier")
+    ssd_dir: str = _key("", "directory of the SSD tier (default: STATE_DIR/ssd)")
+    ssd_bytes: int = _key(4 << 30, "size of the SSD tier, dead bytes included; 0 for none")
+    max_blocks: int = _key(1 << 20, "most blocks that the index holds, all tiers together")
+    window_bytes: int = _key(256 << 20, "largest window that an engine worker gets")
+    lease_s: float = _key(30.0, "how long a match may be used without being renewed")
+    reservation_s: float = _key(30.0, "how long a reservation may wait for its commit")
+    require_handle: bool = _key(False, "refuse requests that carry no handle of a router")
+    epoch_lease_s: float = _key(2.0, "how long routers may trust the epochs they saw")
+    sessions_return_s: float = _key(
+        10.0, "how long a new daemon waits for the engines of a crashed one to return the arena"
+    )
+    log_level: str = _key("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        _positive(self, "host_bytes", "max_blocks", "window_bytes", "lease_s", "reservation_s")
+        _positive(self, "epoch_lease_s", "sessions_return_s")
+        _one_of(self, "log_level", "debug", "info", "warning", "error")
+
+    @property
+    def name(self) -> str:
+        return self.node_id or socket.gethostname()
+
+    @property
+    def socket_path(self) -> Path:
+        return Path(self.socket) if self.socket else self.state_dir / "node.sock"
+
+    @property
+    def admin_socket_path(self) -> Path:
+        return Path(self.admin_socket) if self.admin_socket else self.state_dir / "admin.sock"
+
+    @property
+    def ssd_path(self) -> Path:
+        return Path(self.ssd_dir) if self.ssd_dir else self.state_dir / "ssd"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """The HTTP front door, section [router]."""
+
+    section = "router"
+
+    listen: str = _key("127.0.0.1:8000", "address of the OpenAI API")
+    state_dir: Path = dataclasses.field(
+        default_factory=default_state_dir, metadata={"help": "where the node keeps the keyring"}
+    )
+    nodes: tuple[str, ...] = _key((), "admin sockets of the nodes (default: STATE_DIR/admin.sock)")
+    engines: tuple[str, ...] = _key((), "base URLs of engines that no node announces")
+    policy: str = _key("cost", "cost or round_robin")
+    fabric: bool = _key(True, "use the nodes; false: a plain load balancer with API keys")
+    request_timeout_s: float = _key(600.0, "how long an engine may take for one answer")
+    handle_ttl_s: float = _key(600.0, "how long a handle is valid")
+    log_level: str = _key("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        _positive(self, "request_timeout_s", "handle_ttl_s")
+        _one_of(self, "policy", "cost", "round_robin")
+        _one_of(self, "log_level", "debug", "info", "warning", "error")
+
+    @property
+    def admin_sockets(self) -> tuple[str, ...]:
+        return self.nodes or (str(self.state_dir / "admin.sock"),)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The reference engine, section [engine]. The model is small and its weights are random."""
+
+    section = "engine"
+
+    listen: str = _key("127.0.0.1:8100", "address of the OpenAI API")
+    engine_id: str = _key("", "name of this engine (default: its address)")
+    node_socket: str = _key("", "the node's Unix socket; empty: HBM cache only")
+    role: str = _key("both", "prefill, decode or both")
+    model: str = _key("reference", "name under which the model is served")
+    num_layers: int = _key(4, "decoder layers")
+    hidden_size: int = _key(256, "width of the residual stream")
+    num_heads: int = _key(8, "query heads")
+    num_kv_heads: int = _key(4, "KV heads")
+    head_dim: int = _key(32, "width of a head")
+    intermediate_size: int = _key(512, "width of the MLP")
+    vocab_size: int = _key(512, "token ids; the byte tokenizer needs 259")
+    seed: int = _key(0, "seed of the weights")
+    dtype: str = _key("float32", "float32, bfloat16 or float16")
+    device: str = _key("cpu", "cpu or cuda")
+    num_threads: int = _key(1, "compute threads on CPU")
+    engine_block_tokens: int = _key(16, "tokens of a page of the KV pool")
+    block_tokens: int = _key(0, "tokens of a fabric block; 0: smallest multiple of a page, 64 up")
+    hbm_blocks: int = _key(2048, "pages of the KV pool")
+    max_batch: int = _key(8, "sequences decoded together")
+    max_model_tokens: int = _key(4096, "longest prompt and answer together")
+    deterministic: str = _key("auto", "auto (on for CPU), on or off: equal shapes for equal tokens")
+    window_bytes: int = _key(64 << 20, "size of the window towards the node")
+    audit_parts: str = _key("", "write a JSON line with the checksum of each part stored or loaded")
+    log_level: str = _key("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
+        _positive(self, "intermediate_size", "num_threads", "engine_block_tokens", "hbm_blocks")
+        _positive(self, "max_batch", "max_model_tokens", "window_bytes")
+        _one_of(self, "role", "prefill", "decode", "both")
+        _one_of(self, "dtype", "float32", "bfloat16", "float16")
+        _one_of(self, "deterministic", "auto", "on", "off")
+        _one_of(self, "log_level", "debug", "info", "warning", "error")
+        if self.vocab_size < 259:
+            raise ConfigError(f"engine.vocab_size is {self.vocab_size}; bytes need at least 259")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError("engine.num_heads must be a multiple of engine.num_kv_heads")
+        if self.block_tokens % self.engine_block_tokens:
+            raise ConfigError("engine.block_tokens must be a multiple of engine_block_tokens")
+
+
+Config = TypeVar("Config", NodeConfig, RouterConfig, EngineConfig)
+_SECTIONS = {cls.section: cls for cls in (NodeConfig, RouterConfig, EngineConfig)}
+
+
+def load(cls: type[Config], *, file: Path | None, flags: Mapping[str, object]) -> Config:
+    """Merge flags, environment, file and defaults. Raises ConfigError that names the wrong key."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    if file is not None:
+        values |= _from_file(cls.section, names, hints, _read_toml(file))
+    values |= _from_environment(cls.section, names, hints)
+    for name, value in flags.items():
+        if name not in names:
+            raise ConfigError(f"unknown key {cls.section}.{name}")
+        values[name] = _convert(value, hints[name], f"--{name.replace('_', '-')}")
+    return cls(**values)
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
+    """One flag for each key, and --config FILE."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file")
+    for field in dataclasses.fields(cls):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=field.metadata["help"],
+        )
+
+
+def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
+    """The configuration of a command whose parser went through `add_arguments`."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    return load(cls, file=Path(args.config) if args.config else None, flags=flags)
+
+
+def split_address(address: str, key: str) -> tuple[str, int]:
+    """`host:port` -> parts. Raises ConfigError that names `key`."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{key} is {address!r}; it must be HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def parse_size(text: str, key: str) -> int:
+    """`64MiB` -> bytes."""
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise ConfigError(f"{key} is {text!r}; it must be a size such as 4096, 512MiB or 4GiB")
+    return int(found[1]) * _UNITS[(found[2] or "").upper()]
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            document = tomllib.load(stream)
+    except OSError as exc:
+        raise ConfigError(f"cannot read {file}: {exc.strerror}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{file} is not TOML: {exc}") from exc
+    for section, content in document.items():
+        if section not in _SECTIONS and section != "fabric":
+            raise ConfigError(f"{file}: unknown section [{section}]")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{file}: {section} must be a section, not a value")
+        for key in content:
+            if not _is_known(section, key):
+                raise ConfigError(f"{file}: unknown key {section}.{key}")
+    return document
+
+
+def _is_known(section: str, key: str) -> bool:
+    classes = list(_SECTIONS.values()) if section == "fabric" else [_SECTIONS[section]]
+    holders = sum(key in {field.name for field in dataclasses.fields(cls)} for cls in classes)
+    return holders >= (2 if section == "fabric" else 1)
+
+
+def _from_file(
+    section: str, names: list[str], hints: Mapping[str, Any], document: Mapping[str, Any]
+) -> dict[str, Any]:
+    merged = {**document.get("fabric", {}), **document.get(section, {})}
+    return {k: _convert(v, hints[k], f"{section}.{k}") for k, v in merged.items() if k in names}
+
+
+def _from_environment(section: str, names: list[str], hints: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"KVFABRIC_{section.upper()}_"
+    found = {}
+    for variable, text in os.environ.items():
+        if not variable.startswith(prefix):
+            continue
+        name = variable.removeprefix(prefix).lower()
+        if name not in names:
+            raise ConfigError(f"unknown key {section}.{name} (from {variable})")
+        found[name] = _convert(text, hints[name], variable)
+    return found
+
+
+def _convert(value: object, hint: Any, key: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        return _to_tuple(value, key)
+    if isinstance(hint, types.GenericAlias):  # pragma: no cover - no other generic is declared
+        raise ConfigError(f"{key}: unsupported type {hint}")
+    if hint is bool:
+        return _to_bool(value, key)
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value).expanduser()
+    if isinstance(value, str) and hint is not str:
+        return _parse_number(value, hint, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if hint is float else hint):
+        raise ConfigError(f"{key} is {value!r}; it must be {hint.__name__}")
+    return float(value) if hint is float else value
+
+
+def _to_tuple(value: object, key: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(item.strip() for item in value.split(",") if item.strip())
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ConfigError(f"{key} is {value!r}; it must be a list of strings")
+
+
+def _to_bool(value: object, key: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    if text in _TRUE | _FALSE:
+        return text in _TRUE
+    raise ConfigError(f"{key} is {value!r}; it must be true or false")
+
+
+def _parse_number(text: str, hint: Any, key: str) -> int | float:
+    if hint is int:
+        return int(text) if re.fullmatch(r"-\d+", text) else parse_size(text, key)
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise ConfigError(f"{key} is {text!r}; it must be a number") from exc
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ConfigError(
+                f"{config.section}.{name} is {getattr(config, name)}; it must be more than 0"
+            )
+
+
+def _one_of(config: Any, name: str, *allowed: str) -> None:
+    if getattr(config, name) not in allowed:
+        raise ConfigError(
+            f"{config.section}.{name} is {getattr(config, name)!r}; it must be one of "
+            + ", ".join(allowed)
+        )
