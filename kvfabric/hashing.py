@@ -92,6 +92,7 @@ def namespace_key(namespace: Namespace, secret: bytes) -> bytes:
         (3, namespace.adapter.encode()),
         (4, namespace.adapter_revision.encode()),
         (5, namespace.layout_fingerprint),
+        *((6, incarnation) for incarnation in namespace.incarnations),
     ]
     return _digest(b"kvf-namespace-1", tlv("kvfabric/namespace", fields), key=secret)
 

@@ -17,7 +17,8 @@ BootId = NewType("BootId", bytes)
 """16 random bytes: one life of a node daemon."""
 
 Incarnation = NewType("Incarnation", bytes)
-"""128 random bits of one registration of a template version; enters keys and salts."""
+"""128 random bits, never used twice: of one registration of a template version, or of one invalidation of
+a tenant, model or adapter. Enters keys and salts."""
 
 Epoch = NewType("Epoch", int)
 """Counter of a scope; rises at every change of it; fences, and is never part of a key."""
@@ -114,13 +115,18 @@ class BlockLayout:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """What changes KV values, or who may read them (design 3). Its key is made by `hashing`."""
+    """What changes KV values, or who may read them (design 3). Its key is made by `hashing`.
+
+    `incarnations`: those of the tenant, model and adapter that were invalidated, in that order; none of a
+    scope that never was. `registry.state.namespace_of` fills them in.
+    """
 
     tenant: TenantId
     model_revision: str
     layout_fingerprint: bytes
     adapter: str = ""
     adapter_revision: str = ""
+    incarnations: tuple[Incarnation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,12 +126,14 @@ class WatchRegistryRequest(_message.Message):
     def __init__(self, holder_id: _Optional[str] = ..., holder_kind: _Optional[str] = ...) -> None: ...
 
 class EpochEntry(_message.Message):
-    __slots__ = ("scope", "epoch")
+    __slots__ = ("scope", "epoch", "incarnation")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     scope: str
     epoch: int
-    def __init__(self, scope: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    incarnation: bytes
+    def __init__(self, scope: _Optional[str] = ..., epoch: _Optional[int] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
 
 class TierQuota(_message.Message):
     __slots__ = ("max_bytes", "floor_bytes")

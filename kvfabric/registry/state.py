@@ -11,7 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from kvfabric.types import Incarnation, MissReason, Segment, TenantId
+from kvfabric.types import (
+    Incarnation,
+    MissReason,
+    Namespace,
+    Segment,
+    TenantId,
+    adapter_scope,
+    fabric_scope,
+    model_scope,
+    template_scope,
+    tenant_scope,
+)
 
 SERVING, RETIRED, PURGED = "serving", "retired", "purged"
 
@@ -51,13 +62,21 @@ class TemplateVersion:
 
 @dataclass(frozen=True, slots=True)
 class RegistryState:
-    """`version` rises with every change. A scope without an entry in `epochs` is at epoch 0."""
+    """`version` rises with every change. A scope without an entry in `epochs` is at epoch 0.
+
+    `scope_incarnations` has an entry for each tenant, model or adapter scope that was ever invalidated.
+    Epochs are not in keys: this is what keeps blocks from before an invalidation out of reach of requests
+    after it (a template version has its own incarnation).
+    """
 
     registry_id: bytes = bytes(16)
     version: int = 0
     epochs: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     tenants: Mapping[TenantId, Tenant] = field(default_factory=lambda: MappingProxyType({}))
     templates: Mapping[tuple[str, str], TemplateVersion] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    scope_incarnations: Mapping[str, Incarnation] = field(
         default_factory=lambda: MappingProxyType({})
     )
 
@@ -81,3 +100,36 @@ class RegistryState:
         if any(self.epoch(scope) != epoch for scope, epoch in epochs):
             return MissReason.FENCED
         return MissReason.NONE
+
+
+def scopes_of(
+    tenant: str, model_revision: str, adapter: str = "", templates: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The scopes whose epochs fence a request: what a router puts into its handle."""
+    scopes = [fabric_scope(), tenant_scope(tenant), model_scope(model_revision)]
+    if adapter:
+        scopes.append(adapter_scope(adapter))
+    return (*scopes, *(template_scope(name) for name in dict.fromkeys(templates)))
+
+
+def namespace_of(
+    state: RegistryState,
+    tenant: TenantId,
+    model_revision: str,
+    layout_fingerprint: bytes,
+    adapter: str = "",
+    adapter_revision: str = "",
+) -> Namespace:
+    """The one maker of namespaces: router and node must get equal ones from equal states."""
+    scopes = [tenant_scope(tenant), model_scope(model_revision)]
+    if adapter:
+        scopes.append(adapter_scope(adapter))
+    known = state.scope_incarnations
+    return Namespace(
+        tenant=tenant,
+        model_revision=model_revision,
+        layout_fingerprint=layout_fingerprint,
+        adapter=adapter,
+        adapter_revision=adapter_revision,
+        incarnations=tuple(known[scope] for scope in scopes if scope in known),
+    )
