@@ -1,0 +1,106 @@
+"""The keyring: private, durable, and closed to whoever lacks the root key."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from kvfabric.errors import ConfigError, UnknownTenant
+from kvfabric.keyring import Keyring
+from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, TenantId
+
+ACME = TenantId("t-acme")
+
+
+def test_first_start_makes_private_files(tmp_path: Path) -> None:
+    Keyring.create_or_open(tmp_path)
+    for name in ("keyring", "root.key"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+
+
+def test_secrets_survive_reopening_and_differ(tmp_path: Path) -> None:
+    first = Keyring.create_or_open(tmp_path)
+    first.add_tenant(ACME)
+    again = Keyring.open(tmp_path)
+    names = [DEFAULT_TENANT, PUBLIC_TENANT, ACME]
+    assert [again.tenant_secret(n) for n in names] == [first.tenant_secret(n) for n in names]
+    assert len({again.tenant_secret(n) for n in names}) == 3
+
+
+def test_adding_a_tenant_twice_keeps_its_secret(tmp_path: Path) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    keyring.add_tenant(ACME)
+    secret = keyring.tenant_secret(ACME)
+    keyring.add_tenant(ACME)
+    assert keyring.tenant_secret(ACME) == secret
+
+
+def test_reader_sees_a_new_tenant_after_reload(tmp_path: Path) -> None:
+    node = Keyring.create_or_open(tmp_path)
+    router = Keyring.open(tmp_path)
+    node.add_tenant(ACME)
+    with pytest.raises(UnknownTenant):
+        router.tenant_secret(ACME)
+    router.reload()
+    assert router.tenant_secret(ACME) == node.tenant_secret(ACME)
+    assert router.generation == node.generation
+
+
+def test_rotation_keeps_two_handle_keys(tmp_path: Path) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    first = keyring.current_handle_key()
+    second = keyring.rotate_handle_key()
+    assert set(keyring.handle_keys()) == {first[0], second}
+    third = keyring.rotate_handle_key()
+    assert set(keyring.handle_keys()) == {second, third}
+    assert keyring.current_handle_key()[0] == third
+
+
+def test_repr_shows_no_secret(tmp_path: Path) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    shown = repr(keyring)
+    secrets = [keyring.tenant_secret(DEFAULT_TENANT), keyring.current_handle_key()[1]]
+    assert not any(secret.hex() in shown or repr(secret) in shown for secret in secrets)
+
+
+def test_file_holds_no_secret_in_clear(tmp_path: Path) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    assert keyring.tenant_secret(DEFAULT_TENANT) not in (tmp_path / "keyring").read_bytes()
+
+
+def test_wrong_root_key_is_refused(tmp_path: Path) -> None:
+    Keyring.create_or_open(tmp_path)
+    (tmp_path / "root.key").write_bytes(bytes(32))
+    with pytest.raises(ConfigError, match="does not open"):
+        Keyring.open(tmp_path)
+
+
+def test_changed_byte_is_refused(tmp_path: Path) -> None:
+    Keyring.create_or_open(tmp_path)
+    raw = bytearray((tmp_path / "keyring").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "keyring").write_bytes(raw)
+    with pytest.raises(ConfigError, match="does not open"):
+        Keyring.open(tmp_path)
+
+
+def test_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    Keyring.create_or_open(tmp_path)
+    (tmp_path / "root.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Keyring.open(tmp_path)
+
+
+def test_lost_root_key_is_not_replaced(tmp_path: Path) -> None:
+    """A new root key beside an old keyring would silently orphan every stored block."""
+    Keyring.create_or_open(tmp_path)
+    (tmp_path / "root.key").unlink()
+    with pytest.raises(ConfigError, match="root key"):
+        Keyring.create_or_open(tmp_path)
+
+
+def test_missing_keyring_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"root\.key"):
+        Keyring.open(tmp_path)
