@@ -54,6 +54,12 @@ def test_every_key_is_a_flag() -> None:
     assert (router.nodes, router.fabric, router.handle_ttl_s) == (("/a", "/b"), False, 1.5)
 
 
+def _load_section(text: str, file: Path) -> NodeConfig | RouterConfig:
+    if "router" in text:
+        return config.load(RouterConfig, file=file, flags={})
+    return config.load(NodeConfig, file=file, flags={})
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
@@ -76,10 +82,7 @@ def test_mistake_in_the_file_names_itself(tmp_path: Path, text: str, names: str)
     file = tmp_path / "wrong.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=names):
-        if "router" in text:
-            config.load(RouterConfig, file=file, flags={})
-        else:
-            config.load(NodeConfig, file=file, flags={})
+        _load_section(text, file)
 
 
 def test_unknown_environment_variable_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
