@@ -188,7 +188,6 @@ class BlockHasher:
         keys: list[BlockKey] = []
         parent = self._parent
         plain = _HEADER.pack(ALGORITHM_BLAKE2B_V1, 0, 0, self.block_tokens, 0, b"")[:16]
-        special = bool(self._markers) or bool(self._extras)
         base = self._tenant_base
         for index in range(full):
             block = self._blocks + index
@@ -197,7 +196,7 @@ class BlockHasher:
                 base = self._public_base if public else self._tenant_base
             state = base.copy()
             tokens = data[index * size : index * size + size]
-            if special:
+            if block in self._markers or self._extras:
                 state.update(self._message(block, parent, tokens))
             else:
                 state.update(plain + parent + tokens)
