@@ -21,6 +21,7 @@
     │  ├ LeaseExpired
     │  └ Fenced                   an epoch moved
     ├ NotFound                    an administrator named something that does not exist
+    ├ Conflict                    an administrator asked for what the present state forbids
     └ ClosedError                 something closed was used: a bug
 
 A miss is never an error: it is a shorter match.
@@ -113,6 +114,10 @@ class Fenced(BlockError):
 
 class NotFound(KVFabricError):
     code = "not_found"
+
+
+class Conflict(KVFabricError):
+    code = "conflict"
 
 
 class ClosedError(KVFabricError):
