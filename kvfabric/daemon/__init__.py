@@ -1,0 +1,1 @@
+"""The node daemon: composes store, registry, events and tiers, and serves engines and administrators."""

@@ -1,0 +1,279 @@
+"""What the node does with each message of an engine: one function per message.
+
+Translates between wire and store; decides nothing that the store decides. Handlers of `IN_ORDER` answer
+at once and in the order of a connection's requests; those of `CONCURRENT` wait for copies or a disk and
+may overtake each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kvfabric import handle as handles
+from kvfabric.daemon.sessions import Session
+from kvfabric.errors import BadHandle, RemoteProtocolError
+from kvfabric.hashing import namespace_key, namespace_tag
+from kvfabric.keyring import Keyring
+from kvfabric.protocol.messages import (
+    Abort,
+    Commit,
+    Committed,
+    Confirm,
+    Confirmed,
+    Done,
+    EngineEvents,
+    HandleOpened,
+    Load,
+    Located,
+    Match,
+    Matched,
+    OpenHandle,
+    Ping,
+    Release,
+    Reply,
+    Request,
+    Reserve,
+    Reserved,
+    WireSegment,
+)
+from kvfabric.registry.state import RegistryState
+from kvfabric.store.store import BlockStore, RequestGrant
+from kvfabric.types import (
+    DEFAULT_TENANT,
+    KEY_BYTES,
+    PUBLIC_TENANT,
+    Namespace,
+    Segment,
+    TenantId,
+    adapter_scope,
+    fabric_scope,
+    model_scope,
+    tenant_scope,
+)
+
+UNKNOWN_EPOCHS = ((fabric_scope(), -1),)
+"""Of a request that came while the node could not know the epochs: fenced for good."""
+
+
+class EngineEventSink(Protocol):
+    """Where engines' HBM events go (`EventStream` is one)."""
+
+    def engine_events(self, session: bytes, events: EngineEvents) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What handlers work with. `wall_clock`: Unix seconds, for the expiry of handles."""
+
+    store: BlockStore
+    keyring: Keyring
+    registry: Callable[[], RegistryState | None]
+    events: EngineEventSink
+    require_handle: bool
+    wall_clock: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The connection a request came over. `window`: what its process writes, empty for none."""
+
+    services: Services
+    session: Session
+    window: memoryview = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """Under what a request runs, from its handle or from the defaults."""
+
+    tenant: TenantId
+    segments: tuple[Segment, ...] = ()
+    epochs: tuple[tuple[str, int], ...] = ()
+    public_tokens: int = 0
+    cacheable_tokens: int = -1
+    no_store: bool = False
+    no_read: bool = False
+
+
+def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
+    """Verify the handle and open the request. Raises BadHandle, UnknownTenant."""
+    terms = _terms_of(caller, message.handle) if message.handle else _default_terms(caller)
+    key = _namespace_key(caller, terms.tenant)
+    public_key = _namespace_key(caller, PUBLIC_TENANT) if terms.public_tokens else b""
+    block_tokens = caller.session.layout.block_tokens
+    opted_out = _opted_out(caller, terms.tenant)
+    grant = RequestGrant(
+        tenant=terms.tenant,
+        namespace_tag=namespace_tag(key),
+        public_tag=namespace_tag(public_key) if public_key else b"",
+        public_blocks=terms.public_tokens // block_tokens,
+        cacheable_blocks=max(-1, terms.cacheable_tokens // block_tokens),
+        block_tokens=block_tokens,
+        segments=terms.segments,
+        epochs=terms.epochs,
+        no_store=terms.no_store or opted_out,
+        no_read=terms.no_read or opted_out,
+    )
+    caller.services.store.open_request(caller.session.id, message.request_id, grant)
+    return HandleOpened(
+        namespace_key=key,
+        public_key=public_key,
+        public_tokens=terms.public_tokens,
+        cacheable_tokens=terms.cacheable_tokens,
+        segments=tuple(
+            WireSegment(s.template, s.version, s.incarnation, s.first_token) for s in terms.segments
+        ),
+        no_store=grant.no_store,
+        no_read=grant.no_read,
+    )
+
+
+def match(caller: Caller, message: Match) -> Matched:
+    _check_keys(message.keys)
+    return caller.services.store.match(caller.session.id, message.request_id, message.keys)
+
+
+async def load(caller: Caller, message: Load) -> Located:
+    """On cancellation nothing becomes visible that was not before."""
+    _check_keys(message.keys)
+    return await caller.services.store.load(
+        caller.session.id, message.request_id, message.keys, message.group, message.shard
+    )
+
+
+def confirm(caller: Caller, message: Confirm) -> Confirmed:
+    _check_keys(message.keys)
+    _check_vector("generations", message.generations, 4, len(message.keys) // KEY_BYTES)
+    return caller.services.store.confirm(
+        caller.session.id,
+        message.request_id,
+        message.keys,
+        message.generations,
+        message.group,
+        message.shard,
+    )
+
+
+def reserve(caller: Caller, message: Reserve) -> Reserved:
+    _check_keys(message.keys)
+    _check_vector("parent", message.parent, KEY_BYTES, 1)
+    return caller.services.store.reserve(
+        caller.session.id,
+        message.request_id,
+        message.parent,
+        message.keys,
+        message.group,
+        message.shard,
+    )
+
+
+async def commit(caller: Caller, message: Commit) -> Committed:
+    """Answered only when the window is not read any more. On cancellation nothing was stored."""
+    count = len(message.indexes) // 4
+    _check_vector("indexes", message.indexes, 4, count)
+    _check_vector("offsets", message.offsets, 8, count)
+    return await caller.services.store.commit(
+        caller.session.id, message.reservation, message.indexes, caller.window, message.offsets
+    )
+
+
+def abort(caller: Caller, message: Abort) -> Done:
+    caller.services.store.abort(caller.session.id, message.reservation)
+    return Done()
+
+
+def release(caller: Caller, message: Release) -> Done:
+    caller.services.store.release(caller.session.id, message.request_ids)
+    return Done()
+
+
+def engine_events(caller: Caller, message: EngineEvents) -> Done:
+    caller.services.events.engine_events(caller.session.id, message)
+    return Done()
+
+
+def ping(caller: Caller, message: Ping) -> Done:
+    return Done()
+
+
+IN_ORDER: Mapping[type[Request], Callable[[Caller, Any], Reply]] = {
+    OpenHandle: open_handle,
+    Match: match,
+    Confirm: confirm,
+    Reserve: reserve,
+    Abort: abort,
+    Release: release,
+    EngineEvents: engine_events,
+    Ping: ping,
+}
+CONCURRENT: Mapping[type[Request], Callable[[Caller, Any], Awaitable[Reply]]] = {
+    Load: load,
+    Commit: commit,
+}
+
+
+def _terms_of(caller: Caller, text: str) -> _Terms:
+    services, session = caller.services, caller.session
+    opened = handles.open_handle(
+        text,
+        services.keyring.handle_keys(),
+        audience=session.id,
+        now=services.wall_clock(),
+    )
+    hello = session.hello
+    if opened.model_revision != hello.model_revision:
+        raise BadHandle(f"handle for model {opened.model_revision}, not {hello.model_revision}")
+    if (opened.adapter, opened.adapter_revision) != (hello.adapter, hello.adapter_revision):
+        raise BadHandle(f"handle for adapter {opened.adapter!r}, not {hello.adapter!r}")
+    if opened.layout_fingerprint != session.fingerprint:
+        raise BadHandle("handle for another layout than this session's")
+    return _Terms(
+        tenant=TenantId(opened.tenant),
+        segments=opened.to_segments(),
+        epochs=opened.epochs,
+        public_tokens=max(0, opened.public_tokens),
+        cacheable_tokens=opened.cacheable_tokens,
+        no_store=opened.no_store,
+        no_read=opened.no_read,
+    )
+
+
+def _default_terms(caller: Caller) -> _Terms:
+    if caller.services.require_handle:
+        raise BadHandle("this node serves no request without a handle (require_handle)")
+    hello, state = caller.session.hello, caller.services.registry()
+    scopes = [fabric_scope(), tenant_scope(DEFAULT_TENANT), model_scope(hello.model_revision)]
+    if hello.adapter:
+        scopes.append(adapter_scope(hello.adapter))
+    epochs = state.epochs_of(scopes) if state is not None else UNKNOWN_EPOCHS
+    return _Terms(tenant=DEFAULT_TENANT, epochs=epochs)
+
+
+def _namespace_key(caller: Caller, tenant: TenantId) -> bytes:
+    hello = caller.session.hello
+    namespace = Namespace(
+        tenant=tenant,
+        model_revision=hello.model_revision,
+        layout_fingerprint=caller.session.fingerprint,
+        adapter=hello.adapter,
+        adapter_revision=hello.adapter_revision,
+    )
+    return namespace_key(namespace, caller.services.keyring.tenant_secret(tenant))
+
+
+def _opted_out(caller: Caller, tenant: TenantId) -> bool:
+    state = caller.services.registry()
+    known = state.tenants.get(tenant) if state is not None else None
+    return known is not None and known.opted_out
+
+
+def _check_keys(keys: bytes) -> None:
+    if not keys or len(keys) % KEY_BYTES:
+        raise RemoteProtocolError(f"keys are {KEY_BYTES} bytes each, not {len(keys)} in all")
+
+
+def _check_vector(name: str, vector: bytes, item_bytes: int, count: int) -> None:
+    if len(vector) != item_bytes * count:
+        raise RemoteProtocolError(f"{count} {name} have {item_bytes * count} B, not {len(vector)}")

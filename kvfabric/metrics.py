@@ -1,0 +1,72 @@
+"""Every metric of kvfabric's own processes, as data: name, kind, unit in the name, labels, meaning.
+
+Names are `kvfabric_<process>_<what>_<unit>`; a counter's exposition adds `_total`. Labels come from
+{tenant, template, tier, reason, result} and name tenants by their opaque id. No Prometheus import here:
+engine processes read this table too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LABELS = frozenset({"tenant", "template", "tier", "reason", "result"})
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`kind`: gauge | counter."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One value of a metric; `labels` in the metric's order."""
+
+    name: str
+    value: float
+    labels: tuple[str, ...] = ()
+
+
+def _gauge(name: str, help: str, *labels: str) -> Metric:
+    return Metric(f"kvfabric_node_{name}", "gauge", help, labels)
+
+
+def _counter(name: str, help: str, *labels: str) -> Metric:
+    return Metric(f"kvfabric_node_{name}", "counter", help, labels)
+
+
+NODE_METRICS: tuple[Metric, ...] = (
+    _gauge("tier_state_info", "1 for the state a tier is in (label result)", "tier", "result"),
+    _gauge("tier_capacity_bytes", "Size of a tier", "tier"),
+    _gauge("tier_used_bytes", "Bytes in use, draining and dead ones included", "tier"),
+    _gauge("tier_draining_bytes", "Bytes that await proof that nobody touches them", "tier"),
+    _gauge("tier_blocks", "Blocks that a tier holds, ready to be served", "tier"),
+    _gauge("tenant_used_bytes", "Bytes charged to a tenant", "tenant", "tier"),
+    _gauge("tenant_leased_bytes", "Bytes that a tenant's requests keep from eviction", "tenant"),
+    _gauge("index_blocks", "Blocks that the index knows"),
+    _gauge("index_bytes", "Memory of the index"),
+    _gauge("sessions", "Engine sessions with a connection"),
+    _gauge("sessions_draining", "Engine sessions that ended and are not quiet yet"),
+    _gauge("connections", "Connections of engine processes"),
+    _gauge("loop_stall_seconds_max", "Longest stall of the event loop since start"),
+    _gauge("adoption_waits_processes", "Processes that still map an earlier daemon's arena"),
+    _gauge("registry_version", "Version of the registry's state"),
+    _gauge("event_sequence", "Number of the newest batch of the event stream"),
+    _counter("requests", "Requests of engines, by result: ok or the code of an error", "result"),
+    _counter("protocol_errors", "Connections ended because the wire contract was broken"),
+    _counter("refused_connections", "Connections refused during the handshake"),
+    _counter("blocks_matched", "Blocks found by lookups", "tier"),
+    _counter("misses", "Lookups that ended at a block that was not served", "reason"),
+    _counter("blocks_stored", "Blocks that became ready in the host tier"),
+    _counter("blocks_evicted", "Blocks that gave way to others", "tier"),
+    _counter("stored_bytes", "Bytes copied from windows into the arena"),
+    _counter("corrupt_parts", "Parts whose bytes did not verify", "tier"),
+)
+
+
+def by_name(metrics: tuple[Metric, ...]) -> dict[str, Metric]:
+    return {metric.name: metric for metric in metrics}
