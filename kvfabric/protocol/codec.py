@@ -77,7 +77,7 @@ def decode_request(body: bytes) -> Request:
     try:
         request: Request = _REQUESTS.decode(body)
         return request
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RemoteProtocolError(f"request does not decode: {exc}") from exc
 
 
@@ -86,5 +86,5 @@ def decode_reply(body: bytes) -> Reply:
     try:
         reply: Reply = _REPLIES.decode(body)
         return reply
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RemoteProtocolError(f"reply does not decode: {exc}") from exc
