@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # The story needs all three extras at once; imported here so that a missing one is one line.
+    # The processes of the story need all three extras: a missing one is one line here, not a dead child.
+    for name in ("grpc", "aiohttp", "torch"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
     import asyncio
 
     from kvfabric.demo.progress import Progress

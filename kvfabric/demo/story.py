@@ -1,0 +1,365 @@
+"""The demo's five steps, each a short story with the conditions that it must meet.
+
+1 compare    the same engines and load, with their own cache, then through the fabric
+2 survive    an engine is killed; the node is killed under load
+3 withdraw   a template version is taken out of service, and put back
+4 isolate    one tenant's prompts, sent by another
+5 judge      reuse against the slice's ideal
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import aiohttp
+
+from kvfabric.demo import checks, ideal, replay
+from kvfabric.demo import slice as demo_slice
+from kvfabric.demo.checks import Check
+from kvfabric.demo.fleet import MODEL_FLAGS, NUM_ENGINES, TEMPLATE, VERSION, Fleet
+from kvfabric.demo.processes import Children, DemoError
+from kvfabric.demo.progress import Progress
+from kvfabric.demo.replay import Answer, Client, Job
+from kvfabric.demo.report import Report, Step, request_rows, run_figures, side_by_side
+from kvfabric.demo.slice import BLOCK_TOKENS, TENANTS, SliceRequest
+
+LOAD_SHARE = 0.7
+"""Of the measured capacity: what the slice is replayed at."""
+
+ANSWER_TOKENS = 8
+_CONCURRENCY = 2 * NUM_ENGINES
+_QUICK_GROUPS = 6
+_WARM_UP_REQUESTS = 4
+_VISITOR = "visitor"
+"""A tenant of its own for warming up and for measuring capacity, so that the slice's tenants start cold."""
+
+_OTHER_BLOCKS = 1 << 32
+"""Block ids from here on are not the log's: prompts of the slice's shapes that share nothing."""
+
+
+async def tell(progress: Progress, *, quick: bool) -> Report:
+    """Run the whole demo. Failed conditions and errors are in the report; only bugs raise."""
+    report = Report(quick=quick)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kvfabric-demo-") as name:
+        directory = Path(name)
+        try:
+            async with aiohttp.ClientSession() as http, Children(directory) as children:
+                fleet = Fleet(children, directory, http)
+                await Story(fleet, progress, report).run()
+        except DemoError as exc:
+            report.error = str(exc)
+            progress.line(f"\nthe demo cannot go on: {exc}")
+    report.figures["duration_s"] = round(time.monotonic() - started, 1)
+    return report
+
+
+class Story:
+    """What the steps share: the fleet, the prompts, and the answers that all later ones must equal."""
+
+    def __init__(self, fleet: Fleet, progress: Progress, report: Report) -> None:
+        self._fleet = fleet
+        self._progress = progress
+        self._report = report
+        requests = demo_slice.load()
+        self._requests = (
+            demo_slice.first_groups(requests, _QUICK_GROUPS) if report.quick else requests
+        )
+        self._jobs = [
+            Job(index, request.tenant, tuple(demo_slice.prompt(request.blocks)))
+            for index, request in enumerate(self._requests)
+        ]
+        self._ideal = ideal.reusable_tokens(self._requests)
+        self._expected: dict[int, Answer] = {}
+        self._through_fabric: list[Answer] = []
+
+    async def run(self) -> None:
+        tokens = sum(len(job.prompt) for job in self._jobs)
+        self._progress.line(
+            f"kvfabric demo: {len(self._jobs)} requests of a real chat service's log, {tokens:,} prompt "
+            f"tokens, {len(TENANTS)} tenants; 1 node, {NUM_ENGINES} engines, 1 router on this machine"
+        )
+        self._report.figures |= {
+            "requests": len(self._jobs),
+            "prompt_tokens": tokens,
+            "ideal_tokens": sum(self._ideal),
+            "ideal_share_of_tokens": round(sum(self._ideal) / tokens, 4),
+            "ideal_share_of_whole_log_blocks": ideal.WHOLE_TRACE_SHARE,
+            "answer_tokens": ANSWER_TOKENS,
+            "engine_flags": {flag.lstrip("-"): value for flag, value in MODEL_FLAGS.items()},
+        }
+        await self._set_up()
+        async with Client(self._fleet.router_url, self._fleet.keys, ANSWER_TOKENS) as client:
+            self._client = client
+            await self._compare()
+            await self._survive()
+            await self._withdraw()
+            await self._isolate()
+        self._judge()
+
+    # --- 0 ---
+
+    async def _set_up(self) -> None:
+        self._progress.stage("starting the node, creating tenants and the shared template")
+        await self._fleet.start_node()
+        for tenant in (*TENANTS, _VISITOR):
+            await self._fleet.create_tenant(tenant)
+        await self._fleet.register_template()
+        self._progress.end()
+
+    # --- 1 ---
+
+    async def _compare(self) -> None:
+        step = self._step("1  The same load without and with the fabric")
+        per_s = await self._start_baseline()
+        arrivals = replay.arrivals_at_rate([r.arrival_ms for r in self._requests], per_s)
+        baseline = await self._replay("own HBM caches, round robin", arrivals)
+        self._expected = {answer.job.index: answer for answer in baseline}
+
+        await self._fleet.stop_router_and_engines()
+        await self._start_with_fabric()
+        self._through_fabric = await self._replay("through the fabric", arrivals)
+
+        figures = run_figures(baseline), run_figures(self._through_fabric)
+        self._progress.line(side_by_side(*figures, sum(self._ideal)))
+        step.figures |= {
+            "baseline": figures[0],
+            "fabric": figures[1],
+            "baseline_requests": request_rows(baseline, self._ideal),
+            "fabric_requests": request_rows(self._through_fabric, self._ideal),
+        }
+        self._check(step, checks.all_succeeded("answered without the fabric", baseline))
+        self._check(step, checks.all_succeeded("answered with the fabric", self._through_fabric))
+        self._check_answers(step, self._through_fabric)
+        self._check(step, checks.loads_equal_stores("loaded parts", self._fleet.audit_lines()))
+        self._check(
+            step,
+            checks.no_more_than_ideal("own prefixes only", self._through_fabric, self._ideal),
+        )
+
+    async def _start_baseline(self) -> float:
+        """Engines without the node behind round robin; returns the rate to replay at."""
+        self._progress.stage("starting two engines with their own cache and a round-robin router")
+        await self._fleet.start_engines(range(NUM_ENGINES), fabric=False)
+        await self._fleet.start_router(fabric=False)
+        self._progress.end()
+        await self._closed_loop("warming up", self._strangers(_WARM_UP_REQUESTS, salt=1))
+        jobs = self._strangers(len(self._jobs) // 3, salt=2)
+        started = time.monotonic()
+        answers = await self._closed_loop("measuring the capacity", jobs)
+        seconds = time.monotonic() - started
+        if not all(answer.succeeded for answer in answers):
+            raise DemoError(checks.all_succeeded("", answers).seen)
+        capacity = len(jobs) / seconds
+        per_s = LOAD_SHARE * capacity
+        self._report.figures |= {
+            "capacity_requests_per_s": round(capacity, 2),
+            "load_requests_per_s": round(per_s, 2),
+        }
+        self._progress.line(f"  capacity {capacity:.1f} requests/s, replaying at {per_s:.1f}")
+        return per_s
+
+    async def _start_with_fabric(self) -> None:
+        self._progress.stage("starting the same engines with the node, and the router")
+        await self._fleet.start_engines(range(NUM_ENGINES), fabric=True)
+        await self._fleet.start_router(fabric=True)
+        self._progress.end()
+        await self._closed_loop("warming up", self._strangers(_WARM_UP_REQUESTS, salt=3))
+
+    def _strangers(self, count: int, *, salt: int) -> list[Job]:
+        """Prompts of the slice's lengths whose blocks nobody else sends."""
+        jobs = []
+        for index, request in enumerate(self._requests[:count]):
+            base = _OTHER_BLOCKS * (1 + salt * len(self._requests) + index)
+            blocks = [base + position for position in range(len(request.blocks))]
+            jobs.append(Job(index, _VISITOR, tuple(demo_slice.prompt(blocks))))
+        return jobs
+
+    # --- 2 ---
+
+    async def _survive(self) -> None:
+        step = self._step("2  An engine dies; the node dies under load")
+        await self._lose_an_engine(step)
+        await self._lose_the_node(step)
+
+    async def _lose_an_engine(self, step: Step) -> None:
+        await self._fleet.settled()
+        mark = self._fleet.audit_mark()
+        self._progress.stage("killing one engine and starting it again")
+        await self._fleet.kill_engines([0])
+        await self._fleet.start_engines([0], fabric=True)
+        await self._fleet.wait_engines_known()
+        self._progress.end()
+        answers = await self._closed_loop("the slice's first requests again", self._jobs[:16])
+        self._check(step, checks.all_succeeded("answered after the engine's death", answers))
+        self._check_answers(step, answers)
+        lines = self._fleet.audit_lines(mark)
+        self._check(step, checks.first_from_host("restarted engine hits host", lines, answers))
+
+    async def _lose_the_node(self, step: Step) -> None:
+        sealed = {key.hex() for key in (await self._fleet.settled()).sealed_keys}
+        third = asyncio.Event()
+        seen = 0
+
+        def count(_: Answer) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == len(self._jobs) // 3:
+                third.set()
+
+        async def crash() -> None:
+            await third.wait()
+            await self._fleet.kill_node()
+            await self._fleet.start_node()
+
+        self._progress.stage("the slice again; SIGKILL to the node in its midst", len(self._jobs))
+        async with asyncio.TaskGroup() as group:
+            load = group.create_task(self._closed(self._jobs, count))
+            group.create_task(crash())
+        self._progress.end()
+        answers = load.result()
+        self._check(step, checks.all_succeeded("answered while the node was gone", answers))
+        self._check_answers(step, answers)
+        status = await self._fleet.adopted()
+        adopted = "adopted" if status.arena_adopted else "not adopted"
+        self._check(step, Check("arena", status.arena_adopted, f"memory of the old node {adopted}"))
+        after = {key.hex() for key in status.sealed_keys}
+        self._check(step, checks.all_still_sealed("sealed blocks after the crash", sealed, after))
+        step.figures["sealed_blocks"] = len(sealed)
+        await self._read_sealed(step, sealed)
+
+    async def _read_sealed(self, step: Step, sealed: set[str]) -> None:
+        """With both engines' memory empty, every sealed block must come from the node."""
+        self._progress.stage("starting both engines anew, their memory empty")
+        mark = self._fleet.audit_mark()
+        await self._fleet.kill_engines(range(NUM_ENGINES))
+        await self._fleet.start_engines(range(NUM_ENGINES), fabric=True)
+        await self._fleet.wait_engines_known()
+        self._progress.end()
+        answers = await self._closed_loop("the slice once more", self._jobs)
+        lines = self._fleet.audit_lines(mark)
+        step.figures["after_restart"] = run_figures(answers)
+        self._check(step, checks.all_succeeded("answered after the restarts", answers))
+        self._check_answers(step, answers)
+        self._check(step, checks.some_tokens("SSD is warm", "ssd", answers))
+        self._check(step, checks.all_sealed_served("every sealed block is warm", sealed, lines))
+
+    # --- 3 ---
+
+    async def _withdraw(self) -> None:
+        step = self._step("3  The template's version is withdrawn, and put back")
+        jobs = [self._jobs[index] for index in self._first_of_groups(_QUICK_GROUPS)]
+        whole = [_full_tokens(job) for job in jobs]
+        await self._closed_loop("prompts with the template", jobs)
+        await self._fleet.settled()
+        answers = await self._closed_loop("the same again", jobs)
+        self._check(step, checks.reused_exactly("warm before", answers, whole))
+
+        receipt = await self._fleet.withdraw_template()
+        self._show_receipt(step, "withdrawn", receipt)
+        answers = await self._closed_loop("the same, version withdrawn", jobs)
+        before_template = [BLOCK_TOKENS] * len(jobs)
+        self._check(step, checks.reused_exactly("only before it", answers, before_template))
+        self._check_answers(step, answers)
+
+        receipt = await self._fleet.promote_template()
+        self._show_receipt(step, "put back", receipt)
+        answers = await self._closed_loop("the same, version back", jobs)
+        self._check(step, checks.reused_exactly("warm again", answers, whole))
+        self._check_answers(step, answers)
+
+    def _show_receipt(self, step: Step, what: str, receipt: dict[str, object]) -> None:
+        step.figures[f"receipt_{what.replace(' ', '_')}"] = receipt
+        self._progress.line(f"  receipt: template {TEMPLATE} version {VERSION} {what}")
+        for name, value in receipt.items():
+            self._progress.line(f"    {name}: {value}")
+        self._check(step, checks.receipt_is_complete(f"receipt ({what})", receipt, ["router"]))
+
+    def _first_of_groups(self, count: int) -> list[int]:
+        first: dict[int, int] = {}
+        for index, request in enumerate(self._requests):
+            first.setdefault(request.group, index)
+        return list(first.values())[:count]
+
+    # --- 4 ---
+
+    async def _isolate(self) -> None:
+        step = self._step("4  One tenant's prompts, sent by another")
+        owner, other = TENANTS[:2]
+        own = [r for r in self._requests if r.tenant == owner]
+        prompts = _private_prompts(own)
+        cold = [0] * len(prompts)
+        for name, tenant, label in (
+            ("first time", owner, "for the first time"),
+            ("another tenant", other, "by another tenant"),
+            ("the same tenant", owner, "by the same tenant again"),
+            ("the other again", other, "by the other again"),
+        ):
+            jobs = [Job(index, tenant, prompt) for index, prompt in enumerate(prompts)]
+            warm = name in ("the same tenant", "the other again")
+            expected = [_full_tokens(job) for job in jobs] if warm else cold
+            answers = await self._closed_loop(f"private prompts {label}", jobs)
+            self._check(step, checks.reused_exactly(name, answers, expected))
+            await self._fleet.settled()
+
+    # --- 5 ---
+
+    def _judge(self) -> None:
+        step = self._step("5  Reuse against the ideal")
+        gate = checks.reused_share_of_ideal(
+            "the slice through the fabric", self._through_fabric, sum(self._ideal)
+        )
+        self._check(step, gate)
+        self._check(step, checks.loads_equal_stores("all loads", self._fleet.audit_lines()))
+
+    # --- shared ---
+
+    def _step(self, title: str) -> Step:
+        self._progress.title(title)
+        self._report.steps.append(Step(title))
+        return self._report.steps[-1]
+
+    def _check(self, step: Step, check: Check) -> None:
+        step.checks.append(check)
+        self._progress.check(check)
+
+    def _check_answers(self, step: Step, answers: Sequence[Answer]) -> None:
+        self._check(step, checks.same_answers("answers", self._expected, answers))
+
+    async def _replay(self, label: str, arrivals: Sequence[float]) -> list[Answer]:
+        self._progress.stage(label, len(self._jobs))
+        answers = await replay.open_loop(
+            self._client, self._jobs, arrivals, lambda _: self._progress.advance()
+        )
+        self._progress.end()
+        return answers
+
+    async def _closed_loop(self, label: str, jobs: Sequence[Job]) -> list[Answer]:
+        self._progress.stage(label, len(jobs))
+        answers = await self._closed(jobs, lambda _: None)
+        self._progress.end()
+        return answers
+
+    async def _closed(self, jobs: Sequence[Job], on_answer: replay.OnAnswer) -> list[Answer]:
+        def advance(answer: Answer) -> None:
+            on_answer(answer)
+            self._progress.advance()
+
+        return await replay.closed_loop(self._client, jobs, _CONCURRENCY, advance)
+
+
+def _full_tokens(job: Job) -> int:
+    """Prompt tokens in full blocks: what a warm prompt reuses."""
+    return BLOCK_TOKENS * len(ideal.full_blocks(job.prompt))
+
+
+def _private_prompts(requests: Sequence[SliceRequest]) -> list[tuple[int, ...]]:
+    """One prompt a group, of the blocks behind the one that all tenants have in common."""
+    first: dict[int, SliceRequest] = {}
+    for request in requests:
+        first.setdefault(request.group, request)
+    return [tuple(demo_slice.prompt(r.blocks[1:], template=False)) for r in first.values()]
