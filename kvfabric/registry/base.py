@@ -1,0 +1,161 @@
+"""`Registry`: epochs, tenants, templates, and the log of who changed them.
+
+The verbs are the same for every home of the registry; what differs is `commit`, which makes one change
+durable, in order, and publishes the state after it. What a change does is decided in `changes`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+from kvfabric.errors import ConfigError
+from kvfabric.registry import changes
+from kvfabric.registry.audit import AuditRecord
+from kvfabric.registry.changes import Draft, TenantChange
+from kvfabric.registry.state import RegistryState, TemplateVersion, Tenant, TierQuota
+from kvfabric.types import TenantId
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change that is durable. `version`: of the registry from it on; holders acknowledge that.
+
+    `audit_head`: 32 bytes, the newest link of the audit log, this change included.
+    """
+
+    action: str
+    scope: str
+    old_epoch: int
+    new_epoch: int
+    version: int
+    audit_head: bytes
+
+
+class Registry(ABC):
+    """An async context manager. Every verb that changes something is durable when it returns.
+
+    On cancellation a verb may still take effect; the next state shows. `requested_by` goes into the audit
+    log. Raises ConfigError for what could never be right, NotFound, and Conflict for what the present
+    state forbids; then nothing changed.
+    """
+
+    @abstractmethod
+    async def __aenter__(self) -> Self: ...
+
+    @abstractmethod
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    @property
+    @abstractmethod
+    def state(self) -> RegistryState:
+        """The newest published state; immutable."""
+
+    @abstractmethod
+    async def wait_newer(self, version: int) -> RegistryState:
+        """The newest state as soon as it is newer than `version`."""
+
+    @abstractmethod
+    async def commit(
+        self, decide: Callable[[RegistryState], Draft[Result]], requested_by: str
+    ) -> tuple[Result, Change]:
+        """Make one change: `decide` gets the newest state, pure, and no other change comes between.
+
+        Epochs and version never go back, whatever `decide` says.
+        """
+
+    @abstractmethod
+    async def audit_log(self) -> list[AuditRecord]:
+        """The whole log, oldest first. Raises Conflict if its chain does not hold."""
+
+    # ------------------------------------------------------------------ tenants
+
+    async def create_tenant(
+        self,
+        name: str,
+        host: TierQuota,
+        ssd: TierQuota,
+        *,
+        tenant_id: TenantId | None = None,
+        requested_by: str = "",
+    ) -> tuple[Tenant, str]:
+        """The tenant and its first API key, which is shown this once."""
+        tenant = Tenant(tenant_id or changes.mint_tenant_id(), name, host=host, ssd=ssd)
+        api_key = changes.mint_api_key()
+        return (
+            await self.commit(
+                lambda state: changes.create_tenant(state, tenant, api_key), requested_by
+            )
+        )[0]
+
+    async def set_tenant(
+        self, name: str, change: TenantChange, *, requested_by: str = ""
+    ) -> Tenant:
+        return (
+            await self.commit(lambda state: changes.set_tenant(state, name, change), requested_by)
+        )[0]
+
+    async def create_api_key(self, name: str, *, requested_by: str = "") -> str:
+        """A further key of the tenant, which is shown this once."""
+        api_key = changes.mint_api_key()
+        return (
+            await self.commit(
+                lambda state: changes.create_api_key(state, name, api_key), requested_by
+            )
+        )[0]
+
+    async def revoke_api_key(
+        self, name: str, digest_prefix: str, *, requested_by: str = ""
+    ) -> tuple[Tenant, Change]:
+        """End a key, named by at least 8 hex digits of its digest."""
+        return await self.commit(
+            lambda state: changes.revoke_api_key(state, name, digest_prefix), requested_by
+        )
+
+    # ------------------------------------------------------------------ templates
+
+    async def register_template(
+        self, name: str, version: str, text: bytes, *, is_public: bool, requested_by: str = ""
+    ) -> TemplateVersion:
+        """A new version with an incarnation of its own. It serves at once unless another one of the
+        name does: then it waits, retired, for `promote_template`.
+        """
+        template = TemplateVersion(name, version, changes.mint_incarnation(), text, is_public)
+        return (
+            await self.commit(
+                lambda state: changes.register_template(state, template), requested_by
+            )
+        )[0]
+
+    async def promote_template(self, name: str, version: str, *, requested_by: str = "") -> Change:
+        """Make this version the one that serves: a new one or, as a rollback, a retired one."""
+        return (
+            await self.commit(
+                lambda state: changes.promote_template(state, name, version), requested_by
+            )
+        )[1]
+
+    # ------------------------------------------------------------------ invalidation
+
+    async def invalidate(
+        self, kind: str, name: str, version: str, *, purge: bool, requested_by: str = ""
+    ) -> Change:
+        """Take a template (version), tenant, model or adapter out of reach, everywhere, at once.
+
+        A retired template version comes back by `promote_template`; everything else is for good.
+        """
+        if version and kind != "template":
+            raise ConfigError(f"a {kind} has no versions: {version!r} cannot be meant")
+
+        def decide(state: RegistryState) -> Draft[None]:
+            scope = changes.scope_of(state, kind, name)
+            if kind == "template":
+                return changes.withdraw_template(state, name, version, purge=purge)
+            verb = "purge" if purge else "retire"
+            return changes.invalidate_scope(state, scope, f"{verb}_{kind}")
+
+        return (await self.commit(decide, requested_by))[1]
