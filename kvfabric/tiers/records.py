@@ -14,16 +14,15 @@ it is and where it belongs, so an index can be rebuilt from the files alone. Lit
     40  u64  file bytes     48       identity
 
     identity
-      0  32 B  block key         112  32 B  parent block key
-     32  u32   KV group          144  u32   block index
-     36  u32   shard             148  u16   bytes of the tenant's id
-     40  u64   payload bytes     150  u16   incarnations
-     48  16 B  XXH3-128          152  8 B   namespace tag
-     64  48 B  layout, see below 160        tenant's id, then incarnations of 16 B
+     0 32 B  block key           96 32 B  parent block key
+    32  u32  KV group           128  u32  block index
+    36  u32  shard              132  u16  bytes of the tenant's id
+    40  u64  payload bytes      134  u16  incarnations
+    48 16 B  XXH3-128           136  8 B  namespace tag
+    64 32 B  layout fingerprint 144       tenant's id, then incarnations of 16 B
 
-The layout fingerprint takes 32 of its 48 bytes; the rest is zero. The CRC is CRC-32 (zlib) of the page
-with the CRC field zero. The file id is random and never used again: a record that a file's former life,
-or another file, left behind never passes for one of this file.
+The CRC is CRC-32 (zlib) of the page with the CRC field zero. The file id is random and never used again:
+a record that another file, or a file's former life, left behind never passes for one of this file.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _RECORD_MAGIC = b"KVFREC01"
 _PREFIX = struct.Struct("<8sHHI")
 _FILE = struct.Struct("<16sIIQ")
 _RECORD = struct.Struct("<16sQQ")
-_IDENTITY = struct.Struct("<32sIIQ16s32s16s32sIHH8s")
+_IDENTITY = struct.Struct("<32sIIQ16s32s32sIHH8s")
 _CRC_AT = 12
 _IDENTITY_AT = _PREFIX.size + _RECORD.size
 
@@ -82,7 +81,9 @@ def encode_identity(identity: PartIdentity) -> bytes:
     """Raises LocalProtocolError if a field does not fit."""
     tenant = identity.tenant.encode()
     _require(len(tenant) <= MAX_TENANT_BYTES, "tenant id", len(tenant))
-    _require(len(identity.incarnations) <= MAX_INCARNATIONS, "incarnations", len(identity.incarnations))
+    _require(
+        len(identity.incarnations) <= MAX_INCARNATIONS, "incarnations", len(identity.incarnations)
+    )
     _require(
         all(len(i) == INCARNATION_BYTES for i in identity.incarnations),
         "incarnation lengths",
@@ -105,7 +106,6 @@ def encode_identity(identity: PartIdentity) -> bytes:
             identity.num_bytes,
             identity.checksum,
             identity.layout_fingerprint,
-            b"",
             identity.parent,
             identity.block_index,
             len(tenant),
@@ -127,7 +127,7 @@ def decode_identity(data: bytes | memoryview) -> PartIdentity:
     if len(data) < _IDENTITY.size:
         raise CorruptBlock(f"identity of {len(data)} bytes")
     fields = _IDENTITY.unpack_from(data)
-    key, group, shard, num_bytes, checksum, layout, _, parent, index, tenant, count, tag = fields
+    key, group, shard, num_bytes, checksum, layout, parent, index, tenant, count, tag = fields
     end = _IDENTITY.size + tenant
     if tenant > MAX_TENANT_BYTES or len(data) < end + count * INCARNATION_BYTES:
         raise CorruptBlock(f"identity with a tenant of {tenant} bytes and {count} incarnations")
@@ -156,7 +156,7 @@ def encode_file_header(header: FileHeader) -> bytes:
     return _page(_FILE_MAGIC, _FILE.pack(header.file_id, header.number, 0, header.num_bytes))
 
 
-def decode_file_header(page: bytes | memoryview) -> FileHeader:
+def decode_file_header(page: bytes | bytearray | memoryview) -> FileHeader:
     """Raises CorruptBlock."""
     _check_page(page, _FILE_MAGIC)
     file_id, number, _, num_bytes = _FILE.unpack_from(page, _PREFIX.size)
@@ -169,7 +169,7 @@ def encode_header(header: RecordHeader) -> bytes:
     return _page(_RECORD_MAGIC, place + encode_identity(header.identity))
 
 
-def decode_header(page: bytes | memoryview) -> RecordHeader:
+def decode_header(page: bytes | bytearray | memoryview) -> RecordHeader:
     """Raises CorruptBlock. What it returns is intact, not yet what anybody asked for."""
     _check_page(page, _RECORD_MAGIC)
     file_id, offset, sequence = _RECORD.unpack_from(page, _PREFIX.size)
@@ -181,11 +181,17 @@ def _page(magic: bytes, body: bytes) -> bytes:
     page = bytearray(PAGE_BYTES)
     _PREFIX.pack_into(page, 0, magic, FORMAT_VERSION, 0, 0)
     page[_PREFIX.size : _PREFIX.size + len(body)] = body
-    struct.pack_into("<I", page, _CRC_AT, zlib.crc32(page))
+    struct.pack_into("<I", page, _CRC_AT, _page_crc(page))
     return bytes(page)
 
 
-def _check_page(page: bytes | memoryview, magic: bytes) -> None:
+def _page_crc(page: bytes | bytearray | memoryview) -> int:
+    """Of the page with the CRC field zero."""
+    with_zero = zlib.crc32(bytes(4), zlib.crc32(page[:_CRC_AT]))
+    return zlib.crc32(memoryview(page)[_CRC_AT + 4 :], with_zero)
+
+
+def _check_page(page: bytes | bytearray | memoryview, magic: bytes) -> None:
     if len(page) != PAGE_BYTES:
         raise CorruptBlock(f"header page of {len(page)} bytes")
     found, version, _, crc = _PREFIX.unpack_from(page)
@@ -193,13 +199,13 @@ def _check_page(page: bytes | memoryview, magic: bytes) -> None:
         raise CorruptBlock(f"no header here: starts with {found.hex()}, not {magic.hex()}")
     if version != FORMAT_VERSION:
         raise CorruptBlock(f"header of format {version}; this release reads {FORMAT_VERSION}")
-    actual = zlib.crc32(memoryview(page)[_CRC_AT + 4 :], zlib.crc32(bytes(4), zlib.crc32(page[:_CRC_AT])))
+    actual = _page_crc(page)
     if actual != crc:
         raise CorruptBlock(f"header CRC {actual:08x}, recorded {crc:08x}")
 
 
 def verify_header(
-    page: bytes | memoryview, file_id: bytes, location: Location, identity: PartIdentity
+    page: bytes | bytearray | memoryview, file_id: bytes, location: Location, identity: PartIdentity
 ) -> None:
     """Raises CorruptBlock unless `page` is the intact header of exactly this part at this place."""
     header = decode_header(page)
@@ -214,7 +220,9 @@ def verify_header(
             for name in PartIdentity.__slots__
             if getattr(header.identity, name) != getattr(identity, name)
         ]
-        raise CorruptBlock(f"record at {location} is of another part: {', '.join(differing)} differ")
+        raise CorruptBlock(
+            f"record at {location} is of another part: {', '.join(differing)} differ"
+        )
 
 
 def verify_payload(payload: memoryview, identity: PartIdentity) -> None:

@@ -1,0 +1,104 @@
+"""Files without the page cache: O_DIRECT, vectors of aligned buffers, and foreign errors translated.
+
+Blocking; callers run it in a pool. O_DIRECT wants addresses, lengths and offsets in multiples of the
+device's block: everything here is in pages of 4 KiB. Where a file system refuses O_DIRECT the same calls
+go through the page cache, and `open_file` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvfabric.errors import NoSpace, TransferError
+from kvfabric.tiers.records import PAGE_BYTES
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MAX_BUFFERS = 1024  # IOV_MAX of Linux
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """OSError becomes NoSpace (full: disk, quota or file size) or TransferError (anything else)."""
+    try:
+        yield
+    except OSError as exc:
+        name = errno.errorcode.get(exc.errno or 0, "?")
+        kind = NoSpace if exc.errno in _NO_SPACE else TransferError
+        raise kind(f"{what}: {exc.strerror or exc} ({name})") from exc
+
+
+def round_up(num_bytes: int) -> int:
+    """To whole pages."""
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def aligned_buffer(num_bytes: int) -> memoryview:
+    """Zeroed, page-aligned, whole pages; unmapped when the last view of it goes."""
+    return memoryview(mmap.mmap(-1, round_up(num_bytes)))
+
+
+def is_aligned(view: memoryview) -> bool:
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address % PAGE_BYTES == 0
+
+
+def open_file(path: Path, flags: int, *, direct: bool) -> tuple[int, bool]:
+    """A descriptor, and whether it bypasses the page cache. Raises OSError."""
+    flags |= os.O_CLOEXEC
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o600), True
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags, 0o600), False
+
+
+def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Write aligned buffers one after the other. Raises OSError; then any part may be written."""
+    pending = list(buffers)
+    while pending:
+        batch = pending[:_MAX_BUFFERS]
+        written = os.pwritev(fd, batch, offset)
+        if written <= 0 or (written % PAGE_BYTES and written < sum(map(len, batch))):
+            raise OSError(errno.EIO, f"short write of {written} bytes")
+        offset += written
+        pending = _after(pending, written)
+
+
+def read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Fill aligned buffers one after the other; returns bytes read, fewer at the end of the file."""
+    pending = list(buffers)
+    total = 0
+    while pending:
+        got = os.preadv(fd, pending[:_MAX_BUFFERS], offset + total)
+        total += got
+        pending = _after(pending, got)
+        if got == 0 or got % PAGE_BYTES:
+            break
+    return total
+
+
+def _after(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:
+    """What is left of `buffers` behind their first `num_bytes`."""
+    for index, buffer in enumerate(buffers):
+        if num_bytes < len(buffer):
+            return [buffer[num_bytes:], *buffers[index + 1 :]]
+        num_bytes -= len(buffer)
+    return []
+
+
+def sync_directory(path: Path) -> None:
+    """Make creations and removals in `path` durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,52 @@
+"""Threads for blocking work on buffers that somebody else owns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def finished(*futures: asyncio.Future[T]) -> None:
+    """Wait until all are done, whatever they return, putting cancellation off until then."""
+    cancelled: asyncio.CancelledError | None = None
+    while pending := [future for future in futures if not future.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is not None:
+        for future in futures:
+            with contextlib.suppress(asyncio.CancelledError):
+                future.exception()  # seen: nobody else will look at it
+        raise cancelled
+
+
+class IoPool:
+    """A bounded pool. A caller that is cancelled gets CancelledError only after its work ended, so
+    that it can free the buffers it lent."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        [result] = await self.run_all([work])
+        return result
+
+    async def run_all(self, works: Sequence[Callable[[], T]]) -> list[T]:
+        """Run side by side; when all have ended, returns the results or raises the first error."""
+        loop = asyncio.get_running_loop()
+        futures = [loop.run_in_executor(self._executor, work) for work in works]
+        await finished(*futures)
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in futures]
+
+    async def close(self) -> None:
+        """Waits for work that is under way, on a thread of its own."""
+        await finished(asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown))

@@ -1,0 +1,223 @@
+"""One segment file: made once at its full length, appended to, read, scanned, removed. Blocking.
+
+Owns a descriptor and the bytes behind it, knows nothing of the index or of other files. `SegmentTier`
+calls it from its pool, except `hold`/`drop`/`retire`, which belong to the event loop.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from kvfabric.errors import CorruptBlock, TransferError
+from kvfabric.tiers import direct_io
+from kvfabric.tiers.base import Location, PartIdentity
+from kvfabric.tiers.records import (
+    FILE_ID_BYTES,
+    PAGE_BYTES,
+    FileHeader,
+    RecordHeader,
+    decode_file_header,
+    decode_header,
+    encode_file_header,
+    encode_header,
+    record_bytes,
+    verify_header,
+)
+
+_PATTERN = "seg-*.kvf"
+
+
+class Appended(NamedTuple):
+    """A record about to be written."""
+
+    offset: int
+    sequence: int
+    identity: PartIdentity
+    payload: memoryview
+
+
+def path_of(directory: Path, number: int) -> Path:
+    return directory / f"seg-{number:08x}.kvf"
+
+
+def numbers_in(directory: Path) -> list[int]:
+    """Numbers of the segment files there, ascending: the order in which they were made."""
+    found = []
+    for path in directory.glob(_PATTERN):
+        try:
+            number = int(path.stem.removeprefix("seg-"), 16)
+        except ValueError:
+            continue
+        if path == path_of(directory, number):
+            found.append(number)
+    return sorted(found)
+
+
+class SegmentFile:
+    """Every method but the last three blocks and raises NoSpace or TransferError."""
+
+    def __init__(self, path: Path, header: FileHeader, fd: int, *, direct: bool) -> None:
+        self.path = path
+        self.header = header
+        self.direct = direct
+        self._fd = fd
+        self._holders = 0
+        self._retired = False
+
+    def __repr__(self) -> str:
+        return (
+            f"<SegmentFile {self.path.name} {self.header.num_bytes} bytes, {self._holders} holders>"
+        )
+
+    @classmethod
+    def create(cls, directory: Path, number: int, num_bytes: int, *, direct: bool) -> Self:
+        """A new file with all its blocks allocated, durable by the time this returns."""
+        path = path_of(directory, number)
+        header = FileHeader(secrets.token_bytes(FILE_ID_BYTES), number, num_bytes)
+        with direct_io.translated(f"create {path}"):
+            fd, is_direct = direct_io.open_file(
+                path, os.O_CREAT | os.O_EXCL | os.O_RDWR, direct=direct
+            )
+            try:
+                os.posix_fallocate(fd, 0, num_bytes)
+                page = direct_io.aligned_buffer(PAGE_BYTES)
+                page[:] = encode_file_header(header)
+                direct_io.write_all(fd, [page], 0)
+                os.fsync(fd)
+                direct_io.sync_directory(directory)
+            except BaseException:
+                os.close(fd)
+                path.unlink()
+                raise
+        return cls(path, header, fd, direct=is_direct)
+
+    @classmethod
+    def open(cls, directory: Path, header: FileHeader, *, direct: bool) -> Self:
+        """An existing file, as the index describes it."""
+        path = path_of(directory, header.number)
+        with direct_io.translated(f"open {path}"):
+            fd, is_direct = direct_io.open_file(path, os.O_RDWR, direct=direct)
+        return cls(path, header, fd, direct=is_direct)
+
+    @classmethod
+    def open_by_itself(cls, directory: Path, number: int, *, direct: bool) -> Self:
+        """An existing file, as its own header describes it. Raises CorruptBlock if it has none."""
+        path = path_of(directory, number)
+        with direct_io.translated(f"open {path}"):
+            fd, is_direct = direct_io.open_file(path, os.O_RDWR, direct=direct)
+            try:
+                page = direct_io.aligned_buffer(PAGE_BYTES)
+                got = direct_io.read_all(fd, [page], 0)
+                header = _header_of(page[:got], path, number)
+            except BaseException:
+                os.close(fd)
+                raise
+        return cls(path, header, fd, direct=is_direct)
+
+    def append(self, records: Sequence[Appended]) -> None:
+        """Write neighbouring records in one call to the kernel. Not durable before `sync`."""
+        pages = direct_io.aligned_buffer(2 * PAGE_BYTES * len(records))
+        buffers: list[memoryview] = []
+        for index, record in enumerate(records):
+            at = 2 * index * PAGE_BYTES
+            head, tail = pages[at : at + PAGE_BYTES], pages[at + PAGE_BYTES : at + 2 * PAGE_BYTES]
+            head[:] = encode_header(
+                RecordHeader(self.header.file_id, record.offset, record.sequence, record.identity)
+            )
+            buffers += [head, *_aligned_payload(record.payload, tail)]
+        with direct_io.translated(f"write {self.path}"):
+            direct_io.write_all(self._fd, buffers, records[0].offset)
+
+    def sync(self) -> None:
+        with direct_io.translated(f"sync {self.path}"):
+            os.fdatasync(self._fd)
+
+    def read(self, offset: int, identity: PartIdentity, buffer: memoryview) -> memoryview:
+        """Read the record's payload, straight into `buffer` where it is aligned and long enough.
+
+        Returns a view of the payload, in `buffer` or in memory of its own, after the header was found
+        to be this part's. Raises CorruptBlock. The payload itself is not verified yet.
+        """
+        page = direct_io.aligned_buffer(PAGE_BYTES)
+        padded = record_bytes(identity.num_bytes) - PAGE_BYTES
+        target = buffer[:padded]
+        if len(target) < padded or not direct_io.is_aligned(target):
+            target = direct_io.aligned_buffer(padded)
+        with direct_io.translated(f"read {self.path} at {offset}"):
+            got = direct_io.read_all(self._fd, [page, target], offset)
+        if got < PAGE_BYTES + padded:
+            raise CorruptBlock(f"{self.path} ends {got} bytes after {offset}")
+        verify_header(page, self.header.file_id, Location(self.header.number, offset), identity)
+        return target[: identity.num_bytes]
+
+    def scan(self) -> Iterator[RecordHeader]:
+        """Intact headers from the first record on, up to the first page that is not one.
+
+        Sequences must rise: what an abandoned write left behind the last record has an older one.
+        """
+        page = direct_io.aligned_buffer(PAGE_BYTES)
+        offset, sequence = PAGE_BYTES, -1
+        while offset < self.header.num_bytes:
+            with direct_io.translated(f"scan {self.path} at {offset}"):
+                got = direct_io.read_all(self._fd, [page], offset)
+            try:
+                header = decode_header(page[:got])
+            except CorruptBlock:
+                return
+            end = offset + record_bytes(header.identity.num_bytes)
+            expected = (self.header.file_id, offset)
+            if (header.file_id, header.offset) != expected or header.sequence <= sequence:
+                return
+            if end > self.header.num_bytes:
+                return
+            yield header
+            offset, sequence = end, header.sequence
+
+    def unlink(self) -> None:
+        """Durably remove the name. Readers that hold the file finish undisturbed."""
+        with direct_io.translated(f"remove {self.path}"):
+            self.path.unlink(missing_ok=True)
+            direct_io.sync_directory(self.path.parent)
+
+    def hold(self) -> None:
+        """Keep the descriptor open until `drop`, whatever happens to the name."""
+        if self._retired:
+            raise TransferError(f"{self.path.name} was reclaimed")
+        self._holders += 1
+
+    def drop(self) -> None:
+        self._holders -= 1
+        if self._retired and not self._holders:
+            os.close(self._fd)
+
+    def retire(self) -> None:
+        """No new holders; the descriptor closes with the last one."""
+        if self._retired:
+            return
+        self._retired = True
+        if not self._holders:
+            os.close(self._fd)
+
+
+def _header_of(page: memoryview, path: Path, number: int) -> FileHeader:
+    header = decode_file_header(page)
+    if header.number != number:
+        raise CorruptBlock(f"{path} says it is file {header.number}")
+    return header
+
+
+def _aligned_payload(payload: memoryview, tail: memoryview) -> list[memoryview]:
+    """`payload` padded to whole pages, as aligned buffers; `tail` is a zeroed page to pad in."""
+    if not direct_io.is_aligned(payload):
+        copy = direct_io.aligned_buffer(len(payload))
+        copy[: len(payload)] = payload
+        return [copy]
+    whole = len(payload) // PAGE_BYTES * PAGE_BYTES
+    if whole == len(payload):
+        return [payload]
+    tail[: len(payload) - whole] = payload[whole:]
+    return [payload[:whole], tail] if whole else [tail]
