@@ -1,0 +1,265 @@
+"""The OpenAI HTTP API as data: what a request asks, what an error looks like. Pure.
+
+Reads bodies and answers, decides nothing about routing. What a client may not set is dropped here: the
+fields by which router, engine and node talk about the cache, whoever sent them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from kvfabric import tokenizer
+from kvfabric.errors import KVFabricError
+
+COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
+MAX_BODY_BYTES = 16 << 20
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's own default for completions; only used to tell a request that cannot fit."""
+
+_RESERVED = frozenset(
+    {
+        "cache_salt",
+        "data_parallel_rank",
+        "extra_key",
+        "kv_transfer_params",
+        "request_id",
+        "rid",
+        "vllm_xargs",
+    }
+)
+_RESERVED_PREFIXES = ("bootstrap_", "ec_transfer", "kv_", "kvfabric")
+# With one of these set, the prompt's tokens are not what the router would make of its text.
+_OPAQUE = frozenset(
+    {
+        "add_generation_prompt",
+        "add_special_tokens",
+        "chat_template",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "documents",
+        "functions",
+        "mm_processor_kwargs",
+        "prompt_embeds",
+        "suffix",
+        "tools",
+        "truncate_prompt_tokens",
+    }
+)
+_RETRY_AFTER = (429, 503)
+
+
+class ApiError(KVFabricError):
+    """An answer of the router's own, in the shape that OpenAI clients read."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int = 1,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status in _RETRY_AFTER:
+            return {"Retry-After": str(self.retry_after_s)}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+    def body(self) -> bytes:
+        return error_body(self.status, str(self), code=self.reason, param=self.param)
+
+
+def error_body(
+    status: int, message: str, *, code: str | None = None, param: str | None = None
+) -> bytes:
+    """`{"error": {...}}` as JSON."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return msgspec.json.encode(
+        {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """One request for an answer of a model.
+
+    `text` or `token_ids` is its prompt; both are None if the router cannot know its tokens (several
+    prompts, images, tools, an engine-side template): such a request is served and reuses nothing.
+    `body` is the client's without the fields that are not a client's to set.
+    """
+
+    model: str
+    text: str | None
+    token_ids: list[int] | None
+    max_tokens: int
+    stream: bool
+    usage_wanted: bool
+    body: Mapping[str, Any]
+
+
+def parse(path: str, raw: bytes) -> ModelRequest:
+    """The request in `raw` to COMPLETIONS or CHAT_COMPLETIONS. Raises ApiError 400."""
+    body = _decode(raw)
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise ApiError(400, "`model` must be the name of a model", param="model")
+    stream = body.get("stream") or False
+    if not isinstance(stream, bool):
+        raise ApiError(400, "`stream` must be true or false", param="stream")
+    text, token_ids = _chat(body) if path == CHAT_COMPLETIONS else _prompt(body.get("prompt"))
+    if any(body.get(name) not in (None, False) for name in _OPAQUE):
+        text = token_ids = None
+    options = body.get("stream_options")
+    return ModelRequest(
+        model=model,
+        text=text,
+        token_ids=token_ids,
+        max_tokens=_max_tokens(body, path),
+        stream=stream,
+        usage_wanted=isinstance(options, dict) and options.get("include_usage") is True,
+        body={name: value for name, value in body.items() if not is_reserved(name)},
+    )
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a body field is not a client's to set."""
+    return name in _RESERVED or name.startswith(_RESERVED_PREFIXES)
+
+
+def _decode(raw: bytes) -> dict[str, Any]:
+    try:
+        body = msgspec.json.decode(raw)
+    except (ValueError, RecursionError) as exc:
+        raise ApiError(400, f"the body is not JSON: {exc}", code="invalid_json") from exc
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def _prompt(prompt: object) -> tuple[str | None, list[int] | None]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list | str):
+        prompt = prompt[0]
+    if isinstance(prompt, str) and prompt:
+        return prompt, None
+    if not isinstance(prompt, list) or not prompt:
+        raise ApiError(400, "`prompt` must be text or token ids, not empty", param="prompt")
+    if all(isinstance(one, list | str) and one for one in prompt):
+        return None, None
+    try:
+        return None, msgspec.convert(prompt, list[int])
+    except msgspec.ValidationError as exc:
+        raise ApiError(
+            400, f"`prompt` must be text, token ids or a list of either: {exc}", param="prompt"
+        ) from exc
+
+
+def _chat(body: Mapping[str, Any]) -> tuple[str | None, None]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "`messages` must be a list of messages, not empty", param="messages")
+    plain = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ApiError(400, "each of `messages` needs a `role`", param="messages")
+        if not isinstance(message.get("content"), str):
+            return None, None  # content parts: images, audio, or text in pieces
+        plain.append({"role": message["role"], "content": message["content"]})
+    return tokenizer.render_chat(plain), None
+
+
+def _max_tokens(body: Mapping[str, Any], path: str) -> int:
+    for name in ("max_completion_tokens", "max_tokens"):
+        value = body.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ApiError(400, f"`{name}` must be a number of tokens", param=name)
+        return value
+    return DEFAULT_MAX_TOKENS if path == COMPLETIONS else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an engine says it did, in tokens. Tiers are 0 where the engine does not tell them apart."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    hbm_tokens: int
+    host_tokens: int
+    ssd_tokens: int
+
+
+def parse_usage(answer: object) -> Usage | None:
+    """`usage` of a decoded answer or stream event; None if it has none that can be read."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    tiers = details.get("kvfabric")
+    tiers = tiers if isinstance(tiers, dict) else {}
+    return Usage(
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        cached_tokens=_count(details, "cached_tokens"),
+        hbm_tokens=_count(tiers, "hbm_tokens"),
+        host_tokens=_count(tiers, "host_tokens"),
+        ssd_tokens=_count(tiers, "ssd_tokens"),
+    )
+
+
+def _count(values: Mapping[str, Any], name: str) -> int:
+    value = values.get(name)
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def decode_answer(raw: bytes) -> object:
+    """An engine's JSON, or None if it is not JSON."""
+    try:
+        return msgspec.json.decode(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+class EventSplitter:
+    """Cuts a server-sent event stream into whole events, so that an error event can follow any of them.
+
+    `feed` returns the bytes of the events that are complete now; `rest` what is not. An event larger
+    than `MAX_EVENT_BYTES` is handed on in pieces: memory is bounded, not the engine's answer.
+    """
+
+    MAX_EVENT_BYTES = 1 << 20
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        data = self.rest + chunk
+        marks = (b"\n\n", b"\r\n\r\n")
+        end = max((at + len(m) for m in marks if (at := data.rfind(m)) >= 0), default=0)
+        if len(data) - end > self.MAX_EVENT_BYTES:
+            end = len(data)
+        self.rest = data[end:]
+        return data[:end]
+
+
+def events_of(data: bytes) -> list[bytes]:
+    """The `data:` payloads in a run of whole events."""
+    return [
+        line[5:].strip()
+        for line in data.replace(b"\r\n", b"\n").split(b"\n")
+        if line[:5] == b"data:"
+    ]

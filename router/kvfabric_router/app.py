@@ -1,0 +1,281 @@
+"""The HTTP front door: routes, the outer shape of every answer, and what lives as long as the router.
+
+`running(config)` owns everything: the links to the nodes, the prober, the client session, the listener.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from kvfabric.config import RouterConfig, split_address
+from kvfabric.errors import ConfigError, KVFabricError
+from kvfabric.events.index import FleetIndex
+from kvfabric_router import api
+from kvfabric_router.api import ApiError
+from kvfabric_router.dispatch import Call, Planner, explain
+from kvfabric_router.fleet import Fleet
+from kvfabric_router.lease import EpochLease
+from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.nodes import NodeLink
+from kvfabric_router.probes import Prober
+from kvfabric_router.proxy import REQUEST_ID, RESULT, Proxy
+from kvfabric_router.registry_view import RegistryView
+
+MAX_IN_FLIGHT = 2048
+STOP_S = 30.0
+"""How long answers in progress may take to end when the router stops."""
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_TENANT = "tenant"
+
+_log = logging.getLogger(__name__)
+
+
+@web.middleware
+async def _openai_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Every error in the shape that OpenAI clients read, every answer with its request id."""
+    request[REQUEST_ID] = f"req-{secrets.token_hex(16)}"
+    try:
+        response = await handler(request)
+    except ApiError as exc:
+        response = web.Response(status=exc.status, body=exc.body(), headers=exc.headers)
+        response.content_type = "application/json"
+    except web.HTTPException as exc:
+        body = api.error_body(exc.status, f"{exc.reason}: {request.method} {request.path}")
+        response = web.Response(status=exc.status, body=body, content_type="application/json")
+    except KVFabricError:
+        _log.exception("request %s", request[REQUEST_ID])
+        body = api.error_body(500, "The router failed on this request.")
+        response = web.Response(status=500, body=body, content_type="application/json")
+    if not response.prepared:
+        response.headers.setdefault(REQUEST_ID, request[REQUEST_ID])
+    return response
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Router:
+    """The parts of one running router."""
+
+    config: RouterConfig
+    fleet: Fleet
+    index: FleetIndex
+    registry: RegistryView
+    metrics: RouterMetrics
+    planner: Planner
+    proxy: Proxy
+    links: tuple[NodeLink, ...]
+    url: str = ""
+
+    def application(self) -> web.Application:
+        """The routes, as one table."""
+        app = web.Application(middlewares=[_openai_errors], client_max_size=api.MAX_BODY_BYTES)
+        app.add_routes(
+            [
+                web.post(api.COMPLETIONS, self.complete),
+                web.post(api.CHAT_COMPLETIONS, self.complete),
+                web.get("/v1/models", self.models),
+                web.get("/v1/kvfabric/decisions/{request_id}", self.decision),
+                web.get("/healthz", self.healthz),
+                web.get("/readyz", self.readyz),
+                web.get("/metrics", self.metrics_text),
+            ]
+        )
+        return app
+
+    # ------------------------------------------------------------------ the OpenAI API
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        """A completion, of a text or of a chat."""
+        try:
+            response = await self._complete(request)
+        except ApiError as exc:
+            self._count(request, str(exc.status))
+            raise
+        except web.HTTPException as exc:
+            self._count(request, str(exc.status))
+            raise
+        except (asyncio.CancelledError, ConnectionError):
+            self._count(request, "disconnected")
+            raise
+        self._count(request, request.get(RESULT, str(response.status)))
+        return response
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        tenant = self.registry.authenticate(request.headers.get("Authorization"))
+        request[_TENANT] = tenant.tenant_id
+        if self.fleet.num_flights >= MAX_IN_FLIGHT:
+            raise ApiError(429, "The router has as many requests as it takes.", code="overloaded")
+        call = Call(
+            request_id=request[REQUEST_ID],
+            tenant=tenant,
+            request=api.parse(request.path, await request.read()),
+            no_store="no-store" in request.headers.get("Cache-Control", "").lower(),
+        )
+        return await self.proxy.serve(request, call)
+
+    def _count(self, request: web.Request, result: str) -> None:
+        tenant = request.get(_TENANT, "")
+        self.metrics.requests.labels(tenant=tenant, result=result).inc()
+
+    async def models(self, request: web.Request) -> web.Response:
+        """The models that engines serve now."""
+        self.registry.authenticate(request.headers.get("Authorization"))
+        names = sorted({engine.model_name for engine in self.fleet.view().engines})
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "kvfabric"} for name in names
+        ]
+        return _json({"object": "list", "data": data})
+
+    async def decision(self, request: web.Request) -> web.Response:
+        """Why a recent request of this tenant went where it went."""
+        tenant = self.registry.authenticate(request.headers.get("Authorization"))
+        plan = self.planner.decision(request.match_info["request_id"], tenant.tenant_id)
+        if plan is None:
+            raise ApiError(404, "No recent request of yours has this id.", code="unknown_request")
+        return _json(explain(plan))
+
+    # ------------------------------------------------------------------ for operators
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        """The process serves."""
+        return _json({"status": "ok"})
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """Requests can be answered: tenants are known and an engine takes requests."""
+        parts = {
+            "registry": self.registry.state is not None,
+            "engines": self.fleet.counts()["taking"] > 0,
+        }
+        # For information: without these requests are answered too, but reuse nothing or less.
+        details = {
+            "epoch_lease": self.registry.usable() is not None,
+            "nodes_connected": sum(link.connected for link in self.links),
+        }
+        ready = all(parts.values())
+        return _json({"ready": ready, **parts, **details}, status=200 if ready else 503)
+
+    async def metrics_text(self, request: web.Request) -> web.Response:
+        """Prometheus metrics."""
+        for result, number in self.fleet.counts().items():
+            self.metrics.engines.labels(result=result).set(number)
+        self.metrics.in_flight.set(self.fleet.num_flights)
+        self.metrics.lease.set(self.registry.usable() is not None)
+        index = self.index.statistics()
+        self.metrics.index_blocks.set(index.num_blocks)
+        self.metrics.index_bytes.set(index.num_bytes)
+        return web.Response(
+            body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
+
+
+def _json(value: object, *, status: int = 200) -> web.Response:
+    return web.Response(
+        status=status, body=msgspec.json.encode(value), content_type="application/json"
+    )
+
+
+def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
+    fleet = Fleet(clock=time.monotonic)
+    fleet.configure(config.engines)
+    index = FleetIndex(capacity=1 << 16)
+    registry = RegistryView(lease=EpochLease())
+    metrics = RouterMetrics()
+    planner = Planner(config, fleet=fleet, index=index, registry=registry, metrics=metrics)
+    holder_id = f"router-{secrets.token_hex(8)}"
+    links = tuple(
+        NodeLink(
+            socket,
+            holder_id=holder_id,
+            fleet=fleet,
+            index=index,
+            registry=registry if number == 0 else None,
+            metrics=metrics,
+        )
+        for number, socket in enumerate(config.admin_sockets)
+    )
+    proxy = Proxy(
+        planner=planner,
+        fleet=fleet,
+        http=http,
+        metrics=metrics,
+        timeout_s=config.request_timeout_s,
+    )
+    return Router(config, fleet, index, registry, metrics, planner, proxy, links)
+
+
+@contextlib.asynccontextmanager
+async def running(config: RouterConfig) -> AsyncIterator[Router]:
+    """A router that listens, with its links and probes, until the block ends.
+
+    On the way out: no new connections, answers in progress get STOP_S to end, then all is closed.
+    Raises ConfigError if the address cannot be listened on.
+    """
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+        router = _build(config, http)
+        work = [link.run() for link in router.links]
+        async with _background(*work, Prober(router.fleet, http).run()), _listening(router) as url:
+            yield dataclasses.replace(router, url=url)
+
+
+@contextlib.asynccontextmanager
+async def _background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `work` while the block runs. A fault in either ends both, and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+@contextlib.asynccontextmanager
+async def _listening(router: Router) -> AsyncIterator[str]:
+    # handler_cancellation: a client that goes away ends its handler, and with it the engine's work.
+    runner = web.AppRunner(
+        router.application(), handler_cancellation=True, shutdown_timeout=STOP_S, access_log=None
+    )
+    host, port = split_address(router.config.listen, "router.listen")
+    await runner.setup()
+    try:
+        await _listen(runner, host, port)
+        address = runner.addresses[0]
+        yield f"http://{address[0]}:{address[1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as exc:
+        raise ConfigError(f"router.listen: cannot listen on {host}:{port}: {exc.strerror}") from exc
+
+
+async def serve_until_stopped(config: RouterConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then stop gracefully."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(config) as router:
+        print(f"kvfabric router ready: {router.url}", file=sys.stderr, flush=True)
+        await stop.wait()

@@ -1,0 +1,44 @@
+"""API keys to tenants. Pure: the registry holds digests, a request carries the key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from kvfabric.registry.state import RegistryState, Tenant
+from kvfabric.types import DEFAULT_TENANT
+from kvfabric_router.api import ApiError
+
+_SCHEME = "bearer "
+
+
+class TenantDirectory:
+    """Who may use the router under one registry state.
+
+    As long as no tenant has a key, requests belong to the tenant `default`, key or no key: a first try
+    needs no set-up. From the first key on, every request needs one.
+    """
+
+    def __init__(self, state: RegistryState) -> None:
+        self._tenants: Mapping[bytes, Tenant] = {
+            digest: tenant for tenant in state.tenants.values() for digest in tenant.api_key_digests
+        }
+        self._default = state.tenants.get(DEFAULT_TENANT) or Tenant(DEFAULT_TENANT, DEFAULT_TENANT)
+
+    def authenticate(self, authorization: str | None) -> Tenant:
+        """The tenant of an `Authorization` header. Raises ApiError 401."""
+        if not self._tenants:
+            return self._default
+        if not authorization or not authorization.lower().startswith(_SCHEME):
+            raise ApiError(
+                401,
+                "No API key: send `Authorization: Bearer kvf-...` "
+                "(`kvfabric tenant create NAME` prints one).",
+                code="missing_api_key",
+            )
+        key = authorization[len(_SCHEME) :].strip()
+        # Looked up by digest: how long it takes tells nothing of any stored key.
+        tenant = self._tenants.get(hashlib.sha256(key.encode(errors="replace")).digest())
+        if tenant is None:
+            raise ApiError(401, "This API key is unknown or revoked.", code="invalid_api_key")
+        return tenant

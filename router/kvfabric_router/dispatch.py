@@ -1,0 +1,362 @@
+"""One request's way: what it is, which engine gets it, with which handle and salt. Sync decisions.
+
+`Planner.plan` is the whole decision, made anew for each attempt: over the engines that take requests now,
+by the registry state of now. What it returns is sent at once. `proxy` does the sending.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvfabric.config import RouterConfig
+from kvfabric.errors import KVFabricError, UnknownTenant
+from kvfabric.events.index import FleetIndex, Holder, Present
+from kvfabric.handle import PARAMS_FIELD
+from kvfabric.keyring import Keyring
+from kvfabric.registry.state import RegistryState, Tenant
+from kvfabric_router import policy
+from kvfabric_router.api import ApiError, ModelRequest
+from kvfabric_router.fleet import Fleet
+from kvfabric_router.identity import PromptKeys, RequestIdentity, one_time_salt
+from kvfabric_router.keyring_reader import KeyringReader
+from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.policy import Candidate, EngineView, Ranked, Reuse
+from kvfabric_router.prompt import TOKENIZERS, tokenise
+from kvfabric_router.registry_view import RegistryView
+
+KEPT_DECISIONS = 1024
+_BYTES_PER_TOKEN = 4  # of a prompt whose tokens nobody told us: only a load estimate
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Call:
+    """A client's request with what was found out about it so far. Lives as long as the request."""
+
+    request_id: str
+    tenant: Tenant
+    request: ModelRequest
+    no_store: bool = False
+    tried: set[str] = field(default_factory=set)
+    tokens: dict[str, Sequence[int] | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a call goes now. `ranked[0]` is the choice; the others are kept to explain it."""
+
+    ranked: tuple[Ranked, ...]
+    body: Mapping[str, Any]
+    reason: str
+    """Why nothing may be reused; empty if it may."""
+
+    @property
+    def engine(self) -> EngineView:
+        return self.ranked[0].candidate.engine
+
+
+class Planner:
+    """See the module."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        fleet: Fleet,
+        index: FleetIndex,
+        registry: RegistryView,
+        metrics: RouterMetrics,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._index = index
+        self._registry = registry
+        self._metrics = metrics
+        self._keyring = KeyringReader(config.state_dir)
+        self._rng = rng or random.Random()
+        self._turn = 0
+        self._decisions: OrderedDict[str, tuple[str, Plan]] = OrderedDict()
+
+    def plan(self, call: Call) -> Plan:
+        """Choose an engine and make what it needs. Raises ApiError 400, 404 or 503."""
+        began = time.perf_counter()
+        engines = self._eligible(call)
+        identities = _Identities(call, self._usable_state(call), self._keyring, self._registry)
+        matches = _Matches(self._index)
+        candidates = [self._candidate(call, engine, identities, matches) for engine in engines]
+        ranked = self._rank(candidates)
+        body, reason = self._body(call, ranked[0].candidate.engine, identities)
+        plan = Plan(ranked, body, reason)
+        self._remember(call, plan)
+        self._count(call, plan, identities)
+        self._metrics.decision.observe(time.perf_counter() - began)
+        return plan
+
+    def decision(self, request_id: str, tenant: str) -> Plan | None:
+        """The last plan of a tenant's own request, while it is remembered."""
+        owner, plan = self._decisions.get(request_id, ("", None))
+        return plan if owner == tenant else None
+
+    # ------------------------------------------------------------------ who could
+
+    def _eligible(self, call: Call) -> list[EngineView]:
+        name = call.request.model
+        if not self._fleet.knows_model(name):
+            raise ApiError(
+                404, f"The model `{name}` does not exist.", code="model_not_found", param="model"
+            )
+        taking = [e for e in self._fleet.view().engines if e.model_name == name]
+        taking = [e for e in taking if e.endpoint not in call.tried]
+        if not taking:
+            raise ApiError(503, f"No engine of `{name}` takes requests now.", code="no_engine")
+        fitting = [e for e in taking if self._fits(call, e)]
+        if not fitting:
+            limit = max(e.max_model_tokens for e in taking)
+            raise ApiError(
+                400,
+                f"The prompt and `max_tokens` ({call.request.max_tokens}) together exceed the "
+                f"{limit} tokens that `{name}` takes.",
+                code="context_length_exceeded",
+                param="prompt",
+            )
+        return fitting
+
+    def _fits(self, call: Call, engine: EngineView) -> bool:
+        tokens = tokens_of(call, engine.tokenizer)
+        if tokens is None or not engine.max_model_tokens:
+            return True  # the engine itself will say
+        return len(tokens) + call.request.max_tokens <= engine.max_model_tokens
+
+    # ------------------------------------------------------------------ what it would cost
+
+    def _usable_state(self, call: Call) -> RegistryState | None:
+        return self._registry.usable() if self._config.fabric else None
+
+    def _candidate(
+        self, call: Call, engine: EngineView, identities: _Identities, matches: _Matches
+    ) -> Candidate:
+        keys = identities.keys(engine)
+        reuse = Reuse()
+        if keys is not None and not call.tenant.opted_out:
+            present = matches.of(keys)
+            reuse = policy.reuse_of(engine, present, len(keys.keys), keys.block_tokens)
+        tokens = tokens_of(call, engine.tokenizer)
+        length = len(tokens) if tokens is not None else _guess_tokens(call.request)
+        return Candidate(engine, length, reuse)
+
+    def _rank(self, candidates: Sequence[Candidate]) -> tuple[Ranked, ...]:
+        if self._config.fabric and self._config.policy == "cost":
+            return policy.by_cost(candidates, self._rng)
+        self._turn += 1
+        return policy.round_robin(candidates, self._turn)
+
+    # ------------------------------------------------------------------ what it gets
+
+    def _body(
+        self, call: Call, engine: EngineView, identities: _Identities
+    ) -> tuple[dict[str, Any], str]:
+        body = dict(call.request.body)
+        if call.request.stream:
+            options = body.get("stream_options")
+            options = options if isinstance(options, dict) else {}
+            body["stream_options"] = {**options, "include_usage": True}
+        if not self._config.fabric:
+            return body, ""
+        keys = identities.keys(engine)
+        if keys is None:
+            return {**body, "cache_salt": one_time_salt()}, identities.reason(engine)
+        body["cache_salt"] = keys.salt
+        if engine.session:
+            try:
+                handle = self._mint(call, engine, identities)
+            except KVFabricError as exc:
+                _log.warning("request %s: no handle: %s", call.request_id, exc)
+                return {**body, "cache_salt": one_time_salt()}, "no_handle"
+            body["kv_transfer_params"] = {PARAMS_FIELD: handle}
+        return body, ""
+
+    def _mint(self, call: Call, engine: EngineView, identities: _Identities) -> str:
+        identity, model = identities.of(engine.tokenizer), engine.model
+        assert identity is not None
+        assert model is not None
+        return identity.mint(
+            model,
+            session=engine.session,
+            request_id=call.request_id,
+            expires_at=int(time.time() + self._config.handle_ttl_s),
+            no_store=call.no_store,
+        )
+
+    # ------------------------------------------------------------------ what is told of it
+
+    def _remember(self, call: Call, plan: Plan) -> None:
+        self._decisions[call.request_id] = (call.tenant.tenant_id, plan)
+        while len(self._decisions) > KEPT_DECISIONS:
+            self._decisions.popitem(last=False)
+        _log.debug(
+            "request %s of %s: %s",
+            call.request_id,
+            call.tenant.tenant_id,
+            [(r.candidate.engine.engine_id, r.candidate.reuse, r.terms) for r in plan.ranked],
+        )
+
+    def _count(self, call: Call, plan: Plan, identities: _Identities) -> None:
+        if plan.reason:
+            self._metrics.one_time_salts.labels(reason=plan.reason).inc()
+        reuse = plan.ranked[0].candidate.reuse
+        for tier in ("hbm", "host", "ssd"):
+            self._metrics.predicted_tokens.labels(tenant=call.tenant.tenant_id, tier=tier).inc(
+                getattr(reuse, f"{tier}_tokens")
+            )
+        identity = identities.of(plan.engine.tokenizer)
+        if identity is not None:
+            for segment in identity.recognised.segments:
+                self._metrics.templates.labels(template=segment.template, result="used").inc()
+
+
+def explain(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON: each candidate with its reuse in tokens and its cost terms in milliseconds."""
+    return {
+        "reason": plan.reason,
+        "candidates": [
+            {
+                "engine": ranked.candidate.engine.engine_id,
+                "prompt_tokens": ranked.candidate.prompt_tokens,
+                "reuse_tokens": {
+                    "hbm": ranked.candidate.reuse.hbm_tokens,
+                    "host": ranked.candidate.reuse.host_tokens,
+                    "ssd": ranked.candidate.reuse.ssd_tokens,
+                },
+                "cost_ms": {
+                    "wait": round(ranked.terms.wait, 3),
+                    "fetch": round(ranked.terms.fetch, 3),
+                    "prefill": round(ranked.terms.prefill, 3),
+                    "decode": round(ranked.terms.decode, 3),
+                    "others": round(ranked.terms.others, 3),
+                    "total": round(ranked.terms.total, 3),
+                },
+            }
+            for ranked in plan.ranked
+        ],
+    }
+
+
+def tokens_of(call: Call, tokenizer: str) -> Sequence[int] | None:
+    """The prompt's tokens, or None if the router cannot know them. Raises ApiError 400."""
+    request = call.request
+    if tokenizer not in TOKENIZERS:
+        return request.token_ids
+    if tokenizer not in call.tokens:
+        opaque = request.text is None and request.token_ids is None
+        call.tokens[tokenizer] = (
+            None if opaque else tokenise(request.text, request.token_ids, TOKENIZERS[tokenizer])
+        )
+    return call.tokens[tokenizer]
+
+
+def _guess_tokens(request: ModelRequest) -> int:
+    if request.text is not None:
+        return len(request.text) // _BYTES_PER_TOKEN + 1
+    return sum(len(str(value)) for value in request.body.values()) // _BYTES_PER_TOKEN + 1
+
+
+class _Identities:
+    """The identity of one call for each tokenizer, and its keys for each model identity: made once."""
+
+    def __init__(
+        self,
+        call: Call,
+        state: RegistryState | None,
+        keyring: KeyringReader,
+        registry: RegistryView,
+    ) -> None:
+        self._call = call
+        self._state = state
+        self._keyring = keyring
+        self._registry = registry
+        self._made: dict[str, RequestIdentity | None] = {}
+
+    def of(self, tokenizer: str) -> RequestIdentity | None:
+        """None if nothing may be reused by an engine with this tokenizer."""
+        if tokenizer not in self._made:
+            self._made[tokenizer] = self._make(tokenizer)
+        return self._made[tokenizer]
+
+    def keys(self, engine: EngineView) -> PromptKeys | None:
+        identity = self.of(engine.tokenizer)
+        if identity is None or engine.model is None:
+            return None
+        try:
+            return identity.keys(engine.model)
+        except UnknownTenant:
+            return None
+
+    def reason(self, engine: EngineView) -> str:
+        """Why `keys` is None."""
+        if self._state is None:
+            return "no_epoch_lease"
+        if engine.model is None or engine.tokenizer not in TOKENIZERS:
+            return "unknown_engine"
+        if self._call.tokens.get(engine.tokenizer) is None:
+            return "opaque_prompt"
+        return "no_secret"
+
+    def _make(self, tokenizer: str) -> RequestIdentity | None:
+        templates = self._registry.templates(tokenizer)
+        if self._state is None or templates is None:
+            return None
+        tokens = tokens_of(self._call, tokenizer)
+        keyring = self._keyring_of_tenant()
+        if tokens is None or keyring is None:
+            return None
+        return RequestIdentity(
+            tenant=self._call.tenant,
+            state=self._state,
+            keyring=keyring,
+            token_ids=tokens,
+            recognised=templates.recognise(tokens),
+        )
+
+    def _keyring_of_tenant(self) -> Keyring | None:
+        keyring = self._keyring.current()
+        try:
+            if keyring is not None:
+                keyring.tenant_secret(self._call.tenant.tenant_id)
+        except UnknownTenant:
+            self._keyring.reread()  # the tenant is newer than what was read
+        return keyring
+
+
+class _Matches:
+    """The index's answers for one call: asked once for each namespace."""
+
+    def __init__(self, index: FleetIndex) -> None:
+        self._index = index
+        self._answers: dict[tuple[bytes, bytes, int], dict[Holder, Present]] = {}
+
+    def of(self, keys: PromptKeys) -> dict[Holder, Present]:
+        name = (keys.tenant_tag, keys.public_tag, keys.block_tokens)
+        if name not in self._answers:
+            self._answers[name] = self._ask(keys)
+        return self._answers[name]
+
+    def _ask(self, keys: PromptKeys) -> dict[Holder, Present]:
+        public, own = keys.keys[: keys.public_blocks], keys.keys[keys.public_blocks :]
+        found: dict[Holder, Present] = {}
+        parts = ((keys.public_tag, public, 0), (keys.tenant_tag, own, len(public)))
+        for tag, some, first in parts:
+            matched = self._index.match(tag, some) if some else {}
+            for holder, present in matched.items():
+                whole = found.setdefault(holder, np.zeros(len(keys.keys), np.bool_))
+                whole[first : first + len(some)] = present
+        return found

@@ -1,0 +1,55 @@
+"""The router's lease on the epochs: how long it may believe the registry state it holds. Pure but a clock.
+
+Counted on CLOCK_BOOTTIME (it runs on while the machine sleeps) from before the renewal was sent, so the
+registry never thinks a lease over that the router still uses. Without a lease the router mints nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from kvfabric.registry.state import RegistryState
+
+RENEW_EVERY_S = 0.5
+
+
+def boottime() -> float:
+    """Seconds since boot, sleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class EpochLease:
+    """One lease, renewed by the link to the registry, asked by every request."""
+
+    def __init__(self, clock: Callable[[], float] = boottime) -> None:
+        self._clock = clock
+        self._registry_id: bytes | None = None
+        self._version = 0
+        self._ends = float("-inf")
+        self._quiet_until = float("-inf")
+
+    def now(self) -> float:
+        return self._clock()
+
+    def renewed(self, *, sent_at: float, registry_id: bytes, ttl_s: float, version: int) -> None:
+        """An answer to a renewal sent at `sent_at` (this lease's clock)."""
+        if self._registry_id is not None and registry_id != self._registry_id:
+            # Another store than the one trusted so far: what it forgot must first run out everywhere.
+            self._quiet_until = self._clock() + 2 * ttl_s
+            self._version = 0
+            self._ends = float("-inf")
+        self._registry_id = registry_id
+        # Answers may overtake each other; neither the end nor the version ever goes back.
+        self._ends = max(self._ends, sent_at + ttl_s)
+        self._version = max(self._version, version)
+
+    def allows(self, state: RegistryState | None) -> bool:
+        """Whether `state` may be acted on now: newest as far as the registry said, and in time."""
+        now = self._clock()
+        return (
+            state is not None
+            and self._quiet_until <= now < self._ends
+            and state.registry_id == self._registry_id
+            and state.version >= self._version
+        )

@@ -1,0 +1,74 @@
+"""Every metric of the router: name, unit, labels. Labels are of {tenant, template, tier, reason, result}."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_MILLI = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+
+class RouterMetrics:
+    """One router's metrics, in a collector registry of their own."""
+
+    def __init__(self) -> None:
+        self.collectors = CollectorRegistry()
+        self.requests = self._counter(
+            "requests",
+            "Requests by outcome: HTTP status, disconnected or broken_off.",
+            "tenant",
+            "result",
+        )
+        self.retries = self._counter("retries", "Requests sent to another engine.", "reason")
+        self.one_time_salts = self._counter(
+            "one_time_salts", "Requests that could reuse nothing, by why.", "reason"
+        )
+        self.prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens, as engines count.", "tenant"
+        )
+        self.predicted_tokens = self._counter(
+            "predicted_reuse_tokens",
+            "Tokens that the index promised of the chosen engine.",
+            "tenant",
+            "tier",
+        )
+        self.reused_tokens = self._counter(
+            "reused_tokens",
+            "Tokens that engines report as reused; tier `any` where they do not tell.",
+            "tenant",
+            "tier",
+        )
+        self.templates = self._counter(
+            "template_requests", "Requests that use a registered template.", "template", "result"
+        )
+        self.index_gaps = self._counter("index_snapshots", "Snapshots of nodes.", "result")
+        self.first_byte = Histogram(
+            "kvfabric_router_first_byte_seconds",
+            "From the request's arrival to the first byte of the answer.",
+            ["tenant"],
+            buckets=_SECONDS,
+            registry=self.collectors,
+        )
+        self.decision = Histogram(
+            "kvfabric_router_decision_seconds",
+            "Tokens, identity, index and ranking of one request.",
+            buckets=_MILLI,
+            registry=self.collectors,
+        )
+        self.engines = self._gauge(
+            "engines", "Known engines: taking requests or excluded.", "result"
+        )
+        self.in_flight = self._gauge("in_flight_requests", "Requests at engines now.")
+        self.lease = self._gauge("epoch_lease_valid", "1 while the router may act on its epochs.")
+        self.index_blocks = self._gauge("index_blocks", "Blocks that the index knows a holder of.")
+        self.index_bytes = self._gauge("index_bytes", "Memory of the index.")
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"kvfabric_router_{name}", what, labels, registry=self.collectors)
+
+    def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
+        return Gauge(f"kvfabric_router_{name}", what, labels, registry=self.collectors)
+
+    def text(self) -> bytes:
+        """Prometheus text format."""
+        return generate_latest(self.collectors)

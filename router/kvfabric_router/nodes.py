@@ -1,0 +1,201 @@
+"""Links to the nodes: one task for each admin socket, over gRPC.
+
+A link keeps three things current: what the node holds (`FleetIndex`), which engine sessions it serves
+(`Fleet`) and, for the first node of the list, the registry's state and the lease on it (`RegistryView`).
+A broken link is opened again with growing, jittered pauses; until then the node counts as holding nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from kvfabric.errors import ConnectError, KVFabricError, RemoteProtocolError
+from kvfabric.events.index import FleetIndex, NodeFeed
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
+from kvfabric.registry.wire import state_from_pb
+from kvfabric.types import NodeId
+from kvfabric_router.fleet import Fleet, SessionReport
+from kvfabric_router.identity import ModelIdentity
+from kvfabric_router.lease import RENEW_EVERY_S
+from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.registry_view import RegistryView
+
+HOLDER_KIND = "router"
+CALL_TIMEOUT_S = 2.0
+PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
+# A channel of its own for each attempt: otherwise gRPC shares its own, longer back-off between them.
+_CHANNEL_OPTIONS = (
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+
+_log = logging.getLogger(__name__)
+
+
+def session_report(engine: pb.Engine) -> SessionReport:
+    """An engine session from its message."""
+    return SessionReport(
+        endpoint=engine.endpoint,
+        engine_id=engine.engine_id,
+        session=engine.session,
+        model_name=engine.model,
+        model=ModelIdentity(
+            model_revision=engine.model_revision,
+            layout_fingerprint=engine.layout_fingerprint,
+            block_tokens=engine.block_tokens,
+            adapter=engine.adapter,
+            adapter_revision=engine.adapter_revision,
+        ),
+        block_bytes=engine.block_bytes,
+    )
+
+
+class NodeLink:
+    """One node. `registry` is None for a node that only sends events."""
+
+    def __init__(
+        self,
+        socket: str,
+        *,
+        holder_id: str,
+        fleet: Fleet,
+        index: FleetIndex,
+        registry: RegistryView | None,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._socket = socket
+        self._holder_id = holder_id
+        self._fleet = fleet
+        self._index = index
+        self._registry = registry
+        self._metrics = metrics
+        self._node_id = NodeId("")
+        self._snapshot_needed = asyncio.Event()
+        self.connected = False
+
+    async def run(self) -> None:
+        """Serve the link until cancelled."""
+        pause = PAUSE_S
+        while True:
+            try:
+                async with self._channel() as channel:
+                    await self._serve(channel)
+            except* (grpc.aio.AioRpcError, KVFabricError) as group:
+                _log.info("node %s: %s", self._socket, _reason(group))
+            if self.connected:
+                pause = PAUSE_S
+                self.connected = False
+                _log.warning("node %s: link lost", self._socket)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, MAX_PAUSE_S)
+
+    @contextlib.asynccontextmanager
+    async def _channel(self) -> AsyncIterator[Any]:
+        channel = grpc.aio.insecure_channel(f"unix:{self._socket}", options=_CHANNEL_OPTIONS)
+        try:
+            yield channel
+        finally:
+            await channel.close()
+
+    async def _serve(self, channel: Any) -> None:
+        events = pb_grpc.NodeEventsStub(channel)  # type: ignore[no-untyped-call]
+        description = await events.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S)
+        self._node_id = NodeId(description.node_id)
+        feed = NodeFeed(self._index, self._node_id)
+        self._fleet.announce(self._node_id, map(session_report, description.engines))
+        self.connected = True
+        self._snapshot_needed.clear()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._watch(events, feed))
+                group.create_task(self._take_snapshots(events, feed))
+                if self._registry is not None:
+                    registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
+                    group.create_task(self._watch_registry(registry, self._registry))
+                    group.create_task(self._renew(registry, self._registry))
+        finally:
+            feed.lost()
+            self._fleet.node_lost(self._node_id)
+
+    # ------------------------------------------------------------------ events
+
+    async def _watch(self, stub: Any, feed: NodeFeed) -> None:
+        boot_id, sequence = feed.position
+        request = pb.WatchEventsRequest(boot_id=boot_id, from_sequence=sequence)
+        async for batch in stub.Watch(request):
+            if feed.watch(batch):
+                self._announce(feed)
+            else:
+                self._snapshot_needed.set()
+        raise ConnectError("the node ended its event stream")
+
+    async def _take_snapshots(self, stub: Any, feed: NodeFeed) -> None:
+        while True:
+            await self._snapshot_needed.wait()
+            self._snapshot_needed.clear()
+            if not feed.needs_snapshot:
+                continue  # asked for by a batch that came while the last one was read
+            batches = [batch async for batch in stub.Snapshot(pb.SnapshotRequest())]
+            try:
+                feed.snapshot(batches)
+            except RemoteProtocolError as exc:
+                # Not an empty node: what was known stays until a snapshot succeeds.
+                _log.warning("%s", exc)
+                self._metrics.index_gaps.labels(result="failed").inc()
+                await asyncio.sleep(PAUSE_S)
+                self._snapshot_needed.set()
+            else:
+                self._metrics.index_gaps.labels(result="applied").inc()
+                self._announce(feed)
+
+    def _announce(self, feed: NodeFeed) -> None:
+        self._fleet.announce(self._node_id, map(session_report, feed.engines.values()))
+
+    # ------------------------------------------------------------------ registry
+
+    async def _watch_registry(self, stub: Any, view: RegistryView) -> None:
+        request = pb.WatchRegistryRequest(holder_id=self._holder_id, holder_kind=HOLDER_KIND)
+        async for message in stub.Watch(request):
+            view.apply(state_from_pb(message))
+        raise ConnectError("the node ended its registry stream")
+
+    async def _renew(self, stub: Any, view: RegistryView) -> None:
+        """Renew the epoch lease every half second, and at once when a change was applied."""
+        while True:
+            view.changed.clear()
+            state = view.state
+            sent_at = view.lease.now()
+            reply = await stub.RenewLease(
+                pb.RenewLeaseRequest(
+                    holder_id=self._holder_id,
+                    holder_kind=HOLDER_KIND,
+                    applied_version=state.version if state else 0,
+                ),
+                timeout=CALL_TIMEOUT_S,
+            )
+            view.lease.renewed(
+                sent_at=sent_at,
+                registry_id=reply.registry_id,
+                ttl_s=reply.ttl_s,
+                version=reply.version,
+            )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_EVERY_S):
+                    await view.changed.wait()
+
+
+def _reason(group: BaseExceptionGroup[BaseException]) -> str:
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    if isinstance(first, grpc.aio.AioRpcError):
+        return f"{first.code().name}: {first.details()}"
+    return str(first)

@@ -1,0 +1,285 @@
+"""Sends a call to an engine and passes the answer on: streams piece by piece, the rest in one.
+
+Until the first byte of an answer has gone to the client, a broken engine costs another attempt elsewhere.
+After it nothing is replayed: the stream ends with an error event. A client that goes away cancels the
+request at its engine at once (the server cancels the handler's task, which closes the connection).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from kvfabric.errors import TransferError
+from kvfabric_router import policy
+from kvfabric_router.api import (
+    ApiError,
+    EventSplitter,
+    Usage,
+    decode_answer,
+    error_body,
+    events_of,
+    parse_usage,
+)
+from kvfabric_router.dispatch import Call, Plan, Planner
+from kvfabric_router.fleet import Fleet, Flight
+from kvfabric_router.metrics import RouterMetrics
+
+MAX_ATTEMPTS = 3
+REQUEST_ID, ENGINE_ID = "X-Request-Id", "x-kvfabric-engine"
+RESULT = "result"
+"""Key of a request's outcome for the metrics, where its status does not tell."""
+_ELSEWHERE = frozenset({502, 503, 504})
+"""Answers of an engine that another one may not give."""
+_BUSY = frozenset({429, 503})
+_STREAM = "text/event-stream"
+_PASSED_ON = ("Retry-After",)
+
+_log = logging.getLogger(__name__)
+
+
+class EngineLost(TransferError):
+    """The engine broke off before anything reached the client: try another."""
+
+
+class EngineBusy(TransferError):
+    """The engine will not take the request now; `answer` is what it said."""
+
+    def __init__(self, answer: web.Response) -> None:
+        super().__init__(f"status {answer.status}")
+        self.answer = answer
+
+
+class Proxy:
+    """See the module. Owns no connection: `http` is the caller's."""
+
+    def __init__(
+        self,
+        *,
+        planner: Planner,
+        fleet: Fleet,
+        http: aiohttp.ClientSession,
+        metrics: RouterMetrics,
+        timeout_s: float,
+    ) -> None:
+        self.planner = planner
+        self.fleet = fleet
+        self.http = http
+        self.metrics = metrics
+        self._timeout_s = timeout_s
+
+    async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
+        """Answer a client's request. Raises ApiError if no engine could.
+
+        On cancellation: the request is cancelled at its engine and no longer accounted for.
+        """
+        arrived = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._attempts(request, call, arrived)
+        except TimeoutError:
+            stream: web.StreamResponse | None = request.get(_STREAM)
+            if stream is not None:
+                request[RESULT] = "broken_off"
+                return await _break_off(stream)
+            raise ApiError(
+                504, f"No engine answered within {self._timeout_s:g} s.", code="timeout"
+            ) from None
+
+    async def _attempts(
+        self, request: web.Request, call: Call, arrived: float
+    ) -> web.StreamResponse:
+        busy: web.Response | None = None
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                plan = self.planner.plan(call)
+            except ApiError:
+                if call.tried and busy is not None:
+                    return busy
+                raise
+            call.tried.add(plan.engine.endpoint)
+            try:
+                return await _Attempt(self, request, call, plan, arrived).run()
+            except EngineBusy as exc:
+                busy = exc.answer
+                self.metrics.retries.labels(reason="busy").inc()
+            except EngineLost as exc:
+                _log.warning(
+                    "request %s: engine %s: %s", call.request_id, plan.engine.engine_id, exc
+                )
+                self.fleet.failed(plan.engine.endpoint)
+                self.metrics.retries.labels(reason="lost").inc()
+        if busy is not None:
+            return busy
+        raise ApiError(503, "Several engines failed on this request.", code="no_engine")
+
+
+class _Attempt:
+    """One call at one engine."""
+
+    def __init__(
+        self, proxy: Proxy, request: web.Request, call: Call, plan: Plan, arrived: float
+    ) -> None:
+        self._proxy = proxy
+        self._request = request
+        self._call = call
+        self._plan = plan
+        self._arrived = arrived
+        self._usage: Usage | None = None
+
+    async def run(self) -> web.StreamResponse:
+        choice = self._plan.ranked[0]
+        flight = self._proxy.fleet.flight(
+            self._plan.engine.endpoint,
+            work_ms=policy.cost(choice.candidate).own_work,
+            computed_tokens=choice.candidate.prompt_tokens - choice.candidate.reuse.tokens,
+        )
+        with flight:
+            async with self._ask(flight) as answer:
+                if answer.status == 200 and answer.content_type == _STREAM:
+                    response: web.StreamResponse = await self._stream(answer, flight)
+                else:
+                    response = await self._whole(answer, flight)
+        self._count()
+        return response
+
+    # ------------------------------------------------------------------ towards the engine
+
+    @contextlib.asynccontextmanager
+    async def _ask(self, flight: Flight) -> AsyncIterator[aiohttp.ClientResponse]:
+        url = self._plan.engine.endpoint + self._request.path
+        body = msgspec.json.encode(self._plan.body)
+        headers = {"Content-Type": "application/json", REQUEST_ID: self._call.request_id}
+        async with _faults(flight):
+            answer = await self._proxy.http.post(url, data=body, headers=headers)
+        try:
+            yield answer
+        finally:
+            answer.close()  # an answer that was not read to its end closes the connection
+
+    # ------------------------------------------------------------------ towards the client
+
+    def _headers(self, answer: aiohttp.ClientResponse) -> dict[str, str]:
+        passed = {name: answer.headers[name] for name in _PASSED_ON if name in answer.headers}
+        return {
+            **passed,
+            REQUEST_ID: self._call.request_id,
+            ENGINE_ID: self._plan.engine.engine_id,
+        }
+
+    async def _whole(self, answer: aiohttp.ClientResponse, flight: Flight) -> web.Response:
+        async with _faults(flight):
+            raw = await answer.read()
+        headers = self._headers(answer)
+        decoded = decode_answer(raw)
+        if answer.status >= 400 and not (isinstance(decoded, dict) and "error" in decoded):
+            raw = error_body(answer.status, f"The engine answered {answer.status}.")
+        if answer.status in _BUSY:
+            headers.setdefault("Retry-After", "1")
+        response = web.Response(
+            status=answer.status, body=raw, headers=headers, content_type="application/json"
+        )
+        if answer.status in _ELSEWHERE or answer.status in _BUSY:
+            raise EngineBusy(response)
+        if answer.status < 400:
+            self._usage = parse_usage(decoded)
+            self._observe_first_byte()
+        return response
+
+    async def _stream(self, answer: aiohttp.ClientResponse, flight: Flight) -> web.StreamResponse:
+        splitter = EventSplitter()
+        async with _faults(flight):
+            chunk = await answer.content.readany()
+        if not chunk:
+            raise EngineLost("it ended the stream before the first byte")
+        self._observe_first_byte()
+        response = web.StreamResponse(headers=self._headers(answer))
+        response.content_type = _STREAM
+        response.headers["Cache-Control"] = "no-cache"
+        self._request[_STREAM] = response
+        await response.prepare(self._request)
+        finished = False
+        try:
+            while chunk:
+                flight.stream_event()
+                events = splitter.feed(chunk)
+                finished = finished or b"[DONE]" in events
+                await response.write(self._usage_taken(events))
+                async with _faults():
+                    chunk = await answer.content.readany()
+        except EngineLost as exc:
+            finished = False
+            _log.warning("request %s broke off: %s", self._call.request_id, exc)
+        if not finished:
+            self._proxy.fleet.failed(self._plan.engine.endpoint)
+            self._request[RESULT] = "broken_off"
+            return await _break_off(response)
+        await response.write_eof()
+        return response
+
+    def _usage_taken(self, events: bytes) -> bytes:
+        """`events` with the usage read; without the event that only we asked for."""
+        if b'"usage"' not in events:
+            return events
+        kept = []
+        for event in events.replace(b"\r\n", b"\n").split(b"\n\n"):
+            decoded = [decode_answer(data) for data in events_of(event)] if event else []
+            found = [(d, usage) for d in decoded if (usage := parse_usage(d)) is not None]
+            if found:
+                body, self._usage = found[-1]
+                only_usage = isinstance(body, dict) and not body.get("choices")
+                if only_usage and not self._call.request.usage_wanted:
+                    continue
+            kept.append(event)
+        return b"\n\n".join(kept)
+
+    # ------------------------------------------------------------------ what is learned
+
+    def _observe_first_byte(self) -> None:
+        tenant = self._call.tenant.tenant_id
+        self._proxy.metrics.first_byte.labels(tenant=tenant).observe(
+            time.monotonic() - self._arrived
+        )
+
+    def _count(self) -> None:
+        usage = self._usage
+        if usage is None:
+            return
+        tenant = self._call.tenant.tenant_id
+        self._proxy.metrics.prompt_tokens.labels(tenant=tenant).inc(usage.prompt_tokens)
+        told = usage.hbm_tokens + usage.host_tokens + usage.ssd_tokens
+        reused = {
+            "hbm": usage.hbm_tokens,
+            "host": usage.host_tokens,
+            "ssd": usage.ssd_tokens,
+            "any": max(usage.cached_tokens - told, 0),
+        }
+        for tier, tokens in reused.items():
+            self._proxy.metrics.reused_tokens.labels(tenant=tenant, tier=tier).inc(tokens)
+
+
+@contextlib.asynccontextmanager
+async def _faults(flight: Flight | None = None) -> AsyncIterator[None]:
+    """Around a wait for the engine: its faults become EngineLost, with a `flight` also silent ones."""
+    try:
+        async with flight.unless_lost() if flight else contextlib.nullcontext():
+            yield
+    except TimeoutError as exc:
+        raise EngineLost("it stopped answering") from exc
+    except (aiohttp.ClientError, OSError) as exc:
+        raise EngineLost(str(exc) or type(exc).__name__) from exc
+
+
+async def _break_off(response: web.StreamResponse) -> web.StreamResponse:
+    """End a stream with an error event: whole events went before it."""
+    error = error_body(500, "The engine broke off in this answer.", code="engine_lost")
+    await response.write(b"data: " + error + b"\n\n")
+    await response.write_eof()
+    return response

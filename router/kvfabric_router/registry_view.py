@@ -1,0 +1,60 @@
+"""The registry as this router knows it: newest state, what follows from it, and the lease to act on it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvfabric.registry.state import RegistryState, Tenant
+from kvfabric_router.api import ApiError
+from kvfabric_router.auth import TenantDirectory
+from kvfabric_router.lease import EpochLease
+from kvfabric_router.prompt import TOKENIZERS, TemplateIndex
+
+
+class RegistryView:
+    """Written by the link to the registry's node, read by every request. Sync.
+
+    `required` is false for a router without any node: it then serves the tenant `default`, and
+    without a lease nothing is ever reused.
+    """
+
+    def __init__(self, *, lease: EpochLease, required: bool = True) -> None:
+        self.lease = lease
+        self._required = required
+        self._state: RegistryState | None = None if required else RegistryState()
+        self._directory = TenantDirectory(RegistryState())
+        self._templates: dict[str, TemplateIndex] = {}
+        self.changed = asyncio.Event()
+        """Set when a newer state was applied: to be acknowledged."""
+
+    @property
+    def state(self) -> RegistryState | None:
+        """The newest state heard of; None before the first."""
+        return self._state
+
+    def apply(self, state: RegistryState) -> None:
+        """Every request from now on follows `state`. An older one of the same registry is ignored."""
+        known = self._state
+        same = known is not None and known.registry_id == state.registry_id
+        if same and known is not None and state.version <= known.version:
+            return
+        self._state = state
+        self._directory = TenantDirectory(state)
+        self._templates = {
+            name: TemplateIndex(state, encode) for name, encode in TOKENIZERS.items()
+        }
+        self.changed.set()
+
+    def authenticate(self, authorization: str | None) -> Tenant:
+        """Raises ApiError 401, or 503 while no registry was heard of: who has a key is not known yet."""
+        if self._state is None:
+            raise ApiError(503, "The registry of tenants is not reachable yet.", code="not_ready")
+        return self._directory.authenticate(authorization)
+
+    def usable(self) -> RegistryState | None:
+        """The state to mint by, or None: then nothing may be reused."""
+        return self._state if self.lease.allows(self._state) else None
+
+    def templates(self, tokenizer: str) -> TemplateIndex | None:
+        """The versions of the newest state in a tokenizer's tokens; None for one we do not have."""
+        return self._templates.get(tokenizer)
