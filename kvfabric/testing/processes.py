@@ -1,0 +1,159 @@
+"""Real processes for tests and benchmarks: a node daemon and a tiny engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+READY = "kvfabric node ready"
+STOP_DEADLINE_S = 20.0
+
+
+class NodeProcess:
+    """A `kvfabric node` on `state_dir`: a context manager that may be killed and started again."""
+
+    def __init__(self, state_dir: Path, **options: object) -> None:
+        """`options`: keys of NodeConfig. HTTP is off unless given; the host tier is 16 MiB, no SSD."""
+        self.state_dir = state_dir
+        defaults = {"http": "", "host_bytes": 16 << 20, "ssd_bytes": 0, "max_blocks": 16384}
+        self._options = defaults | options
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self.log: list[str] = []
+
+    @property
+    def socket(self) -> Path:
+        return self.state_dir / "node.sock"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Start and wait until it is ready. Raises RuntimeError with its last words if it is not."""
+        command = [sys.executable, "-m", "kvfabric", "node", "--state-dir", str(self.state_dir)]
+        for name, value in self._options.items():
+            command += ["--" + name.replace("_", "-"), str(value)]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log.append(line)
+            if line.startswith(READY):
+                break
+        else:
+            self._process.stderr.close()
+            raise RuntimeError(f"node ended with {self._process.wait()}:\n{''.join(self.log)}")
+        self._reader = threading.Thread(target=self._drain, args=(self._process,))
+        self._reader.start()
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.send(signal.SIGCONT)
+        self.stop()
+
+    def send(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """SIGTERM, and wait for the end; the exit code. 0 if it had ended before."""
+        return self._end(signal.SIGTERM)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self._process is None:
+            return 0
+        self.send(number)
+        try:
+            code = self._process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        assert self._reader is not None
+        self._reader.join()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+        self._process = None
+        return code
+
+    def _drain(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        self.log.extend(process.stderr)
+
+
+class EngineProcess:
+    """A `kvfabric.testing.engine` in a process of its own; a context manager."""
+
+    def __init__(self, socket: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvfabric.testing.engine", str(socket)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.session = bytes.fromhex(self._answer()["session"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.send(signal.SIGCONT)
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def do(self, command: str, **arguments: object) -> dict[str, Any]:
+        """Have it do something and wait for the answer."""
+        self.begin(command, **arguments)
+        return self._answer()
+
+    def begin(self, command: str, **arguments: object) -> None:
+        """Send a command without waiting: the process may be stopped."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": command, **arguments}) + "\n")
+        self._process.stdin.flush()
+
+    def finish(self) -> dict[str, Any]:
+        """The answer to what `begin` sent."""
+        return self._answer()
+
+    def send(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end. Idempotent."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine process ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
