@@ -19,7 +19,9 @@ import numpy as np
 from kvfabric.errors import NoSpace, TransferError
 from kvfabric.tiers.records import PAGE_BYTES
 
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors that say: full (the disk, a quota, the largest file)."""
+
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux
 
 
@@ -30,7 +32,7 @@ def translated(what: str) -> Iterator[None]:
         yield
     except OSError as exc:
         name = errno.errorcode.get(exc.errno or 0, "?")
-        kind = NoSpace if exc.errno in _NO_SPACE else TransferError
+        kind = NoSpace if exc.errno in NO_SPACE else TransferError
         raise kind(f"{what}: {exc.strerror or exc} ({name})") from exc
 
 

@@ -15,6 +15,7 @@ readers verify the record itself, and an index that does not open is rebuilt fro
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import struct
 import threading
@@ -233,9 +234,6 @@ class SegmentIndex:
     def _is_sound(self) -> bool:
         """Read everything once."""
         with self._transaction(write=False) as (txn, tables):
-            pages = tables.env.info()["last_pgno"] + 1
-            if (self._path / "data.mdb").stat().st_size < pages * tables.env.stat()["psize"]:
-                return False
             if txn.get(_FORMAT_KEY, db=tables.facts) != _FORMAT:
                 return False
             for table in (tables.parts, tables.extents, tables.segments):
@@ -248,9 +246,17 @@ class SegmentIndex:
             env = lmdb.open(
                 str(self._path), map_size=self._map_bytes, mode=0o600, max_dbs=4, max_readers=16
             )
+            if not self._is_whole(env):
+                env.close()
+                raise TransferError(f"index {self._path} was cut short")
             names = (b"parts", b"extents", b"segments", b"facts")
             self._tables = _Tables(env, *(env.open_db(name) for name in names))
         return self._tables
+
+    def _is_whole(self, env: lmdb.Environment) -> bool:
+        """Reading a mapped page behind the end of the file would end the process."""
+        num_bytes = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        return (self._path / "data.mdb").stat().st_size >= num_bytes
 
     def _abandon(self) -> None:
         if self._tables is not None:
@@ -269,7 +275,9 @@ class SegmentIndex:
             except lmdb.Error as exc:
                 # LMDB may refuse all further work after a failed write: the next call opens it anew.
                 self._abandon()
-                kind = NoSpace if isinstance(exc, lmdb.DiskError) else TransferError
+                # Of the system's errors it passes on the words only.
+                is_full = any(os.strerror(code) in str(exc) for code in direct_io.NO_SPACE)
+                kind = NoSpace if is_full else TransferError
                 raise kind(f"index {self._path}: {exc}") from exc
 
 

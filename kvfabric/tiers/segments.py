@@ -509,14 +509,18 @@ class SegmentTier(Tier):
         """Seal group after group until the tier closes and the queue is empty."""
         try:
             while await self._group_is_due():
-                group = self._take_group()
-                if group:
-                    await self._seal(group)
-                elif self._queue:
-                    await self._advance()
+                await self._seal_next()
                 await self._keep_spare()
         finally:
             _fail(self._take_writes(), self._closed())
+
+    async def _seal_next(self) -> None:
+        # A frame of its own: between groups nothing refers to the buffers of callers.
+        group = self._take_group()
+        if group:
+            await self._seal(group)
+        elif self._queue:
+            await self._advance()
 
     async def _group_is_due(self) -> bool:
         """Wait until a group is full or old enough. False: closing, and nothing is left."""
