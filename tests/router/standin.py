@@ -1,0 +1,259 @@
+"""A stand-in for an engine: a real HTTP server that speaks an engine's API and does as a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from kvfabric.config import RouterConfig
+from kvfabric.keyring import Keyring
+from kvfabric.registry.state import RegistryState, TemplateVersion, Tenant
+from kvfabric.types import Incarnation, TenantId
+from kvfabric_router.app import Router, running
+
+BLOCK_TOKENS = 16
+FINGERPRINT = bytes(range(32))
+REGISTRY_ID = b"r" * 16
+USAGE = {
+    "prompt_tokens": 40,
+    "completion_tokens": 2,
+    "total_tokens": 42,
+    "prompt_tokens_details": {
+        "cached_tokens": 32,
+        "kvfabric": {"hbm_tokens": 16, "host_tokens": 16, "ssd_tokens": 0},
+    },
+}
+
+
+class StandInEngine:
+    """`requests`: every body it got. `cancelled`: how many it saw given up by the router."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.session = b"s" * 16
+        self.tokenizer = "byte"
+        self.max_model_tokens = 4096
+        self.model = "reference"
+        self.is_fabric = True
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.cancelled = asyncio.Event()
+        self.arrived = asyncio.Event()
+        self.status = 200
+        self.break_after: int | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._port = 0
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/v1/models", self._models),
+                web.post("/v1/completions", self._complete),
+                web.post("/v1/chat/completions", self._complete),
+            ]
+        )
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        self._port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _models(self, request: web.Request) -> web.Response:
+        model: dict[str, Any] = {"id": self.model, "object": "model"}
+        if self.is_fabric:
+            model["kvfabric"] = {
+                "session": self.session.hex(),
+                "model_revision": "revision-1",
+                "layout_fingerprint": FINGERPRINT.hex(),
+                "block_tokens": BLOCK_TOKENS,
+                "tokenizer": self.tokenizer,
+                "max_model_tokens": self.max_model_tokens,
+            }
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = msgspec.json.decode(await request.read())
+        self.requests.append(body)
+        self.headers.append(dict(request.headers))
+        self.arrived.set()
+        try:
+            if self.status != 200:
+                error = {"error": {"message": "engine says no", "type": "x", "code": "y"}}
+                return web.json_response(error, status=self.status)
+            if body.get("stream"):
+                return await self._stream(request, body)
+            await self.gate.wait()
+            if self.break_after is not None:
+                return _break(request)
+            return web.json_response({"choices": [{"index": 0, "text": "ab"}], "usage": USAGE})
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        if self.break_after == 0:
+            return _break(request)
+        await response.prepare(request)
+        for number, text in enumerate("ab"):
+            if number == self.break_after:
+                return _break(request)
+            await response.write(_event({"choices": [{"index": 0, "text": text}]}))
+            await self.gate.wait()
+        if body.get("stream_options", {}).get("include_usage"):
+            await response.write(_event({"choices": [], "usage": USAGE}))
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def _event(value: object) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _break(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+@contextlib.asynccontextmanager
+async def engines(number: int = 1) -> AsyncIterator[list[StandInEngine]]:
+    """That many stand-in engines, each on a port of its own."""
+    found = [StandInEngine() for _ in range(number)]
+    try:
+        for one in found:
+            await one.start()
+        yield found
+    finally:
+        for one in found:
+            one.gate.set()
+            await one.stop()
+
+
+def tenant(name: str, key: str = "", *, opted_out: bool = False) -> Tenant:
+    digests = (hashlib.sha256(key.encode()).digest(),) if key else ()
+    return Tenant(TenantId(name), name, api_key_digests=digests, opted_out=opted_out)
+
+
+def template(
+    name: str, version: str, text: str, *, state: str = "serving", is_public: bool = False
+) -> TemplateVersion:
+    incarnation = Incarnation(f"{name}/{version}".encode().ljust(16, b".")[:16])
+    return TemplateVersion(name, version, incarnation, text.encode(), is_public, state)
+
+
+def registry_state(
+    tenants: Iterable[Tenant] = (), templates: Iterable[TemplateVersion] = (), *, version: int = 1
+) -> RegistryState:
+    return RegistryState(
+        registry_id=REGISTRY_ID,
+        version=version,
+        tenants=MappingProxyType({t.tenant_id: t for t in tenants}),
+        templates=MappingProxyType({(t.name, t.version): t for t in templates}),
+    )
+
+
+def keyring_with(directory: Path, tenants: Iterable[str] = ()) -> Keyring:
+    """The keyring that a node would make in `directory`."""
+    keyring = Keyring.create_or_open(directory)
+    for name in tenants:
+        keyring.add_tenant(TenantId(name))
+    return keyring
+
+
+def config_for(directory: Path, urls: Iterable[str], **keys: Any) -> RouterConfig:
+    return RouterConfig(
+        listen="127.0.0.1:0", state_dir=directory, engines=tuple(urls), log_level="warning", **keys
+    )
+
+
+def give_lease(router: Router, state: RegistryState, *, ttl_s: float = 60.0) -> None:
+    """What the link to a node would do: the state, then a lease on it."""
+    router.registry.apply(state)
+    router.registry.lease.renewed(
+        sent_at=router.registry.lease.now(),
+        registry_id=state.registry_id,
+        ttl_s=ttl_s,
+        version=state.version,
+    )
+
+
+class Client:
+    """An HTTP client of one router."""
+
+    def __init__(self, http: aiohttp.ClientSession, router: Router) -> None:
+        self._http = http
+        self.router = router
+
+    async def get(self, path: str, key: str = "") -> tuple[int, Any, dict[str, str]]:
+        async with self._http.get(self.router.url + path, headers=_bearer(key)) as answer:
+            return answer.status, _decoded(await answer.read()), dict(answer.headers)
+
+    async def post(
+        self,
+        body: Any,
+        *,
+        key: str = "",
+        path: str = "/v1/completions",
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, Any, dict[str, str]]:
+        raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        sent = {**_bearer(key), **(headers or {})}
+        async with self._http.post(self.router.url + path, data=raw, headers=sent) as answer:
+            return answer.status, _decoded(await answer.read()), dict(answer.headers)
+
+    def open(self, body: Any, *, key: str = "") -> Any:
+        """The answer as an async context manager, to be read piece by piece."""
+        raw = msgspec.json.encode(body)
+        return self._http.post(
+            self.router.url + "/v1/completions", data=raw, headers=_bearer(key)
+        )
+
+
+def _bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _decoded(raw: bytes) -> Any:
+    try:
+        return msgspec.json.decode(raw)
+    except msgspec.DecodeError:
+        return raw
+
+
+@contextlib.asynccontextmanager
+async def client_of(
+    config: RouterConfig, state: RegistryState | None = None
+) -> AsyncIterator[Client]:
+    """A running router, its engines probed, with a lease on `state` if one is given."""
+    async with running(config) as router, aiohttp.ClientSession() as http:
+        if state is not None:
+            give_lease(router, state)
+        while config.engines and router.fleet.counts()["taking"] < len(config.engines):
+            await asyncio.sleep(0.001)
+        yield Client(http, router)
+
+
+def events(raw: bytes) -> Iterator[Any]:
+    """The payloads of a server-sent event stream."""
+    for event in raw.split(b"\n\n"):
+        if event.startswith(b"data: "):
+            data = event.removeprefix(b"data: ")
+            yield data if data == b"[DONE]" else msgspec.json.decode(data)

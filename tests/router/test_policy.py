@@ -1,0 +1,147 @@
+"""The cost policy prefers what makes answers fast for everyone, and spreads what is equal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+
+from kvfabric.events.index import Holder
+from kvfabric.types import NodeId, TierName
+from kvfabric_router.identity import ModelIdentity
+from kvfabric_router.policy import (
+    Candidate,
+    EngineView,
+    Rates,
+    Reuse,
+    by_cost,
+    cost,
+    reuse_of,
+    round_robin,
+)
+
+MODEL = ModelIdentity("revision-1", bytes(32), 16)
+NODE = NodeId("n")
+
+
+def engine(name: str, **fields: object) -> EngineView:
+    view = EngineView(name, name, "m", NODE, name.encode(), MODEL, block_bytes=1 << 20)
+    return replace(view, **fields)  # type: ignore[arg-type]
+
+
+def first(*candidates: Candidate) -> str:
+    return by_cost(candidates, Random(1))[0].candidate.engine.endpoint
+
+
+def test_reuse_is_preferred_among_idle_engines() -> None:
+    assert first(
+        Candidate(engine("a"), 1000), Candidate(engine("b"), 1000, Reuse(hbm_tokens=900))
+    ) == ("b")
+
+
+def test_hbm_is_preferred_to_host_and_host_to_ssd() -> None:
+    tiers = [Reuse(hbm_tokens=960), Reuse(host_tokens=960), Reuse(ssd_tokens=960), Reuse()]
+    costs = [cost(Candidate(engine("a"), 1000, reuse)).total for reuse in tiers]
+    assert costs == sorted(costs)
+    assert len(set(costs)) == 4
+
+
+def test_a_disk_slower_than_computing_does_not_attract() -> None:
+    """Bytes that take longer to fetch than to compute make the holder the dearer engine."""
+    fast = Rates(prefill_ms_per_token=0.001)
+    holder = Candidate(engine("holder", rates=fast), 1600, Reuse(ssd_tokens=1600 - 16))
+    assert first(holder, Candidate(engine("other", rates=fast), 1600)) == "other"
+
+
+def test_a_long_queue_outweighs_reuse() -> None:
+    busy = engine("busy", waiting_ms=5000.0, num_waiting=4)
+    assert first(Candidate(busy, 1000, Reuse(hbm_tokens=500)), Candidate(engine("idle"), 1000)) == (
+        "idle"
+    )
+
+
+def test_uncached_work_is_weighed_with_the_queue_it_joins() -> None:
+    """Two queues as long in time: what is uncached goes to the one with fewer requests to delay."""
+    many = Candidate(engine("many", waiting_ms=100.0, num_waiting=10), 1000)
+    few = Candidate(engine("few", waiting_ms=130.0, num_waiting=1), 1000)
+    assert first(many, few) == "few"
+    # The guard removed: without that term the crowded engine looks cheaper.
+    assert cost(many).total - cost(many).others < cost(few).total - cost(few).others
+
+
+def test_running_answers_make_an_engine_dearer() -> None:
+    assert first(Candidate(engine("a", num_decoding=3), 100), Candidate(engine("b"), 100)) == "b"
+
+
+def test_a_faster_engine_is_preferred() -> None:
+    quick = engine("quick", rates=Rates(prefill_ms_per_token=0.1))
+    assert first(Candidate(engine("slow"), 1000), Candidate(quick, 1000)) == "quick"
+
+
+def test_ties_are_broken_at_random() -> None:
+    candidates = [Candidate(engine(name), 1000) for name in "abcd"]
+    rng = Random(7)
+    chosen = [by_cost(candidates, rng)[0].candidate.engine.endpoint for _ in range(400)]
+    assert all(60 < chosen.count(name) < 140 for name in "abcd")
+
+
+def test_the_ranking_names_every_candidate_with_its_terms() -> None:
+    candidates = [
+        Candidate(engine("a", waiting_ms=50.0, num_waiting=1), 100),
+        Candidate(engine("b"), 100, Reuse(host_tokens=64)),
+    ]
+    ranked = by_cost(candidates, Random(1))
+    assert [r.candidate.engine.endpoint for r in ranked] == ["b", "a"]
+    assert ranked[1].terms.wait == 50.0
+    assert ranked[1].terms.others == ranked[1].terms.prefill == 50.0
+    assert ranked[0].terms.fetch > 0
+
+
+def test_nobody_to_choose_from_is_an_empty_ranking() -> None:
+    assert by_cost([], Random(1)) == ()
+    assert round_robin([], 3) == ()
+
+
+def test_round_robin_takes_each_in_its_turn() -> None:
+    candidates = [Candidate(engine(name), 10) for name in "ba"]
+    turns = [round_robin(candidates, turn)[0].candidate.engine.endpoint for turn in range(4)]
+    assert turns == ["a", "b", "a", "b"]
+
+
+def present(bits: str) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    return np.array([bit == "1" for bit in bits])
+
+
+def test_reuse_counts_hbm_first_and_the_node_from_there() -> None:
+    a = engine("a")
+    held = {
+        Holder(NODE, TierName.HBM, a.session): present("11000000"),
+        Holder(NODE, TierName.HOST): present("01110100"),
+        Holder(NODE, TierName.SSD): present("00001000"),
+    }
+    assert reuse_of(a, held, 8, 16) == Reuse(2 * 16, 3 * 16, 16)
+
+
+def test_reuse_ends_at_the_first_gap_of_all_tiers() -> None:
+    held = {Holder(NODE, TierName.HOST): present("10111")}
+    assert reuse_of(engine("a"), held, 5, 16).tokens == 16
+
+
+def test_a_head_missing_in_hbm_is_no_reuse_of_hbm() -> None:
+    a = engine("a")
+    held = {Holder(NODE, TierName.HBM, a.session): present("0111")}
+    assert reuse_of(a, held, 4, 16) == Reuse()
+
+
+def test_another_engines_hbm_and_another_nodes_host_are_not_reused() -> None:
+    held = {
+        Holder(NODE, TierName.HBM, b"b"): present("111"),
+        Holder(NodeId("other"), TierName.HOST): present("111"),
+    }
+    assert reuse_of(engine("a"), held, 3, 16) == Reuse()
+
+
+def test_an_engine_without_a_node_reuses_nothing_that_is_known() -> None:
+    held = {Holder(NODE, TierName.HOST): present("111")}
+    assert reuse_of(engine("a", node_id=None), held, 3, 16) == Reuse()
