@@ -1,0 +1,620 @@
+"""Connector: what any engine asks the fabric for. Engine-neutral; fails open.
+
+    open     handle -> keys                        control thread
+    match    keys -> leased prefix                 control thread
+    plan     fetch or recompute                    pure
+    load     arena -> staging -> pool              load thread; the pool gets verified, confirmed bytes
+    save     pool -> window -> commit              save thread; in the order of the chain
+    release  after loads and saves of the request  link thread, batched
+
+Each verb returns a Future that always gets a result, never an exception: no node, a slow node, a refused
+handle, a corrupt block are a miss with a MissReason, counted and logged once. The caller keeps the pool's
+blocks that it names in a load or save untouched until that Future is done. Every call has a deadline.
+
+The engine's scheduler and its workers may each have a Connector (`ConnectorOptions.role`, `session`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kvfabric.client import EngineHello, NodeClient, Window
+from kvfabric.errors import KVFabricError, NoSpace, TransferError
+from kvfabric.hashing import layout_fingerprint
+from kvfabric.protocol.messages import Role
+from kvfabric.types import BlockKey, BlockLayout, GrantState, MissReason, TierName
+from kvfabric_engine.audit import PartAudit
+from kvfabric_engine.boundary import Boundary, reason_of
+from kvfabric_engine.node_link import NodeLink
+from kvfabric_engine.pool_events import PoolEvents
+from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
+from kvfabric_engine.staging import Fence, Mover, Pages
+
+R = TypeVar("R")
+GROUP = 0
+"""The one KV group that this connector moves."""
+WIRE_TIERS = (TierName.HOST, TierName.SSD)
+STAGING_BYTES = 16 << 20
+CONTROL_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds that a request may lose to the fabric before it does without."""
+
+    control_s: float = 1.0  # open, match, release, events
+    load_s: float = 5.0  # a whole load
+    save_s: float = 5.0  # each reserve or commit
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorOptions:
+    """Who this engine is to its node. `audit_parts`: path of the checksum log, empty for none."""
+
+    node_socket: str
+    engine_id: str
+    endpoint: str
+    model: str
+    model_revision: str
+    window_bytes: int
+    adapter: str = ""
+    adapter_revision: str = ""
+    shard: int = 0
+    role: Role = Role.SCHEDULER | Role.WORKER
+    session: bytes = b""
+    audit_parts: str = ""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """`keys` None: reuse nothing, store nothing. `in_fabric`: the node knows the request."""
+
+    keys: RequestKeys | None
+    in_fabric: bool
+    reason: MissReason
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The node leases the first `num_blocks` blocks to us; `tiers` has one name for each."""
+
+    num_blocks: int
+    tiers: tuple[TierName, ...]
+    reason: MissReason
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """Blocks [first, first + num_blocks) of the chain are loaded, what follows is computed."""
+
+    first: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The first `num_blocks` blocks asked for are in the pool; what else was asked for is untouched."""
+
+    num_blocks: int
+    reason: MissReason
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Of the blocks handed over, `num_stored` are new in the fabric and `num_present` were there."""
+
+    num_stored: int
+    num_present: int
+    reason: MissReason
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorStatistics:
+    """Since start, but `is_up` and `saving_bytes`, which are now."""
+
+    is_up: bool
+    saving_bytes: int
+    loaded_blocks: int
+    loaded_bytes: int
+    saved_blocks: int
+    saved_bytes: int
+    misses: dict[MissReason, int]
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the node holds for one request, as far as we know."""
+
+    num_pending: int = 0
+    is_released: bool = False
+    leased_keys: tuple[BlockKey, ...] = ()
+    renew_at: float = 0.0
+
+
+def plan_fetch(match: PrefixMatch, *, num_cached: int, num_usable: int) -> FetchPlan:
+    """Fetch whatever the fabric has beyond `num_cached` blocks in HBM, up to `num_usable` blocks."""
+    last = min(match.num_blocks, num_usable)
+    return FetchPlan(num_cached, max(0, last - num_cached))
+
+
+class Connector:
+    """One engine process's side of the fabric. `start` before use, `close` at the end. Thread-safe."""
+
+    def __init__(
+        self,
+        options: ConnectorOptions,
+        *,
+        layout: BlockLayout,
+        mover: Mover,
+        events: PoolEvents,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options = options
+        self._layout = layout
+        self._mover = mover
+        self._events = events
+        self._clock = clock
+        self._boundary = Boundary()
+        self._local = LocalNamespaces(options.model_revision, layout_fingerprint(layout))
+        self._audit = PartAudit(options.audit_parts, mover) if options.audit_parts else None
+        self._link = NodeLink(
+            options.node_socket,
+            self._hello(),
+            boundary=self._boundary,
+            session=options.session,
+            on_connect=self._connected,
+            tick=self._tick,
+        )
+        self._control = ThreadPoolExecutor(CONTROL_THREADS, "kvf-control")
+        self._loading = ThreadPoolExecutor(1, "kvf-load")
+        self._saving = ThreadPoolExecutor(1, "kvf-save")
+        self._staging: list[memoryview] = []
+        self._lock = threading.Lock()  # guards all below
+        self._requests: dict[str, _Request] = {}
+        self._to_release: list[str] = []
+        self._needs_snapshot = True
+        self._saving_bytes = 0
+        self._moved = [0, 0]  # blocks loaded, blocks saved
+
+    def _hello(self) -> EngineHello:
+        o = self._options
+        return EngineHello(
+            engine_id=o.engine_id,
+            endpoint=o.endpoint,
+            model=o.model,
+            model_revision=o.model_revision,
+            adapter=o.adapter,
+            adapter_revision=o.adapter_revision,
+            layout=self._layout,
+            shard=o.shard,
+            window_bytes=o.window_bytes,
+            role=o.role,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Connector {self._link!r}, {len(self._requests)} requests>"
+
+    @property
+    def session(self) -> bytes:
+        """This engine instance, as the node knows it; empty before the first connection."""
+        return self._link.session
+
+    def start(self) -> None:
+        """Begin to connect, and keep at it. Returns at once: no node is no reason to wait."""
+        self._events.on_change = self._link.wake
+        self._link.start()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for the node; False if it is not there after `timeout_s`."""
+        return self._link.wait_up(timeout_s)
+
+    def close(self) -> None:
+        """Finish what was handed over (each within its deadline), say goodbye. Idempotent."""
+        self._events.on_change = lambda: None
+        for pool in (self._control, self._loading, self._saving):
+            pool.shutdown(wait=True)
+        self._link.close()
+        if self._audit is not None:
+            self._audit.close()
+
+    def open(
+        self, request_id: str, handle: str, salt: str, tokens: Sequence[int]
+    ) -> Future[Opened]:
+        """Keys of a prompt. A refused handle means no reuse; no node means reuse in HBM by `salt` alone.
+
+        A salt without a handle is a router that may not vouch for the request now (design 6): such a
+        request shares with its own salt only, and never through the node's default tenant.
+        """
+        if salt and not handle:
+            return self._control.submit(self._open_local, salt, tokens, MissReason.NO_HANDLE)
+        return self._submit(
+            self._control,
+            "open",
+            request_id,
+            lambda: self._open(request_id, handle, tokens),
+            lambda error: self._open_failed(error, salt, tokens),
+        )
+
+    def match(self, request_id: str, keys: Sequence[BlockKey]) -> Future[PrefixMatch]:
+        """Ask for the chain's longest prefix and lease it until `release`."""
+        return self._submit(
+            self._control,
+            "match",
+            request_id,
+            lambda: self._match(request_id, keys),
+            lambda error: PrefixMatch(0, (), reason_of(error)),
+        )
+
+    def load(
+        self, request_id: str, keys: Sequence[BlockKey], blocks: Sequence[Pages]
+    ) -> Future[Loaded]:
+        """Bring matched `keys` into the pool's `blocks`. What fails is left to be computed."""
+        progress = [0]
+        return self._submit(
+            self._loading,
+            "load",
+            request_id,
+            lambda: self._load(request_id, keys, blocks, progress),
+            lambda error: Loaded(progress[0], reason_of(error)),
+        )
+
+    def save(
+        self,
+        request_id: str,
+        parent: BlockKey,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        fence: Fence,
+    ) -> Future[Saved]:
+        """Store consecutive blocks of a chain; `parent` is the key before the first, or 32 zeros.
+
+        `fence` (`Mover.fence`) stands behind the computation of the blocks. When more than two windows
+        of bytes are being saved already, the blocks are not stored: the cache is slower than the engine.
+        """
+        num_bytes = len(keys) * self._mover.part_bytes
+        with self._lock:
+            is_full = self._saving_bytes > 2 * self._options.window_bytes
+            if not is_full:
+                self._saving_bytes += num_bytes
+        if is_full:
+            self._boundary.count(MissReason.DEADLINE)
+            dropped: Future[Saved] = Future()
+            dropped.set_result(Saved(0, 0, MissReason.DEADLINE))
+            return dropped
+        future = self._submit(
+            self._saving,
+            "save",
+            request_id,
+            lambda: self._save(request_id, parent, keys, blocks, fence),
+            lambda error: Saved(0, 0, reason_of(error)),
+        )
+        future.add_done_callback(lambda _: self._add_saving(-num_bytes))
+        return future
+
+    def release(self, request_id: str) -> None:
+        """The request needs the fabric no more. Takes effect when its loads and saves are done."""
+        with self._lock:
+            request = self._requests.get(request_id)
+            if request is None:
+                return
+            request.is_released = True
+            if request.num_pending:
+                return
+            self._drop(request_id)
+        self._link.wake()
+
+    def statistics(self) -> ConnectorStatistics:
+        with self._lock:
+            loaded, saved = self._moved
+            saving_bytes = self._saving_bytes
+        size = self._mover.part_bytes
+        return ConnectorStatistics(
+            is_up=self._link.is_up,
+            saving_bytes=saving_bytes,
+            loaded_blocks=loaded,
+            loaded_bytes=loaded * size,
+            saved_blocks=saved,
+            saved_bytes=saved * size,
+            misses=self._boundary.misses,
+        )
+
+    # --- what runs on the pools' threads -------------------------------------------------------------
+
+    def _submit(
+        self,
+        pool: ThreadPoolExecutor,
+        operation: str,
+        request_id: str,
+        action: Callable[[], R],
+        otherwise: Callable[[BaseException], R],
+    ) -> Future[R]:
+        with self._lock:
+            self._requests.setdefault(request_id, _Request()).num_pending += 1
+
+        def run() -> R:
+            try:
+                return self._boundary.run(operation, action, otherwise)
+            finally:
+                self._ended(request_id)
+
+        return pool.submit(run)
+
+    def _ended(self, request_id: str) -> None:
+        with self._lock:
+            request = self._requests[request_id]
+            request.num_pending -= 1
+            if request.num_pending or not request.is_released:
+                return
+            self._drop(request_id)
+        self._link.wake()
+
+    def _drop(self, request_id: str) -> None:
+        """Under the lock."""
+        del self._requests[request_id]
+        self._to_release.append(request_id)
+
+    def _add_saving(self, num_bytes: int) -> None:
+        with self._lock:
+            self._saving_bytes += num_bytes
+
+    def _open(self, request_id: str, handle: str, tokens: Sequence[int]) -> Opened:
+        with self._link.use() as client:
+            deadline_s = self._options.deadlines.control_s
+            opened = client.open_handle(request_id, handle, deadline_s=deadline_s)
+        keys = RequestKeys(opened, self._layout.block_tokens)
+        keys.extend(tokens)
+        return Opened(keys, True, MissReason.NONE)
+
+    def _open_local(self, salt: str, tokens: Sequence[int], reason: MissReason) -> Opened:
+        keys = RequestKeys(self._local.open(salt), self._layout.block_tokens)
+        keys.extend(tokens)
+        return Opened(keys, False, reason)
+
+    def _open_failed(self, error: BaseException, salt: str, tokens: Sequence[int]) -> Opened:
+        reason = reason_of(error)
+        if salt and isinstance(error, TransferError):
+            return self._open_local(salt, tokens, reason)
+        return Opened(None, False, reason)
+
+    def _match(self, request_id: str, keys: Sequence[BlockKey]) -> PrefixMatch:
+        with self._link.use() as client:
+            deadline_s = self._options.deadlines.control_s
+            matched = client.match(request_id, keys, deadline_s=deadline_s)
+        reason = MissReason(matched.reason or MissReason.NONE)
+        if matched.num_blocks < len(keys):
+            self._boundary.count(reason)
+        with self._lock:
+            request = self._requests[request_id]
+            request.leased_keys = tuple(keys[: matched.num_blocks])
+            request.renew_at = self._clock() + matched.lease_s / 3
+        tiers = tuple(WIRE_TIERS[tier] for tier in matched.tiers[: matched.num_blocks])
+        return PrefixMatch(matched.num_blocks, tiers, reason)
+
+    def _load(
+        self,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        progress: list[int],
+    ) -> Loaded:
+        deadline = time.monotonic() + self._options.deadlines.load_s
+        reason = MissReason.NONE
+        with self._link.use() as client:
+            staging = self._staging_buffers()
+            while progress[0] < len(keys):
+                done = progress[0]
+                chunk = keys[done : done + len(staging)]
+                usable, reason = self._fetch(client, request_id, chunk, deadline)
+                self._mover.scatter(staging[:usable], blocks[done : done + usable])
+                self._record_load(client, chunk[:usable], blocks[done : done + usable])
+                progress[0] += usable
+                if usable < len(chunk):
+                    self._boundary.count(reason)
+                    break
+        with self._lock:
+            self._moved[0] += progress[0]
+            self._requests[request_id].leased_keys = ()
+        return Loaded(progress[0], reason)
+
+    def _staging_buffers(self) -> list[memoryview]:
+        """Host buffers of one part each, used by the load thread alone."""
+        if not self._staging:
+            size = self._mover.part_bytes
+            count = max(1, STAGING_BYTES // size)
+            whole = self._mover.host_buffer(count * size)
+            self._staging = [whole[i * size : (i + 1) * size] for i in range(count)]
+        return self._staging
+
+    def _fetch(
+        self, client: NodeClient, request_id: str, keys: Sequence[BlockKey], deadline: float
+    ) -> tuple[int, MissReason]:
+        """Parts of `keys` -> staging; how many leading ones are verified, confirmed and so usable."""
+        shard = self._options.shard
+        located = client.load(
+            request_id, keys, group=GROUP, shard=shard, deadline_s=_left(deadline)
+        )
+        reason = MissReason(located.reason or MissReason.NONE)
+        good = client.read(located, self._staging) if located.num_blocks else 0
+        if good < located.num_blocks:
+            reason = MissReason.CORRUPT
+        if good == 0:
+            return 0, reason
+        confirmed = client.confirm(
+            request_id,
+            keys[:good],
+            located,
+            group=GROUP,
+            shard=shard,
+            deadline_s=_left(deadline),
+        )
+        if confirmed.num_blocks < good:
+            reason = MissReason(confirmed.reason or MissReason.EXPIRED)
+        return min(good, confirmed.num_blocks), reason
+
+    def _record_load(
+        self, client: NodeClient, keys: Sequence[BlockKey], blocks: Sequence[Pages]
+    ) -> None:
+        if self._audit is not None:
+            digests = self._audit.digests(blocks, after=self._mover.fence())
+            self._audit.write("load", client.session, keys, self._options.shard, digests)
+
+    def _save(
+        self,
+        request_id: str,
+        parent: BlockKey,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        fence: Fence,
+    ) -> Saved:
+        stored = present = 0
+        reason = MissReason.NONE
+        with self._link.use() as client:
+            # Half a window at most: the other half may be quarantined behind a commit that hangs.
+            step = max(1, client.window.num_bytes // 2 // self._mover.part_bytes)
+            for start in range(0, len(keys), step):
+                chunk = slice(start, start + step)
+                saved = self._save_chunk(
+                    client, request_id, parent, keys[chunk], blocks[chunk], fence
+                )
+                stored += saved.num_stored
+                present += saved.num_present
+                parent = keys[chunk][-1]
+                reason = saved.reason
+                if saved.num_stored + saved.num_present < len(keys[chunk]):
+                    break  # what follows would have no parent
+        with self._lock:
+            self._moved[1] += stored
+        return Saved(stored, present, reason)
+
+    def _save_chunk(
+        self,
+        client: NodeClient,
+        request_id: str,
+        parent: BlockKey,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        fence: Fence,
+    ) -> Saved:
+        deadline_s = self._options.deadlines.save_s
+        reserved = client.reserve(
+            request_id,
+            parent,
+            keys,
+            group=GROUP,
+            shard=self._options.shard,
+            deadline_s=deadline_s,
+        )
+        states = [GrantState(state) for state in reserved.states]
+        granted = [i for i, state in enumerate(states) if state is GrantState.GRANTED]
+        present = sum(state in (GrantState.EXISTS, GrantState.PENDING) for state in states)
+        reason = MissReason(reserved.reason or MissReason.NONE)
+        if not granted:
+            return Saved(0, present, reason)
+        with self._reserved(client, reserved.reservation, len(granted)) as offsets:
+            size = self._mover.part_bytes
+            sources = [blocks[i] for i in granted]
+            digests = self._audit.digests(sources, after=fence) if self._audit else []
+            views = [client.window.view(offset, size) for offset in offsets]
+            self._mover.gather(sources, views, after=fence)
+            committed = client.commit(reserved.reservation, granted, offsets, deadline_s=deadline_s)
+        kept = [i for i, state in enumerate(committed.states) if state]
+        if self._audit is not None:
+            stored_keys = [keys[granted[i]] for i in kept]
+            stored_digests = [digests[i] for i in kept]
+            shard = self._options.shard
+            self._audit.write("store", client.session, stored_keys, shard, stored_digests)
+        if len(kept) < len(granted):
+            reason = MissReason(committed.reason or MissReason.EXPIRED)
+        return Saved(len(kept), present, reason)
+
+    @contextlib.contextmanager
+    def _reserved(
+        self, client: NodeClient, reservation: int, num_parts: int
+    ) -> Iterator[list[int]]:
+        """Window offsets for the parts of a reservation; on failure the reservation is given up."""
+        size = self._mover.part_bytes
+        try:
+            start = self._allocate(client.window, num_parts * size)
+            try:
+                yield [start + i * size for i in range(num_parts)]
+            finally:
+                client.window.free(start)
+        except BaseException:
+            with contextlib.suppress(KVFabricError):
+                client.abort(reservation, deadline_s=self._options.deadlines.control_s)
+            raise
+
+    def _allocate(self, window: Window, num_bytes: int) -> int:
+        start = window.allocate(num_bytes)
+        if start is None:
+            raise NoSpace(f"no {num_bytes} B in {window!r}")
+        return start
+
+    # --- what runs on the link's thread --------------------------------------------------------------
+
+    def _connected(self, client: NodeClient) -> None:
+        """A new connection: the node knows nothing of our pool, and of no request."""
+        window = client.window
+        if (whole := window.allocate(window.num_bytes) if window.num_bytes else None) is not None:
+            self._mover.pin(window.view(whole, window.num_bytes))
+            window.free(whole)
+        with self._lock:
+            self._needs_snapshot = True
+            self._to_release.clear()
+            for request in self._requests.values():
+                request.leased_keys = ()
+
+    def _tick(self, client: NodeClient) -> None:
+        self._send_releases(client)
+        self._renew(client)
+        self._publish(client)
+
+    def _send_releases(self, client: NodeClient) -> None:
+        with self._lock:
+            request_ids, self._to_release = self._to_release, []
+        if not request_ids:
+            return
+        try:
+            client.release(request_ids, deadline_s=self._options.deadlines.control_s)
+        except BaseException:
+            with self._lock:  # releasing twice is harmless
+                self._to_release = request_ids + self._to_release
+            raise
+
+    def _renew(self, client: NodeClient) -> None:
+        now = self._clock()
+        with self._lock:
+            due = [
+                (name, request.leased_keys)
+                for name, request in self._requests.items()
+                if request.leased_keys and not request.is_released and request.renew_at <= now
+            ]
+            for name, _ in due:
+                self._requests[name].renew_at = now + client.lease_s / 3
+        for name, keys in due:
+            client.match(name, keys, deadline_s=self._options.deadlines.control_s)
+
+    def _publish(self, client: NodeClient) -> None:
+        with self._lock:
+            events = self._events.snapshot() if self._needs_snapshot else self._events.take()
+            self._needs_snapshot = False
+        if events is None:
+            return
+        try:
+            client.publish(events, deadline_s=self._options.deadlines.control_s)
+        except BaseException:
+            with self._lock:  # what was taken is lost: only everything mends that
+                self._needs_snapshot = True
+            raise
+
+
+def _left(deadline: float) -> float:
+    """Seconds until `deadline` (monotonic), never quite zero: the call itself decides that it is late."""
+    return max(0.001, deadline - time.monotonic())

@@ -1,0 +1,407 @@
+"""The reference engine: model, pool, scheduler and connector under one step loop in its own thread.
+
+Everything below `submit` and `abort` happens on that thread; other threads (HTTP, connector) only post
+closures to its inbox. Life of a request: open (keys, from the node or local) -> wait -> admit (pages, HBM
+hit) -> match and load from the fabric -> prefill, saving blocks as they complete -> decode -> finish.
+
+The fabric is optional at every step: no node, a slow node or a lying one ends in computing the prompt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Self, TypeVar
+
+import torch
+
+from kvfabric.config import EngineConfig
+from kvfabric.errors import CapacityError, ClosedError
+from kvfabric.hashing import layout_fingerprint
+from kvfabric.tokenizer import END_ID
+from kvfabric.types import MissReason, TierName
+from kvfabric_engine.connector import (
+    Connector,
+    ConnectorOptions,
+    FetchPlan,
+    Loaded,
+    Opened,
+    PrefixMatch,
+    Saved,
+    plan_fetch,
+)
+from kvfabric_engine.layout import PoolShape, default_block_tokens
+from kvfabric_engine.pool_events import PoolEvents
+from kvfabric_engine.reference.block_manager import BlockManager, CachedBlock, PoolStatistics
+from kvfabric_engine.reference.model import DTYPES, Model
+from kvfabric_engine.reference.sampler import Sampler
+from kvfabric_engine.reference.scheduler import Scheduler, SchedulerStatistics, Work
+from kvfabric_engine.reference.sequence import (
+    Finish,
+    GenerationRequest,
+    Output,
+    Phase,
+    Reused,
+    Sequence,
+)
+from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
+from kvfabric_engine.staging import mover_for, prove_layout
+
+R = TypeVar("R")
+
+SAVE_TOKENS = 512
+"""A save is handed over when this many tokens of blocks are ready, and at the end of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """Counts since start, and what is where now."""
+
+    pool: PoolStatistics
+    scheduler: SchedulerStatistics
+    prompt_tokens: int
+    computed_prompt_tokens: int
+    answer_tokens: int
+    reused: Reused
+
+
+class Engine:
+    """`with Engine(config) as engine:` serves between enter and exit. Weights are made in the constructor."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.model = Model(config)
+        self.shape = PoolShape(
+            num_pages=config.hbm_blocks,
+            num_layers=config.num_layers,
+            page_tokens=config.engine_block_tokens,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=DTYPES[config.dtype],
+            block_tokens=config.block_tokens or default_block_tokens(config.engine_block_tokens),
+        )
+        self.is_deterministic = config.deterministic == "on" or (
+            config.deterministic == "auto" and config.device == "cpu"
+        )
+        self.layout = self.shape.block_layout(rope=self.model.rope, packing=self._packing())
+        self.pool = self.shape.create(self.model.device)
+        self.connector: Connector | None = None
+        self._mover = mover_for(self.pool, self.shape)
+        self._events = PoolEvents()
+        self._blocks = BlockManager(self.shape.num_pages, self.shape.pages_per_block, self._events)
+        self._scheduler = Scheduler(
+            self._blocks,
+            self.shape,
+            max_batch=config.max_batch,
+            deterministic=self.is_deterministic,
+        )
+        self._local = LocalNamespaces(self.model.revision, layout_fingerprint(self.layout))
+        self._sequences: dict[str, Sequence] = {}
+        self._numbers = itertools.count(1)
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvf-engine", daemon=True)
+        self._is_stopping = False
+        self._num_prompt = self._num_computed_prompt = self._num_answered = 0
+        self._reused = Reused()
+
+    def _packing(self) -> str:
+        # KV computed with another instruction set differs in the last bits, so it is another layout.
+        if self.config.device == "cpu":
+            return f"page-major torch-cpu-{torch.backends.cpu.get_cpu_capability()}"
+        return "page-major"
+
+    def __repr__(self) -> str:
+        return f"<Engine {self.config.model}: {self._scheduler!r} {self._blocks!r}>"
+
+    def __enter__(self) -> Self:
+        self.start(endpoint="")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self, *, endpoint: str) -> None:
+        """Prove the layout, connect to the node (if one is configured) and begin to serve.
+
+        `endpoint` is the base URL of the API, for the node to announce.
+        """
+        prove_layout(self.pool, self.shape, self._mover)
+        if self.config.node_socket:
+            self.connector = Connector(
+                ConnectorOptions(
+                    node_socket=self.config.node_socket,
+                    engine_id=self.config.engine_id or endpoint,
+                    endpoint=endpoint,
+                    model=self.config.model,
+                    model_revision=self.model.revision,
+                    window_bytes=self.config.window_bytes,
+                    audit_parts=self.config.audit_parts,
+                ),
+                layout=self.layout,
+                mover=self._mover,
+                events=self._events,
+            )
+            self.connector.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every running request with ABORT, then the thread, then the connection. Idempotent."""
+        if self._thread.is_alive():
+            self._post(self._begin_stop)
+            self._thread.join()
+        if self.connector is not None:
+            self.connector.close()
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._thread.is_alive()
+
+    def check_size(self, num_prompt: int, max_tokens: int) -> None:
+        """Raises CapacityError if such a request can never run here."""
+        total = num_prompt + max_tokens
+        if total > self.config.max_model_tokens:
+            raise CapacityError(
+                f"prompt of {num_prompt} tokens and {max_tokens} to come are more than this model's "
+                f"{self.config.max_model_tokens}"
+            )
+        if total > self.shape.num_pages * self.shape.page_tokens:
+            raise CapacityError(f"{total} tokens do not fit the KV pool")
+
+    def submit(self, request: GenerationRequest, emit: Callable[[Output], None]) -> str:
+        """Begin a request from any thread; returns the name to `abort` it by.
+
+        `emit` is called on the engine's thread for each token and once with a finish reason. It must not
+        block. Raises CapacityError (see `check_size`) and ClosedError.
+        """
+        self.check_size(len(request.prompt), request.params.max_tokens)
+        if not self._thread.is_alive():
+            raise ClosedError("the engine is not running")
+        name = f"{request.request_id}/{next(self._numbers)}"
+        sampler = Sampler(request.params)
+        sequence = Sequence(name, request, emit, sampler, list(request.prompt))
+        self._post(partial(self._open, sequence))
+        return name
+
+    def abort(self, name: str) -> None:
+        """End a request early; its last output says ABORT. Nothing happens if it ended already."""
+        self._post(partial(self._abort, name))
+
+    def clear_prefix_cache(self) -> None:
+        """Forget every cached block that nobody uses now."""
+        self._post(self._blocks.clear)
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            pool=self._blocks.statistics(),
+            scheduler=self._scheduler.statistics(),
+            prompt_tokens=self._num_prompt,
+            computed_prompt_tokens=self._num_computed_prompt,
+            answer_tokens=self._num_answered,
+            reused=self._reused,
+        )
+
+    # --- everything below runs on the engine's thread ------------------------------------------------
+
+    def _post(self, action: Callable[[], object]) -> None:
+        self._inbox.put(action)
+
+    def _run(self) -> None:
+        try:
+            is_idle = True
+            while not self._is_stopping:
+                self._drain(wait=is_idle)
+                for sequence in self._scheduler.admit():
+                    self._fetch(sequence)
+                work = self._scheduler.plan()
+                is_idle = not work
+                self._step(work)
+        finally:
+            last = Finish.ABORT if self._is_stopping else Finish.ERROR
+            for sequence in list(self._sequences.values()):
+                self._end(sequence, last)
+
+    def _drain(self, *, wait: bool) -> None:
+        """Run what was posted; `wait` for the first of it."""
+        if wait:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _begin_stop(self) -> None:
+        self._is_stopping = True
+
+    def _when_done(self, future: Future[R], then: Callable[[R], None]) -> None:
+        future.add_done_callback(lambda done: self._post(lambda: then(done.result())))
+
+    def _open(self, sequence: Sequence) -> None:
+        self._sequences[sequence.name] = sequence
+        self._num_prompt += sequence.num_prompt
+        request = sequence.request
+        if request.handle is None:
+            self._scheduler.add(sequence)
+        elif self.connector is None:
+            sequence.keys = RequestKeys(self._local.open(request.salt), self.shape.block_tokens)
+            sequence.keys.extend(request.prompt)
+            self._scheduler.add(sequence)
+        else:
+            opened = self.connector.open(
+                request.request_id, request.handle, request.salt, request.prompt
+            )
+            self._when_done(opened, partial(self._opened, sequence))
+
+    def _opened(self, sequence: Sequence, opened: Opened) -> None:
+        if sequence.phase is Phase.OPENING:
+            sequence.keys, sequence.in_fabric = opened.keys, opened.in_fabric
+            self._scheduler.add(sequence)
+
+    def _abort(self, name: str) -> None:
+        sequence = self._sequences.get(name)
+        if sequence is None:
+            return
+        if sequence.phase is Phase.FETCHING:
+            sequence.is_aborted = True  # its pages may be written until the load ends
+        else:
+            self._end(sequence, Finish.ABORT)
+
+    def _fetch(self, sequence: Sequence) -> None:
+        """Admitted: ask the fabric what it has beyond the HBM hit, or start at once."""
+        keys = sequence.usable_keys()
+        if self.connector is None or not sequence.in_fabric or not keys:
+            self._start(sequence, 0)
+            return
+        if len(sequence.cached) == len(keys):
+            self._start(sequence, 0)  # nothing to fetch, but perhaps something to save again
+        matched = self.connector.match(sequence.request_id, keys)
+        self._when_done(matched, partial(self._matched, sequence))
+
+    def _matched(self, sequence: Sequence, match: PrefixMatch) -> None:
+        self._save_missing(sequence, match)
+        if sequence.phase is not Phase.FETCHING:
+            return
+        keys = sequence.usable_keys()
+        plan = plan_fetch(match, num_cached=len(sequence.cached), num_usable=len(keys))
+        if plan.num_blocks == 0 or sequence.is_aborted:
+            self._start(sequence, 0)
+            return
+        assert self.connector is not None
+        k = self.shape.pages_per_block
+        blocks = range(plan.first, plan.first + plan.num_blocks)
+        loaded = self.connector.load(
+            sequence.request_id,
+            [keys[block] for block in blocks],
+            [tuple(sequence.pages[block * k : (block + 1) * k]) for block in blocks],
+        )
+        self._when_done(loaded, partial(self._loaded, sequence, match, plan))
+
+    def _loaded(
+        self, sequence: Sequence, match: PrefixMatch, plan: FetchPlan, loaded: Loaded
+    ) -> None:
+        if sequence.phase is not Phase.FETCHING:
+            return  # the engine stopped
+        tiers = match.tiers[plan.first : plan.first + loaded.num_blocks]
+        size = self.shape.block_tokens
+        if not sequence.was_started:  # else preempted since: what its first start said stands
+            sequence.reused = Reused(
+                hbm=sequence.reused.hbm,
+                host=size * tiers.count(TierName.HOST),
+                ssd=size * tiers.count(TierName.SSD),
+            )
+        self._start(sequence, loaded.num_blocks)
+
+    def _start(self, sequence: Sequence, num_fetched_blocks: int) -> None:
+        if sequence.is_aborted:
+            self._end(sequence, Finish.ABORT)
+            return
+        self._scheduler.start(sequence, num_fetched_blocks)
+        if not sequence.was_started:
+            sequence.was_started = True
+            r, total = sequence.reused, self._reused
+            self._reused = Reused(total.hbm + r.hbm, total.host + r.host, total.ssd + r.ssd)
+
+    def _save_missing(self, sequence: Sequence, match: PrefixMatch) -> None:
+        """Blocks that this pool holds and the node does not (it restarted, or evicted them)."""
+        is_known = match.reason in (MissReason.NONE, MissReason.ABSENT, MissReason.EVICTED)
+        if not sequence.in_fabric or sequence.is_aborted or not is_known:
+            return
+        assert sequence.keys is not None
+        if not sequence.keys.no_store:
+            missing = sequence.cached[match.num_blocks :]
+            self._blocks.reference(missing)
+            sequence.unsaved[:0] = missing
+
+    def _step(self, work: list[Work]) -> None:
+        if self.is_deterministic:
+            for item in work:
+                self._advance(item, self.model.forward(self.pool, [item.span]))
+        elif work:
+            logits = self.model.forward(self.pool, [item.span for item in work])
+            row = 0
+            for item in work:
+                self._advance(item, logits[row : row + item.span.sample])
+                row += item.span.sample
+
+    def _advance(self, item: Work, logits: torch.Tensor) -> None:
+        """The span was computed; `logits` [1, vocab] if it asked for them, else [0, vocab]."""
+        sequence = item.sequence
+        in_prompt = min(item.span.end, sequence.num_prompt) - item.span.start
+        self._num_computed_prompt += max(0, in_prompt)
+        self._scheduler.computed(item)
+        is_ready = len(sequence.unsaved) * self.shape.block_tokens >= SAVE_TOKENS
+        if is_ready or not sequence.is_prefilling:
+            self._save(sequence)
+        if self.is_deterministic and sequence.in_fabric and not sequence.is_prefilling:
+            self._leave_fabric(sequence)  # answered tokens are not cached in this mode
+        if not item.span.sample:
+            return
+        token_id = sequence.sampler.pick(logits[0].cpu())
+        sequence.tokens.append(token_id)
+        self._num_answered += 1
+        finish = self._finish_of(sequence, token_id)
+        sequence.emit(Output(token_id, finish, sequence.reused))
+        if finish is not None:
+            self._forget(sequence)
+
+    def _finish_of(self, sequence: Sequence, token_id: int) -> Finish | None:
+        params = sequence.request.params
+        if token_id == END_ID and not params.ignore_eos:
+            return Finish.STOP
+        return Finish.LENGTH if sequence.num_answered >= params.max_tokens else None
+
+    def _save(self, sequence: Sequence) -> None:
+        """Hand over what is unsaved, run by run: a reservation is of consecutive blocks."""
+        while sequence.unsaved:
+            run = [sequence.unsaved.pop(0)]
+            while sequence.unsaved and sequence.unsaved[0].identity.parent == run[-1].key:
+                run.append(sequence.unsaved.pop(0))
+            assert self.connector is not None
+            saved = self.connector.save(
+                sequence.request_id,
+                run[0].identity.parent,
+                [block.key for block in run],
+                [block.pages for block in run],
+                self._mover.fence(),
+            )
+            self._when_done(saved, partial(self._saved, run))
+
+    def _saved(self, run: list[CachedBlock], _: Saved) -> None:
+        self._blocks.unreference(run)
+
+    def _leave_fabric(self, sequence: Sequence) -> None:
+        sequence.in_fabric = False
+        if self.connector is not None:
+            self.connector.release(sequence.request_id)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        self._forget(sequence)
+        sequence.emit(Output(None, finish, sequence.reused))
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.name]
+        self._scheduler.remove(sequence)
+        self._leave_fabric(sequence)
