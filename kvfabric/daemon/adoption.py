@@ -13,12 +13,15 @@ A process that lives and has not returned it keeps the successor waiting, howeve
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from kvfabric.tiers.arena import PAGE_BYTES, Arena
 
 log = logging.getLogger(__name__)
 
@@ -117,3 +120,71 @@ def _maps(line: str, arena: ArenaIdentity) -> bool:
     fields = line.split(maxsplit=5)
     major, minor = (int(part, 16) for part in fields[3].split(":"))
     return os.makedev(major, minor) == arena.device and int(fields[4]) == arena.inode
+
+
+class ArenaKeeper:
+    """The arena of this node from nothing to attached, and `arena.json`, which outlives us."""
+
+    def __init__(self, path: Path, boot_id: bytes, host_bytes: int) -> None:
+        self.arena: Arena | None = None
+        self.adopted = False
+        self.descriptor = -1
+        """Read-only, to hand out; -1 without an arena."""
+        self.waiting_for: frozenset[ProcessId] = frozenset()
+        self._path = path
+        self._boot_id = boot_id
+        self._host_bytes = host_bytes // PAGE_BYTES * PAGE_BYTES
+        self._earlier = ArenaRecord.load(path)
+        if self._earlier is not None:
+            self.waiting_for = frozenset(self._earlier.processes)
+
+    def __repr__(self) -> str:
+        return f"<ArenaKeeper {self.arena!r}: waiting for {len(self.waiting_for)} processes>"
+
+    def is_missing(self) -> bool:
+        return self.arena is None
+
+    async def refresh(self) -> None:
+        """Drop from `waiting_for` who is gone or gave the memory up."""
+        if self._earlier is not None and self.waiting_for:
+            arena, listed = self._earlier.arena, self.waiting_for
+            left = await asyncio.to_thread(
+                lambda: frozenset(process for process in listed if has_memory(process, arena))
+            )
+            self.waiting_for &= left
+
+    def create(self) -> Arena:
+        """A fresh arena. Only when nobody maps the earlier one any more."""
+        assert self.arena is None
+        return self._set(Arena.create(self._host_bytes))
+
+    def adopt(self, descriptor: int) -> Arena | None:
+        """The earlier arena, if `descriptor` is it and we wait for it. `descriptor` stays the caller's."""
+        if self.arena is not None or self._earlier is None:
+            return None
+        if identity_of(descriptor) != self._earlier.arena:
+            return None
+        self.adopted = True
+        return self._set(Arena.adopt(descriptor))
+
+    def save(self, processes: set[ProcessId]) -> None:
+        """Note who has the arena now, before they get it; earlier ones that still map it stay listed."""
+        if self.arena is None:
+            return
+        device, inode = self.arena.identity()
+        record = ArenaRecord(
+            boot_id=self._boot_id.hex(),
+            arena=ArenaIdentity(device, inode, self.arena.size_bytes),
+            processes=tuple(sorted(processes | self.waiting_for)),
+        )
+        record.save(self._path)
+
+    def close(self) -> None:
+        if self.arena is not None:
+            os.close(self.descriptor)
+            self.arena.close()
+
+    def _set(self, arena: Arena) -> Arena:
+        self.arena = arena
+        self.descriptor = arena.read_only_fd()
+        return arena

@@ -38,19 +38,15 @@ from kvfabric.protocol.messages import (
     Reserved,
     WireSegment,
 )
-from kvfabric.registry.state import RegistryState
+from kvfabric.registry.state import RegistryState, namespace_of, scopes_of
 from kvfabric.store.store import BlockStore, RequestGrant
 from kvfabric.types import (
     DEFAULT_TENANT,
     KEY_BYTES,
     PUBLIC_TENANT,
-    Namespace,
     Segment,
     TenantId,
-    adapter_scope,
     fabric_scope,
-    model_scope,
-    tenant_scope,
 )
 
 UNKNOWN_EPOCHS = ((fabric_scope(), -1),)
@@ -244,21 +240,21 @@ def _default_terms(caller: Caller) -> _Terms:
     if caller.services.require_handle:
         raise BadHandle("this node serves no request without a handle (require_handle)")
     hello, state = caller.session.hello, caller.services.registry()
-    scopes = [fabric_scope(), tenant_scope(DEFAULT_TENANT), model_scope(hello.model_revision)]
-    if hello.adapter:
-        scopes.append(adapter_scope(hello.adapter))
-    epochs = state.epochs_of(scopes) if state is not None else UNKNOWN_EPOCHS
-    return _Terms(tenant=DEFAULT_TENANT, epochs=epochs)
+    if state is None:
+        return _Terms(tenant=DEFAULT_TENANT, epochs=UNKNOWN_EPOCHS)
+    scopes = scopes_of(DEFAULT_TENANT, hello.model_revision, hello.adapter)
+    return _Terms(tenant=DEFAULT_TENANT, epochs=state.epochs_of(scopes))
 
 
 def _namespace_key(caller: Caller, tenant: TenantId) -> bytes:
     hello = caller.session.hello
-    namespace = Namespace(
-        tenant=tenant,
-        model_revision=hello.model_revision,
-        layout_fingerprint=caller.session.fingerprint,
-        adapter=hello.adapter,
-        adapter_revision=hello.adapter_revision,
+    namespace = namespace_of(
+        caller.services.registry() or RegistryState(),  # without epochs the store serves nothing
+        tenant,
+        hello.model_revision,
+        caller.session.fingerprint,
+        hello.adapter,
+        hello.adapter_revision,
     )
     return namespace_key(namespace, caller.services.keyring.tenant_secret(tenant))
 

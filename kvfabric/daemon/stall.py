@@ -1,0 +1,28 @@
+"""How long the event loop was kept from its work: the figure behind "stalls at most 5 ms"."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class StallProbe:
+    """A timer that notes how late it is called. `max_s`: the worst so far; set it to 0 to begin anew."""
+
+    def __init__(self, interval_s: float) -> None:
+        self.max_s = 0.0
+        self._interval_s = interval_s
+        self._loop = asyncio.get_running_loop()
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self._due = self._loop.time() + self._interval_s
+        self._timer = self._loop.call_at(self._due, self._tick)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _tick(self) -> None:
+        self.max_s = max(self.max_s, self._loop.time() - self._due)
+        self.start()

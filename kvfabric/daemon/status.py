@@ -1,0 +1,130 @@
+"""What a node says of itself: samples for /metrics, `NodeStatus` for administrators. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kvfabric.metrics import Sample
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.store.store import StoreStatistics
+from kvfabric.types import TierName
+
+if TYPE_CHECKING:
+    from kvfabric.daemon.node import Node
+
+_PREFIX = "kvfabric_node_"
+
+
+def node_samples(node: Node) -> Iterator[Sample]:
+    """Everything that /metrics shows."""
+    yield from _store_samples(node.store.statistics())
+    sessions, counts = node.sessions, node.engines.counts
+    values: tuple[tuple[str, float], ...] = (
+        ("sessions", len(sessions.live())),
+        ("sessions_draining", sessions.num_ended),
+        ("connections", sessions.num_connections),
+        ("loop_stall_seconds_max", node.probe.max_s),
+        ("adoption_waits_processes", len(node.keeper.waiting_for)),
+        ("arena_adopted_info", node.keeper.adopted),
+        ("registry_version", node.registry.state.version),
+        ("event_sequence", node.events.sequence),
+        ("protocol_errors", counts.protocol_errors),
+        ("refused_connections", counts.refused_connections),
+    )
+    for name, value in values:
+        yield Sample(_PREFIX + name, value)
+    for result, count in counts.requests.items():
+        yield Sample(_PREFIX + "requests", count, (result,))
+
+
+def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
+    """Tiers, usage and counters. `sealed_keys`: also list every key that SSD holds durably."""
+    store = node.store.statistics()
+    states = {
+        TierName.HOST: "adopting" if node.keeper.arena is None else "serving",
+        TierName.SSD: "off" if node.ssd is None else "serving" if store.ssd_up else "degraded",
+    }
+    tiers = [
+        pb.TierStatus(
+            tier=tier,
+            state=state,
+            capacity_bytes=store.capacity_bytes.get(tier, 0),
+            used_bytes=store.used_bytes.get(tier, 0),
+            draining_bytes=store.draining_bytes if tier == TierName.HOST else 0,
+            num_blocks=store.num_blocks.get(tier, 0),
+        )
+        for tier, state in states.items()
+    ]
+    usage = [
+        pb.TenantUsage(
+            tenant_id=tenant.tenant,
+            host_bytes=tenant.host_bytes,
+            ssd_bytes=tenant.ssd_bytes,
+            leased_bytes=tenant.leased_bytes,
+        )
+        for tenant in store.tenants
+    ]
+    keys: set[bytes] = set()
+    if sealed_keys and node.ssd is not None:
+        keys = {identity.part.key for identity, _ in node.ssd.records()}
+    return pb.NodeStatus(
+        tiers=tiers,
+        usage=usage,
+        arena_adopted=node.keeper.adopted,
+        counters=_counters(node, store),
+        sealed_keys=sorted(keys),
+    )
+
+
+def _counters(node: Node, store: StoreStatistics) -> dict[str, int]:
+    counters = {
+        "stored_blocks": store.stored_blocks,
+        "stored_bytes": store.stored_bytes,
+        "evictions": store.evictions,
+        "corrupt": store.corrupt,
+        "promotions": store.promotions,
+        "ssd_writes": store.ssd_writes,
+        "ssd_errors": store.ssd_errors,
+        "protocol_errors": node.engines.counts.protocol_errors,
+    }
+    counters |= {f"hits_{tier}": count for tier, count in store.hits.items()}
+    return counters | {f"misses_{reason}": count for reason, count in store.misses.items()}
+
+
+def _store_samples(store: StoreStatistics) -> Iterator[Sample]:
+    for metric, by_tier in (
+        ("tier_capacity_bytes", store.capacity_bytes),
+        ("tier_used_bytes", store.used_bytes),
+        ("tier_blocks", store.num_blocks),
+        ("blocks_matched", store.hits),
+    ):
+        for tier, amount in by_tier.items():
+            yield Sample(_PREFIX + metric, amount, (tier,))
+    yield Sample(_PREFIX + "tier_up_info", float(store.ssd_up), (TierName.SSD,))
+    values: tuple[tuple[str, float], ...] = (
+        ("leased_bytes", store.leased_bytes),
+        ("draining_bytes", store.draining_bytes),
+        ("reserved_bytes", store.reserved_bytes),
+        ("requests_open", store.num_requests),
+        ("index_bytes_per_block", store.index_bytes_per_block),
+        ("blocks_stored", store.stored_blocks),
+        ("stored_bytes", store.stored_bytes),
+        ("blocks_evicted", store.evictions),
+        ("corrupt_parts", store.corrupt),
+        ("blocks_promoted", store.promotions),
+        ("ssd_writes", store.ssd_writes),
+        ("ssd_errors", store.ssd_errors),
+        ("ssd_refused", store.ssd_refused),
+    )
+    for name, value in values:
+        yield Sample(_PREFIX + name, value)
+    for miss, count in store.misses.items():
+        yield Sample(_PREFIX + "misses", count, (miss,))
+    for refusal, count in store.refusals.items():
+        yield Sample(_PREFIX + "stores_refused", count, (refusal,))
+    for usage in store.tenants:
+        yield Sample(_PREFIX + "tenant_used_bytes", usage.host_bytes, (usage.tenant, TierName.HOST))
+        yield Sample(_PREFIX + "tenant_used_bytes", usage.ssd_bytes, (usage.tenant, TierName.SSD))
+        yield Sample(_PREFIX + "tenant_leased_bytes", usage.leased_bytes, (usage.tenant,))
+        yield Sample(_PREFIX + "tenant_draining_bytes", usage.draining_bytes, (usage.tenant,))
