@@ -11,6 +11,7 @@ import contextlib
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors that say: full (the disk, a quota, the largest file)."""
 
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux
+
+# Mapping and unmapping a page for each read costs more than reading it.
+_scratch = threading.local()
 
 
 @contextlib.contextmanager
@@ -44,6 +48,15 @@ def round_up(num_bytes: int) -> int:
 def aligned_buffer(num_bytes: int) -> memoryview:
     """Zeroed, page-aligned, whole pages; unmapped when the last view of it goes."""
     return memoryview(mmap.mmap(-1, round_up(num_bytes)))
+
+
+def scratch_page() -> memoryview:
+    """An aligned page of this thread's own, good until the thread asks again; not zeroed."""
+    try:
+        page: memoryview = _scratch.page
+    except AttributeError:
+        page = _scratch.page = aligned_buffer(PAGE_BYTES)
+    return page
 
 
 def is_aligned(view: memoryview) -> bool:

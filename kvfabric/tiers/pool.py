@@ -34,8 +34,16 @@ class IoPool:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[[], T]) -> T:
-        [result] = await self.run_all([work])
-        return result
+        submitted = self._executor.submit(work)
+        try:
+            return await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:
+            if not submitted.cancel():  # a thread has it
+                ended = asyncio.wrap_future(submitted)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await finished(ended)
+                ended.exception()  # seen: nobody else will look at it
+            raise
 
     async def run_all(self, works: Sequence[Callable[[], T]]) -> list[T]:
         """Run side by side; when all have ended, returns the results or raises the first error."""

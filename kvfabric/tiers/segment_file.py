@@ -142,7 +142,7 @@ class SegmentFile:
         Returns a view of the payload, in `buffer` or in memory of its own, after the header was found
         to be this part's. Raises CorruptBlock. The payload itself is not verified yet.
         """
-        page = direct_io.aligned_buffer(PAGE_BYTES)
+        page = direct_io.scratch_page()
         padded = record_bytes(identity.num_bytes) - PAGE_BYTES
         target = buffer[:padded]
         if len(target) < padded or not direct_io.is_aligned(target):
