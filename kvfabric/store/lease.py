@@ -1,0 +1,353 @@
+"""Sessions and their rights: requests with leased blocks, reservations, deadlines. Pure and sync.
+
+Time never frees memory. A lease is a right with a deadline over blocks that are held without one:
+
+    LIVE --deadline, end of the session's rights--> LAPSED --release, proof of quiet--> gone
+      +------------------------release, proof of quiet----------------------------------> gone
+
+A lapsed lease can neither be renewed nor confirmed, and its blocks stay where they are, unevictable,
+counted as draining, until the client says that it reads nothing any more or cannot read any more (all
+its processes exited, or a resumed session states it). Other readers may use such a block meanwhile: its
+bytes do not change.
+
+A reservation is the writer's half. Its slots are written by the daemon alone, so its end needs no proof;
+parts whose copy is under way are settled by the commit that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfabric.errors import Overloaded, RemoteProtocolError
+from kvfabric.store.index import Lineage, Rows, StoredLayout
+from kvfabric.store.residency import Residency
+from kvfabric.types import PUBLIC_TENANT, Segment, SessionId, TenantId
+
+MAX_REQUESTS = 65_536
+"""Of one session that were neither released nor ended."""
+
+_NO_ROWS: Rows = np.empty(0, dtype=np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestGrant:
+    """What an opened handle allows its request.
+
+    `cacheable_blocks` -1: no limit, else only so many leading blocks may be read or stored;
+    `public_blocks`: so many leading blocks are the public namespace's, named by `public_tag`.
+    """
+
+    tenant: TenantId
+    namespace_tag: bytes
+    public_tag: bytes
+    public_blocks: int
+    cacheable_blocks: int
+    block_tokens: int
+    segments: tuple[Segment, ...]
+    epochs: tuple[tuple[str, int], ...]
+    no_store: bool
+    no_read: bool
+
+    def lineages(
+        self, layout_fingerprint: bytes, first: int, count: int
+    ) -> Iterator[tuple[int, Lineage]]:
+        """(number of blocks, lineage) in order for the `count` blocks from block `first` on."""
+        ordered = sorted(self.segments, key=lambda segment: segment.first_token)
+        starts = [segment.first_token // self.block_tokens for segment in ordered]
+        end = first + count
+        bounds = sorted(
+            {first, end, *(b for b in (self.public_blocks, *starts) if first < b < end)}
+        )
+        for block, following in pairwise(bounds):
+            public = block < self.public_blocks
+            yield (
+                following - block,
+                Lineage(
+                    PUBLIC_TENANT if public else self.tenant,
+                    self.public_tag if public else self.namespace_tag,
+                    layout_fingerprint,
+                    tuple(
+                        segment.incarnation
+                        for segment, start in zip(ordered, starts, strict=True)
+                        if start <= block
+                    ),
+                ),
+            )
+
+
+@dataclass(slots=True)
+class Request:
+    """`rows`: blocks held for it, ascending and distinct. `deadline`: of the right, in clock seconds."""
+
+    grant: RequestGrant
+    rows: Rows = field(default_factory=lambda: _NO_ROWS)
+    deadline: float = 0.0
+    lapsed: bool = False
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Parts of one ordinal that a writer may commit. `open`: granted and neither committed nor given up.
+
+    Vectors are as long as Reserve.keys; `rows` and `parts` are 0 where nothing was granted. `copying`
+    counts commits under way; once `ended`, they store nothing.
+    """
+
+    number: int
+    session: SessionId
+    grant: RequestGrant
+    part_bytes: int
+    slot_bytes: int
+    rows: Rows
+    parts: Rows
+    open: npt.NDArray[np.bool_]
+    deadline: float
+    copying: int = 0
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class Session:
+    """`active` false: its rights ended; only holds remain until proof of quiet."""
+
+    number: SessionId
+    layout: StoredLayout
+    block_tokens: int
+    active: bool = True
+    requests: dict[str, Request] = field(default_factory=dict)
+    reservations: dict[int, Reservation] = field(default_factory=dict)
+
+
+class LeaseBook:
+    """All sessions of the node. `lease_share`: of the host tier a tenant may hold above its floor."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        *,
+        clock: Callable[[], float],
+        lease_s: float,
+        reservation_s: float,
+        lease_share: float,
+    ) -> None:
+        self.sessions: dict[SessionId, Session] = {}
+        self.num_reservations = 0
+        self._residency = residency
+        self._index = residency.index
+        self._clock = clock
+        self._lease_s = lease_s
+        self.reservation_s = reservation_s
+        self._lease_share = lease_share
+        self._rights = residency.index.column(np.uint32)
+        self._lapsed = residency.index.column(np.uint32)
+        self._next_due = float("inf")
+
+    # -- sessions ------------------------------------------------------------------------------------
+
+    def open_session(self, number: SessionId, layout: StoredLayout, block_tokens: int) -> None:
+        """Idempotent; raises RemoteProtocolError if the session declared another layout before."""
+        session = self.sessions.setdefault(number, Session(number, layout, block_tokens))
+        if session.layout is not layout:
+            raise RemoteProtocolError("a session has one layout in all its processes")
+        session.active = True
+
+    def end_rights(self, number: SessionId) -> None:
+        """The session's connections are gone: what it may do ends, what it may touch stays."""
+        session = self.sessions.get(number)
+        if session is None:
+            return
+        session.active = False
+        for request in session.requests.values():
+            self._lapse(request)
+        for reservation in list(session.reservations.values()):
+            self.end_reservation(reservation)
+        self._forget_if_gone(session)
+
+    def quiet(self, number: SessionId) -> None:
+        """Proof that no process of the session touches anything of its requests any more."""
+        session = self.sessions.get(number)
+        if session is None:
+            return
+        self.release(number, list(session.requests))
+        for reservation in list(session.reservations.values()):
+            self.end_reservation(reservation)
+        self._forget_if_gone(session)
+
+    def _forget_if_gone(self, session: Session) -> None:
+        if not session.active and not session.requests and not session.reservations:
+            self.sessions.pop(session.number, None)
+
+    # -- requests and leases -------------------------------------------------------------------------
+
+    def open_request(self, number: SessionId, request_id: str, grant: RequestGrant) -> None:
+        """Opened again, a request has the new grant and keeps its leases, lapsed ones as lapsed.
+
+        Raises Overloaded if the session has released none of very many.
+        """
+        session = self.sessions.get(number)
+        if session is None or not session.active:
+            raise RemoteProtocolError("no such session")
+        known = session.requests.get(request_id)
+        if known is not None:
+            known.grant = grant
+            return
+        if len(session.requests) >= MAX_REQUESTS:
+            raise Overloaded(f"the session holds {MAX_REQUESTS} requests that it did not release")
+        session.requests[request_id] = Request(grant)
+
+    def find(self, number: SessionId, request_id: str) -> tuple[Session, Request] | None:
+        """None if the session's rights ended or the request was never opened."""
+        session = self.sessions.get(number)
+        if session is None or not session.active:
+            return None
+        request = session.requests.get(request_id)
+        return None if request is None else (session, request)
+
+    def is_lapsed(self, request: Request) -> bool:
+        """Whether it once had a right that has ended; from then on only a release helps."""
+        if not request.lapsed and len(request.rows) and request.deadline <= self._clock():
+            self._lapse(request)
+        return request.lapsed
+
+    def affordable(self, rows: Rows) -> int:
+        """How many leading blocks the budgets of leased bytes allow."""
+        fresh = (self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)
+        if not fresh.any():
+            return len(rows)
+        costs = np.where(fresh, self._index.block_bytes_of(rows), 0)
+        tenants = self._index.tenants_of(rows)
+        allowed = len(rows)
+        for tenant in set(tenants.tolist()):
+            room = self._residency.host.room_to_lease(tenant, self._lease_share)
+            spent = np.cumsum(np.where(tenants == tenant, costs, 0))
+            allowed = min(allowed, int(np.searchsorted(spent, room, side="right")))
+        return allowed
+
+    def lease(self, request: Request, rows: Rows) -> Rows:
+        """Hold `rows` for the request, renew all it has; returns those it did not have before."""
+        distinct: Rows = np.unique(rows)
+        fresh = np.setdiff1d(distinct, request.rows, assume_unique=True)
+        if len(fresh):
+            self._residency.hold(fresh)
+            self._gain(fresh)
+            request.rows = np.union1d(request.rows, fresh)
+        request.deadline = self._clock() + self._lease_s
+        self._next_due = min(self._next_due, request.deadline)
+        return fresh
+
+    def release(self, number: SessionId, request_ids: Iterable[str]) -> None:
+        """The session reads nothing of these requests any more. Unknown ones are ignored."""
+        session = self.sessions.get(number)
+        if session is None:
+            return
+        for request_id in request_ids:
+            request = session.requests.pop(request_id, None)
+            if request is not None and len(request.rows):
+                (self._drop_lapsed if request.lapsed else self._drop_right)(request.rows)
+                self._residency.unhold(request.rows)
+        self._forget_if_gone(session)
+
+    def sweep(self) -> None:
+        """End every right whose deadline has passed. Cheap when none has."""
+        now = self._clock()
+        if now < self._next_due:
+            return
+        for session in list(self.sessions.values()):
+            for request in session.requests.values():
+                self.is_lapsed(request)
+            for reservation in list(session.reservations.values()):
+                if reservation.deadline <= now:
+                    self.end_reservation(reservation)
+        self._next_due = min(self._deadlines(), default=float("inf"))
+
+    def _deadlines(self) -> Iterator[float]:
+        for session in self.sessions.values():
+            for request in session.requests.values():
+                if len(request.rows) and not request.lapsed:
+                    yield request.deadline
+            for reservation in session.reservations.values():
+                yield reservation.deadline
+
+    # -- bytes under rights: each physical byte once -------------------------------------------------
+
+    def _gain(self, rows: Rows) -> None:
+        first = rows[self._rights.array[rows] == 0]
+        self._rights.array[rows] += 1
+        self._count("leased", first, +1)
+        self._count("lapsed", first[self._lapsed.array[first] > 0], -1)
+
+    def _lapse(self, request: Request) -> None:
+        if request.lapsed or not len(request.rows):
+            return
+        request.lapsed = True
+        rows = request.rows
+        self._rights.array[rows] -= 1
+        self._lapsed.array[rows] += 1
+        last = rows[self._rights.array[rows] == 0]
+        self._count("leased", last, -1)
+        self._count("lapsed", last, +1)
+
+    def _drop_right(self, rows: Rows) -> None:
+        self._rights.array[rows] -= 1
+        last = rows[self._rights.array[rows] == 0]
+        self._count("leased", last, -1)
+        self._count("lapsed", last[self._lapsed.array[last] > 0], +1)
+
+    def _drop_lapsed(self, rows: Rows) -> None:
+        self._lapsed.array[rows] -= 1
+        idle = (self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)
+        self._count("lapsed", rows[idle], -1)
+
+    def _count(self, what: str, rows: Rows, sign: int) -> None:
+        host, index = self._residency.host, self._index
+        amounts = sign * index.block_bytes_of(rows)
+        host.add("leased" if what == "leased" else "lapsed", index.tenants_of(rows), amounts)
+
+    # -- reservations --------------------------------------------------------------------------------
+
+    def add_reservation(
+        self, session: Session, grant: RequestGrant, part_bytes: int, slot_bytes: int
+    ) -> Reservation:
+        """An empty reservation; `reserve` fills in rows and parts that `Residency.begin` began."""
+        self.num_reservations += 1
+        reservation = Reservation(
+            number=self.num_reservations,
+            session=session.number,
+            grant=grant,
+            part_bytes=part_bytes,
+            slot_bytes=slot_bytes,
+            rows=_NO_ROWS,
+            parts=_NO_ROWS,
+            open=np.empty(0, dtype=np.bool_),
+            deadline=self._clock() + self.reservation_s,
+        )
+        session.reservations[reservation.number] = reservation
+        self._next_due = min(self._next_due, reservation.deadline)
+        return reservation
+
+    def find_reservation(self, number: SessionId, reservation: int) -> Reservation | None:
+        """None if it ended or its deadline has passed (which ends it)."""
+        session = self.sessions.get(number)
+        found = None if session is None else session.reservations.get(reservation)
+        if found is not None and found.deadline <= self._clock():
+            self.end_reservation(found)
+            return None
+        return found
+
+    def end_reservation(self, reservation: Reservation) -> None:
+        """Give up what of it is neither committed nor being copied now."""
+        reservation.ended = True
+        left = reservation.open
+        rows, parts = reservation.rows[left], reservation.parts[left]
+        reservation.open = np.zeros_like(left)
+        if len(rows):
+            self._residency.cancel(rows, parts, reservation.slot_bytes)
+        session = self.sessions.get(reservation.session)
+        if session is not None:
+            session.reservations.pop(reservation.number, None)
+            self._forget_if_gone(session)

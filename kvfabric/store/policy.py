@@ -1,0 +1,204 @@
+"""Which block gives way: S3-FIFO per tenant over the leaves of the prefix tree. Pure and sync.
+
+Each tenant has two FIFO queues. New blocks enter `small`; one that was matched while there moves to
+`main`, one that was not goes when its turn comes and leaves a fingerprint in the ghost table. A block
+that returns while its fingerprint is there enters `main` at once. In `main` each match buys one more
+round, up to three. So a stream of blocks used once (93 % in production logs) passes through a tenth of
+the room and pushes nothing out that is reused.
+
+A queue holds exactly the blocks that could go now: with bytes in the arena, without a hold, and without
+a child in the arena (leaf first: a child is worthless without its parent). An inner block is in no
+queue; when its last child goes, it is offered at the front, because it is older than that child. So
+finding a victim is O(1) however long the chains are.
+
+Whose blocks go first is `quota`'s answer; this module answers which of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from kvfabric.store.index import MAIN, QUEUED, BlockIndex, Rows
+
+MAX_FREQ = 3
+SMALL_SHARE = 0.1
+"""Of a tenant's blocks; while `small` holds more, victims come from it."""
+
+
+class _Queue:
+    __slots__ = ("first", "last")
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.last = 0
+
+
+class _TenantQueues:
+    """Counts are of all blocks with bytes in the arena, queued or not."""
+
+    __slots__ = ("main", "num_main", "num_small", "small")
+
+    def __init__(self) -> None:
+        self.small = _Queue()
+        self.main = _Queue()
+        self.num_small = 0
+        self.num_main = 0
+
+
+class EvictionPolicy:
+    """Doubly linked queues through two columns of the index, and the ghost table."""
+
+    def __init__(self, index: BlockIndex) -> None:
+        self._index = index
+        self._next = index.column(np.uint32)
+        self._previous = index.column(np.uint32)
+        # Indexed by row number of the table's size, not by row: a direct map of key fingerprints, in
+        # which a newer ghost overwrites an older one.
+        self._ghosts = index.column(np.uint32)
+        self._tenants: list[_TenantQueues] = []
+
+    def arrive(self, rows: Rows) -> None:
+        """The first bytes of these blocks came into the arena. Queues nothing yet: `offer` does."""
+        index = self._index
+        words = index.keys.array[rows, 0]
+        places = (words >> np.uint64(32)) % np.uint64(len(self._ghosts.array))
+        known = self._ghosts.array[places] == (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        index.flags.array[rows[known]] |= MAIN
+        owners = index.tenants_of(rows)
+        for tenant in set(owners.tolist()):
+            queues = self._queues(tenant)
+            num_main = int(np.count_nonzero(known & (owners == tenant)))
+            queues.num_main += num_main
+            queues.num_small += int(np.count_nonzero(owners == tenant)) - num_main
+
+    def leave(self, row: int, *, ghost: bool) -> None:
+        """The last bytes of a block left the arena; `ghost`: because it was evicted."""
+        index = self._index
+        if index.flags.cell[row] & QUEUED:
+            self._unlink(row)
+        queues = self._queues_of(row)
+        if index.flags.cell[row] & MAIN:
+            queues.num_main -= 1
+            index.flags.cell[row] &= ~MAIN
+        else:
+            queues.num_small -= 1
+        if ghost:
+            word = index.keys.cell[4 * row]
+            self._ghosts.cell[(word >> 32) % len(self._ghosts.array)] = word & 0xFFFFFFFF
+
+    def was_evicted(self, row_key_word: int) -> bool:
+        """Whether a block whose key starts with this word went not long ago. May be wrong."""
+        place = (row_key_word >> 32) % len(self._ghosts.array)
+        return self._ghosts.cell[place] == row_key_word & 0xFFFFFFFF
+
+    def offer(self, rows: Rows) -> None:
+        """Queue those of `rows` that could go now, at the end of their queues."""
+        index = self._index
+        could_go = (
+            (index.host_parts.array[rows] > 0)
+            & (index.holds.array[rows] == 0)
+            & (index.host_children.array[rows] == 0)
+            & (index.flags.array[rows] & QUEUED == 0)
+        )
+        for row in rows[could_go].tolist():
+            if not index.flags.cell[row] & QUEUED:
+                self._append(row)
+
+    def offer_first(self, row: int) -> None:
+        """Queue one block at the front, if it could go now."""
+        index = self._index
+        if (
+            index.host_parts.cell[row]
+            and not index.holds.cell[row]
+            and not index.host_children.cell[row]
+            and not index.flags.cell[row] & QUEUED
+        ):
+            self._prepend(row)
+
+    def withdraw(self, rows: Iterable[int]) -> None:
+        """These queued blocks can not go for now: they got a hold or a child."""
+        for row in rows:
+            if self._index.flags.cell[row] & QUEUED:
+                self._unlink(row)
+
+    def hit(self, rows: Rows) -> None:
+        """These blocks were matched."""
+        freq = self._index.freq.array
+        freq[rows] = np.minimum(freq[rows] + 1, MAX_FREQ)
+
+    def has_victim(self, tenant: int) -> bool:
+        queues = self._queues(tenant)
+        return bool(queues.small.first or queues.main.first)
+
+    def next_victim(self, tenant: int) -> int:
+        """The block of this tenant that goes next, out of its queue now; NO_ROW if none can.
+
+        Terminates: each round returns, moves a block out of `small`, or lowers the count of one.
+        """
+        index, queues = self._index, self._queues(tenant)
+        while queues.small.first or queues.main.first:
+            limit = SMALL_SHARE * (queues.num_small + queues.num_main)
+            from_small = queues.small.first and (queues.num_small > limit or not queues.main.first)
+            row = queues.small.first if from_small else queues.main.first
+            self._unlink(row)
+            if not index.freq.cell[row]:
+                return row
+            if from_small:
+                index.freq.cell[row] = 0
+                index.flags.cell[row] |= MAIN
+                queues.num_small -= 1
+                queues.num_main += 1
+            else:
+                index.freq.cell[row] -= 1
+            self._append(row)
+        return 0
+
+    # -- links ---------------------------------------------------------------------------------------
+
+    def _queues(self, tenant: int) -> _TenantQueues:
+        while tenant >= len(self._tenants):
+            self._tenants.append(_TenantQueues())
+        return self._tenants[tenant]
+
+    def _queues_of(self, row: int) -> _TenantQueues:
+        return self._queues(int(self._index.lineage_tenant[self._index.lineage.cell[row]]))
+
+    def _queue_of(self, row: int) -> _Queue:
+        queues = self._queues_of(row)
+        return queues.main if self._index.flags.cell[row] & MAIN else queues.small
+
+    def _append(self, row: int) -> None:
+        queue = self._queue_of(row)
+        self._link(row, queue, previous=queue.last, following=0)
+
+    def _prepend(self, row: int) -> None:
+        queue = self._queue_of(row)
+        self._link(row, queue, previous=0, following=queue.first)
+
+    def _link(self, row: int, queue: _Queue, *, previous: int, following: int) -> None:
+        self._index.flags.cell[row] |= QUEUED
+        self._previous.cell[row] = previous
+        self._next.cell[row] = following
+        if previous:
+            self._next.cell[previous] = row
+        else:
+            queue.first = row
+        if following:
+            self._previous.cell[following] = row
+        else:
+            queue.last = row
+
+    def _unlink(self, row: int) -> None:
+        queue = self._queue_of(row)
+        previous, following = self._previous.cell[row], self._next.cell[row]
+        if previous:
+            self._next.cell[previous] = following
+        else:
+            queue.first = following
+        if following:
+            self._previous.cell[following] = previous
+        else:
+            queue.last = previous
+        self._index.flags.cell[row] &= ~QUEUED

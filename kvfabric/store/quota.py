@@ -1,0 +1,179 @@
+"""Bytes of one tier by tenant: what may be charged, and whose blocks go first. Pure and sync.
+
+Charged are RESERVED, READY and DRAINING bytes, in whole slots. Three rules (design 7):
+
+* a tenant's hard maximum is never passed: the store is refused once its own evictable blocks are gone;
+* a floor is guaranteed: an eviction for somebody else never takes a tenant below it, and bytes nobody
+  can evict (reserved, leased, draining) above their owners' floors never exceed what the floors leave;
+* whoever is furthest above its budget goes first. Budget = floor + an equal share of what the floors
+  leave, among the tenants present.
+
+Leased and draining bytes above one's floor are at most a tenth of the tier, so that nobody can keep a
+cache from turning over. The public namespace has no such bound of its own: what is public is chosen by the
+operator, and one tenant's leases on it must not make another's request miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfabric.registry.state import Tenant, TierQuota
+from kvfabric.types import PUBLIC_TENANT, TenantId
+
+Field = Literal["reserved", "ready", "detached", "leased", "lapsed"]
+
+MAX_FLOORS = 0.9
+"""Of a tier's capacity: floors beyond that are scaled down together."""
+
+
+@dataclass(slots=True)
+class Account:
+    """Bytes of one tenant in one tier.
+
+    `leased`: READY under at least one live lease. `lapsed`: READY under ended rights only. `detached`:
+    left READY while somebody may still read them. Physical bytes are counted once, however many hold them.
+    """
+
+    tenant: TenantId
+    reserved: int = 0
+    ready: int = 0
+    detached: int = 0
+    leased: int = 0
+    lapsed: int = 0
+    max_bytes: int = 0
+    floor_bytes: int = 0
+
+    @property
+    def used(self) -> int:
+        return self.reserved + self.ready + self.detached
+
+    @property
+    def draining(self) -> int:
+        return self.lapsed + self.detached
+
+    @property
+    def held(self) -> int:
+        """Bytes that readers' rights, past or present, keep from being freed."""
+        return self.leased + self.lapsed + self.detached
+
+
+class TierAccounts:
+    """All accounts of one tier. A tenant's slot number is stable for the life of the daemon."""
+
+    def __init__(self, capacity_bytes: int, quota_of: Callable[[Tenant], TierQuota]) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.accounts: list[Account] = []
+        self._quota_of = quota_of
+        self._slots: dict[TenantId, int] = {}
+        self._tenants: Mapping[TenantId, Tenant] = {}
+
+    def slot(self, tenant: TenantId) -> int:
+        """The slot number of a tenant, with an account from now on."""
+        slot = self._slots.setdefault(tenant, len(self.accounts))
+        if slot == len(self.accounts):
+            self.accounts.append(Account(tenant))
+            self._apply_quotas()
+        return slot
+
+    def configure(self, tenants: Mapping[TenantId, Tenant]) -> None:
+        """The registry's tenants, from now on. Over-long floors are scaled to 90 % together."""
+        self._tenants = tenants
+        for tenant in tenants:
+            self.slot(tenant)
+        self._apply_quotas()
+
+    def resize(self, capacity_bytes: int) -> None:
+        """What the tier really has."""
+        self.capacity_bytes = capacity_bytes
+        self._apply_quotas()
+
+    def _apply_quotas(self) -> None:
+        quotas = [
+            self._quota_of(self._tenants[account.tenant])
+            if account.tenant in self._tenants
+            else TierQuota()
+            for account in self.accounts
+        ]
+        floors = sum(quota.floor_bytes for quota in quotas)
+        scale = min(1.0, MAX_FLOORS * self.capacity_bytes / floors) if floors else 1.0
+        for account, quota in zip(self.accounts, quotas, strict=True):
+            account.max_bytes = quota.max_bytes or self.capacity_bytes
+            account.floor_bytes = int(quota.floor_bytes * scale)
+
+    def add(
+        self, field: Field, slots: npt.NDArray[np.uint32], num_bytes: int | npt.NDArray[Any]
+    ) -> None:
+        """Add (or with a negative number take) bytes to one field: one entry of `slots` a part."""
+        if not len(slots):
+            return
+        first = int(slots[0])
+        amounts = np.broadcast_to(num_bytes, slots.shape)
+        if (slots == first).all():
+            self._add(field, first, int(amounts.sum()))
+            return
+        for slot in np.unique(slots).tolist():
+            self._add(field, slot, int(amounts[slots == slot].sum()))
+
+    def _add(self, field: Field, slot: int, num_bytes: int) -> None:
+        account = self.accounts[slot]
+        value = getattr(account, field) + num_bytes
+        assert value >= 0, f"{field} bytes of {account.tenant} would be {value}"
+        setattr(account, field, value)
+
+    @property
+    def used(self) -> int:
+        return sum(account.used for account in self.accounts)
+
+    @property
+    def unfloored_bytes(self) -> int:
+        """What the floors leave of the tier."""
+        return self.capacity_bytes - sum(account.floor_bytes for account in self.accounts)
+
+    def room_to_reserve(self, slot: int) -> int:
+        """Bytes this tenant may have reserved beyond those it has, by hard maximum and floors alone."""
+        mine = self.accounts[slot]
+        pinned = {account.tenant: account.reserved + account.held for account in self.accounts}
+        above = sum(
+            max(0, pinned[account.tenant] - account.floor_bytes)
+            for account in self.accounts
+            if account is not mine
+        )
+        by_floors = self.unfloored_bytes - above + mine.floor_bytes - pinned[mine.tenant]
+        by_maximum = mine.max_bytes - mine.reserved - mine.detached
+        return max(0, min(by_floors, by_maximum))
+
+    def room_to_lease(self, slot: int, share: float) -> int:
+        """Bytes that may be leased beyond those that are: `share` of the tier above the floor."""
+        account = self.accounts[slot]
+        if account.tenant == PUBLIC_TENANT:
+            return self.capacity_bytes
+        return max(0, account.floor_bytes + int(share * self.capacity_bytes) - account.held)
+
+    def over_maximum(self, slot: int, num_bytes: int) -> int:
+        """Bytes of its own this tenant has to lose before it is charged `num_bytes` more."""
+        account = self.accounts[slot]
+        return account.used + num_bytes - account.max_bytes
+
+    def over_capacity(self, num_bytes: int) -> int:
+        """Bytes somebody has to lose before `num_bytes` more fit the tier."""
+        return self.used + num_bytes - self.capacity_bytes
+
+    def may_lose(self, victim: int, num_bytes: int, *, requester: int) -> bool:
+        """Whether an eviction of `num_bytes` for `requester` respects the victim's floor."""
+        account = self.accounts[victim]
+        return victim == requester or account.used - num_bytes >= account.floor_bytes
+
+    def by_excess(self) -> list[int]:
+        """Slots of those that hold anything, furthest above budget first."""
+        present = [slot for slot, account in enumerate(self.accounts) if account.used]
+        share = self.unfloored_bytes // max(1, len(present))
+        return sorted(
+            present,
+            key=lambda slot: self.accounts[slot].used - self.accounts[slot].floor_bytes - share,
+            reverse=True,
+        )

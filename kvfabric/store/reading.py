@@ -1,0 +1,240 @@
+"""match, load, confirm: how bytes get from the store to a reader that may have them.
+
+match    (sync)   longest prefix READY, the request's own and within budget; leased
+load     (async)  where one part of each leased block lies, SSD blocks brought into the arena first
+confirm  (sync)   after the reader's copies: every right held, every slot is what was located
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfabric.errors import RemoteProtocolError
+from kvfabric.protocol.messages import Confirmed, Located, Matched
+from kvfabric.store.access import Access, Flags, cacheable
+from kvfabric.store.index import HIT, HOST, NO_ROW, RESERVED, SSD, Rows, packed_keys
+from kvfabric.store.lease import LeaseBook, Request, RequestGrant, Session
+from kvfabric.store.residency import Residency
+from kvfabric.store.ssd import SsdTraffic
+from kvfabric.tiers.arena import PAGE_BYTES
+from kvfabric.types import MissReason, SessionId, TierName
+
+_HOST_TIER, _SSD_TIER = 0, 1
+
+
+class Reader:
+    """`ssd` is set when the tier has been indexed; `hits` and `misses` count blocks of matches."""
+
+    def __init__(
+        self, residency: Residency, leases: LeaseBook, access: Access, *, lease_s: float
+    ) -> None:
+        self.ssd: SsdTraffic | None = None
+        self.hits: Counter[TierName] = Counter()
+        self.misses: Counter[MissReason] = Counter()
+        self._residency = residency
+        self._index = residency.index
+        self._leases = leases
+        self._access = access
+        self._lease_s = lease_s
+
+    # -- match ---------------------------------------------------------------------------------------
+
+    def match(self, session: SessionId, request_id: str, keys: bytes) -> Matched:
+        words = packed_keys(keys)
+        found = self._leases.find(session, request_id)
+        if found is None:
+            return self._missed(len(words), MissReason.NO_HANDLE)
+        holder, request = found
+        reason = self._access.to_read(request)
+        if reason is not MissReason.NONE:
+            return self._missed(len(words), reason)
+        rows = self._index.lookup(words[: cacheable(request.grant, len(words))])
+        expected = self._access.lineages(holder, request.grant, 0, len(rows))
+        num_blocks = leading(self._readable(rows, expected, holder, request.grant))
+        if num_blocks < len(words):
+            reason = self._why_not(words, rows, expected, num_blocks, holder)
+        affordable = self._leases.affordable(rows[:num_blocks])
+        if affordable < num_blocks:
+            num_blocks, reason = affordable, MissReason.LEASE_BUDGET
+        rows = rows[:num_blocks]
+        in_host = self._index.host_parts.array[rows] == holder.layout.num_parts
+        if num_blocks:
+            self._use(self._leases.lease(request, rows))
+        self._count(in_host, len(words), reason)
+        return Matched(
+            num_blocks=num_blocks,
+            tiers=np.where(in_host, _HOST_TIER, _SSD_TIER).astype(np.uint8).tobytes(),
+            lease_s=self._lease_s if num_blocks else 0.0,
+            reason=reason.value,
+        )
+
+    def _missed(self, num_keys: int, reason: MissReason) -> Matched:
+        self.misses[reason] += num_keys
+        return Matched(num_blocks=0, tiers=b"", lease_s=0.0, reason=reason.value)
+
+    def _count(self, in_host: Flags, num_keys: int, reason: MissReason) -> None:
+        num_host = int(np.count_nonzero(in_host))
+        self.hits[TierName.HOST] += num_host
+        self.hits[TierName.SSD] += len(in_host) - num_host
+        if num_keys > len(in_host):
+            self.misses[reason] += num_keys - len(in_host)
+
+    def _readable(self, rows: Rows, expected: Rows, session: Session, grant: RequestGrant) -> Flags:
+        """Which blocks are READY in a tier that works, and stored under the expected lineage.
+
+        The lineage is compared beside the key on purpose: a key alone must never decide whose bytes
+        somebody gets.
+        """
+        index = self._index
+        ssd_works = self.ssd is not None and not self.ssd.breaker.is_open
+        counts = index.available_parts if ssd_works else index.host_parts
+        readable: Flags = (rows != NO_ROW) & (counts.array[rows] == session.layout.num_parts)
+        readable &= index.lineage.array[rows] == expected
+        readable &= ~self._access.expired(rows, grant)
+        return readable
+
+    def _why_not(
+        self,
+        words: npt.NDArray[np.uint64],
+        rows: Rows,
+        expected: Rows,
+        position: int,
+        session: Session,
+    ) -> MissReason:
+        """Why the block at `position` misses."""
+        if position >= len(rows):
+            return MissReason.WITHDRAWN  # from here on the text of a withdrawn template
+        index, row = self._index, int(rows[position])
+        own = row != NO_ROW and index.lineage.cell[row] == expected[position]
+        if own and index.available_parts.cell[row] == session.layout.num_parts:
+            ssd_down = self.ssd is None or self.ssd.breaker.is_open
+            only_there = index.host_parts.cell[row] < session.layout.num_parts
+            return MissReason.TIER_DOWN if ssd_down and only_there else MissReason.EXPIRED
+        if own and any(index.part_state.cell[part] & RESERVED for part in index.parts_of(row)):
+            return MissReason.PENDING
+        evicted = self._residency.policy.was_evicted(int(words[position, 0]))
+        return MissReason.EVICTED if evicted else MissReason.ABSENT
+
+    def _use(self, fresh: Rows) -> None:
+        """A request leased these for the first time: their second use, if it is not a later one."""
+        index = self._index
+        self._residency.policy.hit(fresh)
+        index.flags.array[fresh] |= HIT
+        if self.ssd is not None:
+            unsealed = (index.host_parts.array[fresh] > 0) & (index.ssd_parts.array[fresh] == 0)
+            self.ssd.offer(fresh[unsealed])
+
+    # -- load ----------------------------------------------------------------------------------------
+
+    async def load(
+        self, session: SessionId, request_id: str, keys: bytes, group: int, shard: int
+    ) -> Located:
+        words = packed_keys(keys)
+        found = self._leases.find(session, request_id)
+        if found is None:
+            return _not_located(MissReason.NO_HANDLE)
+        holder, request = found
+        ordinal = ordinal_of(holder, group, shard)
+        reason = self._access.to_read(request)
+        if reason is not MissReason.NONE:
+            return _not_located(reason)
+        rows = self._index.lookup(words)
+        rows = rows[: leading(np.isin(rows, request.rows))]
+        if self.ssd is not None and not self._here(self._index.parts(rows, ordinal)).all():
+            await self.ssd.promote(rows, ordinal)
+            reason = self._after_await(session, request_id, request)
+            if reason is not MissReason.NONE:
+                return _not_located(reason)
+        parts = self._index.parts(rows, ordinal)
+        num_blocks = leading(self._here(parts))
+        if num_blocks < len(words):
+            reason = self._why_not_here(parts, num_blocks)
+        return self._located(parts[:num_blocks], holder.layout.specs[ordinal].num_bytes, reason)
+
+    def _after_await(self, session: SessionId, request_id: str, request: Request) -> MissReason:
+        """Rights may have ended meanwhile, and with them the hold that keeps its rows what they are."""
+        found = self._leases.find(session, request_id)
+        if found is None or found[1] is not request:
+            return MissReason.NO_HANDLE
+        return self._access.to_read(request)
+
+    def _here(self, parts: Rows) -> Flags:
+        here: Flags = (self._index.part_state.array[parts] & HOST) != 0
+        return here
+
+    def _why_not_here(self, parts: Rows, position: int) -> MissReason:
+        if position >= len(parts):
+            return MissReason.ABSENT  # never leased by this request
+        if not self._index.part_state.cell[int(parts[position])] & SSD:
+            return MissReason.CORRUPT  # leased and gone: it did not verify, or was withdrawn
+        if self.ssd is None or self.ssd.breaker.is_open:
+            return MissReason.TIER_DOWN
+        return MissReason.EVICTED  # no room for it in the arena
+
+    def _located(self, parts: Rows, num_bytes: int, reason: MissReason) -> Located:
+        index = self._index
+        offsets = index.part_page.array[parts].astype(np.uint64) * np.uint64(PAGE_BYTES)
+        return Located(
+            num_blocks=len(parts),
+            part_bytes=num_bytes,
+            offsets=offsets.tobytes(),
+            generations=index.part_generation.array[parts].tobytes(),
+            checksums=index.part_checksum[parts].tobytes(),
+            reason=reason.value,
+        )
+
+    # -- confirm -------------------------------------------------------------------------------------
+
+    def confirm(
+        self,
+        session: SessionId,
+        request_id: str,
+        keys: bytes,
+        generations: bytes,
+        part: tuple[int, int],
+    ) -> Confirmed:
+        words = packed_keys(keys)
+        if len(generations) != 4 * len(words):
+            raise RemoteProtocolError("as many generations as keys are confirmed")
+        found = self._leases.find(session, request_id)
+        if found is None:
+            return Confirmed(num_blocks=0, reason=MissReason.NO_HANDLE.value)
+        holder, request = found
+        reason = self._access.to_read(request)
+        if reason is not MissReason.NONE:
+            return Confirmed(num_blocks=0, reason=reason.value)
+        rows = self._index.lookup(words)
+        parts = self._index.parts(rows, ordinal_of(holder, *part))
+        good = np.isin(rows, request.rows) & self._here(parts)
+        good &= self._index.part_generation.array[parts] == np.frombuffer(generations, "<u4")
+        num_blocks = leading(good)
+        if num_blocks < len(words):
+            reason = MissReason.CORRUPT
+        return Confirmed(num_blocks=num_blocks, reason=reason.value)
+
+
+def leading(flags: Flags) -> int:
+    """How many of the first are true."""
+    return int(flags.argmin()) if len(flags) and not flags.all() else len(flags)
+
+
+def ordinal_of(session: Session, group: int, shard: int) -> int:
+    """Raises RemoteProtocolError for a part that the session's layout does not declare."""
+    ordinal = session.layout.ordinal(group, shard)
+    if ordinal is None:
+        raise RemoteProtocolError(f"the layout has no part of group {group}, shard {shard}")
+    return ordinal
+
+
+def _not_located(reason: MissReason) -> Located:
+    return Located(
+        num_blocks=0,
+        part_bytes=0,
+        offsets=b"",
+        generations=b"",
+        checksums=b"",
+        reason=reason.value,
+    )

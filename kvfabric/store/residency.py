@@ -1,0 +1,427 @@
+"""What lies where: every transition of a block, kept consistent over index, queues, accounts and arena.
+
+Owns the slots. Callers are the store's verbs; all methods are sync, hence atomic on the event loop, and
+each leaves these true (`check` proves them in tests):
+
+    bytes charged = reserved + ready + detached of all accounts <= capacity
+    every allocated slot belongs to one HOST part, one write under way, or one detached entry
+    a slot is freed only when no hold is on its row: a hold is a reader, a writer or the SSD tier's reader
+    the host tier's events say exactly which blocks are READY there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfabric.store.index import HIT, HOST, LOADING, QUEUED, RESERVED, SSD, BlockIndex, Rows
+from kvfabric.store.policy import EvictionPolicy
+from kvfabric.store.quota import TierAccounts
+from kvfabric.tiers.arena import PAGE_BYTES, Arena, Slots, slot_bytes
+from kvfabric.types import TenantId, TierName
+
+MAX_EVICTIONS = 512
+"""Blocks one call evicts at most, which bounds its stay on the event loop to a few milliseconds."""
+
+_ROUND = 64
+"""Blocks taken from one tenant before the tenants are ranked anew."""
+
+
+class EventSink(Protocol):
+    """Where residency is announced; `kvfabric.events.stream` is one. Prefixes are 8 bytes a key."""
+
+    def stored(
+        self,
+        tier: TierName,
+        namespace_tag: bytes,
+        parent: bytes,
+        keys: bytes,
+        *,
+        engine: bytes = b"",
+    ) -> None: ...
+
+    def removed(
+        self, tier: TierName, namespace_tag: bytes, keys: bytes, *, engine: bytes = b""
+    ) -> None: ...
+
+    def cleared(self, tier: TierName, *, engine: bytes = b"") -> None: ...
+
+
+class Run(NamedTuple):
+    """Consecutive blocks of a chain, as events carry them."""
+
+    namespace_tag: bytes
+    parent: bytes
+    keys: bytes
+
+
+class _Slot(NamedTuple):
+    page: int
+    num_bytes: int
+    tenant: int
+
+
+class _Removal:
+    """Slots and events of one call, handed on together."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, list[int]] = {}
+        self.prefixes: dict[bytes, bytearray] = {}
+
+
+class Residency:
+    """`save` is asked before a block that was hit is evicted: True if it is being written to SSD now."""
+
+    def __init__(
+        self,
+        *,
+        index: BlockIndex,
+        host: TierAccounts,
+        ssd: TierAccounts,
+        events: EventSink,
+        now: Callable[[], int],
+    ) -> None:
+        self.index = index
+        self.host = host
+        self.ssd = ssd
+        self.policy = EvictionPolicy(index)
+        self.arena: Arena | None = None
+        self.save: Callable[[int], bool] = lambda _row: False
+        self.evictions = 0
+        self.num_host_blocks = 0
+        self.num_ssd_blocks = 0
+        self._events = events
+        self._now = now
+        self._detached: dict[int, list[_Slot]] = {}
+
+    def tenant_slot(self, tenant: TenantId) -> int:
+        """The tenant's slot number, the same in both tiers' accounts."""
+        slot = self.host.slot(tenant)
+        assert self.ssd.slot(tenant) == slot
+        return slot
+
+    # -- holds ---------------------------------------------------------------------------------------
+
+    def hold(self, rows: Rows) -> None:
+        """Nothing of these (distinct) rows is freed or reused until `unhold`."""
+        index = self.index
+        queued = rows[(index.flags.array[rows] & QUEUED) != 0]
+        if len(queued):
+            self.policy.withdraw(queued.tolist())
+        index.holds.array[rows] += 1
+
+    def unhold(self, rows: Rows) -> None:
+        index = self.index
+        index.holds.array[rows] -= 1
+        idle = rows[index.holds.array[rows] == 0]
+        if not len(idle):
+            return
+        if self._detached:
+            self._free_detached(idle)
+        self.policy.offer(idle)
+        empty = idle[(index.available_parts.array[idle] == 0) & (index.child_rows.array[idle] == 0)]
+        if len(empty):
+            index.drop_empty(empty.tolist())
+
+    def _free_detached(self, rows: Rows) -> None:
+        removal = _Removal()
+        for row in rows.tolist():
+            for slot in self._detached.pop(row, ()):
+                removal.pages.setdefault(slot.num_bytes, []).append(slot.page)
+                self.host.accounts[slot.tenant].detached -= slot.num_bytes
+        self._finish(removal)
+
+    # -- room ----------------------------------------------------------------------------------------
+
+    def make_room(self, tenant: int, num_bytes: int, count: int) -> int:
+        """How many of `count` slots of `num_bytes` the tenant may be charged now, after evictions."""
+        host, account = self.host, self.host.accounts[tenant]
+        wanted = min(count, host.room_to_reserve(tenant) // num_bytes)
+        over = host.over_maximum(tenant, wanted * num_bytes)
+        if over > 0:
+            self._evict(over, lambda: [tenant], tenant)
+            wanted = min(wanted, (account.max_bytes - account.used) // num_bytes)
+        over = host.over_capacity(wanted * num_bytes)
+        if over > 0:
+            self._evict(over, host.by_excess, tenant)
+            wanted = min(wanted, (host.capacity_bytes - host.used) // num_bytes)
+        return max(0, wanted)
+
+    def free_rows(self, tenant: int, wanted_rows: int) -> None:
+        """Evict until the index has room for so many rows and parts, if evicting can give it."""
+        for _ in range(MAX_EVICTIONS // _ROUND):
+            if min(self.index.free_rows, self.index.free_parts) >= wanted_rows:
+                return
+            self._evict(1, self.host.by_excess, tenant, at_least=_ROUND)
+
+    def allocate(self, tenant: int, count: int, num_bytes: int) -> Slots | None:
+        """Slots for bytes that are charged already. Splinters cost evictions, within bounds."""
+        assert self.arena is not None
+        slots = self.arena.allocate(count, num_bytes)
+        if slots is None:
+            self._evict(4 * count * num_bytes, self.host.by_excess, tenant)
+            slots = self.arena.allocate(count, num_bytes)
+        return slots
+
+    def give_back(self, slots: Slots, num_bytes: int) -> None:
+        """Slots that were allocated and never published."""
+        assert self.arena is not None
+        self.arena.free(slots.first_pages, num_bytes)
+
+    def _evict(
+        self,
+        num_bytes: int,
+        victims: Callable[[], list[int]],
+        requester: int,
+        *,
+        at_least: int = 0,
+    ) -> None:
+        removal, freed, blocks = _Removal(), 0, 0
+        while (freed < num_bytes or blocks < at_least) and blocks < MAX_EVICTIONS:
+            took = 0
+            for tenant in victims():
+                got, took = self._evict_from(tenant, num_bytes - freed, requester, removal)
+                freed += got
+                if took:
+                    break
+            if not took:
+                break
+            blocks += took
+        self._finish(removal)
+
+    def _evict_from(
+        self, tenant: int, num_bytes: int, requester: int, removal: _Removal
+    ) -> tuple[int, int]:
+        """(bytes freed, blocks looked at), one round at most."""
+        freed = took = 0
+        while took < _ROUND and (freed < num_bytes or not took):
+            row = self.policy.next_victim(tenant)
+            if not row:
+                break
+            size = self._host_bytes(row)
+            if not self.host.may_lose(tenant, size, requester=requester):
+                self.policy.offer_first(row)
+                break
+            took += 1
+            if self.index.flags.cell[row] & HIT and self.save(row):
+                continue
+            self._remove(row, removal, ghost=True)
+            freed += size
+            self.evictions += 1
+        return freed, took
+
+    def _host_bytes(self, row: int) -> int:
+        specs = self.index.layout_at(row).specs
+        states = self.index.part_state.cell
+        return sum(
+            slot_bytes(specs[ordinal].num_bytes)
+            for ordinal, part in enumerate(self.index.parts_of(row))
+            if states[part] & HOST
+        )
+
+    # -- host tier -----------------------------------------------------------------------------------
+
+    def begin(self, rows: Rows, parts: Rows, num_bytes: int, state: int) -> None:
+        """Charge parts that are going to be filled, RESERVED or LOADING, and hold their rows."""
+        self.index.part_state.array[parts] |= state
+        self.host.add("reserved", self.index.tenants_of(rows), num_bytes)
+        self.hold(rows)
+
+    def cancel(self, rows: Rows, parts: Rows, num_bytes: int) -> None:
+        """Undo `begin` for parts that stay empty."""
+        index = self.index
+        index.part_state.array[parts] &= np.uint8(0xFF & ~(RESERVED | LOADING))
+        self.host.add("reserved", index.tenants_of(rows), -num_bytes)
+        self.unhold(rows)
+
+    def publish(
+        self, rows: Rows, parts: Rows, num_bytes: int, slots: Slots, checksums: bytes
+    ) -> int:
+        """The bytes of begun parts are in their slots and verified: READY. `checksums`: 16 B a part.
+
+        Returns how many blocks were completed by it.
+        """
+        index = self.index
+        state = index.part_state.array[parts]
+        index.part_page.array[parts] = slots.first_pages
+        index.part_generation.array[parts] = slots.generations
+        index.part_checksum[parts] = np.frombuffer(checksums, dtype="V16")
+        index.part_state.array[parts] = (state | HOST) & ~np.uint8(RESERVED | LOADING)
+        index.available_parts.array[rows] += (state & SSD) == 0
+        arrived = rows[index.host_parts.array[rows] == 0]
+        index.host_parts.array[rows] += 1
+        # A block that was on SSD keeps the time it was stored at.
+        index.stored_at.array[rows[(state & SSD) == 0]] = self._now()
+        tenants = index.tenants_of(rows)
+        self.host.add("reserved", tenants, -num_bytes)
+        self.host.add("ready", tenants, num_bytes)
+        if len(arrived):
+            parents = index.parent.array[arrived]
+            np.add.at(index.host_children.array, parents, 1)
+            self.policy.withdraw(parents[(index.flags.array[parents] & QUEUED) != 0].tolist())
+            self.policy.arrive(arrived)
+        num_complete = self._announce(rows)
+        self.unhold(rows)
+        return num_complete
+
+    def _announce(self, rows: Rows) -> int:
+        complete = rows[self._complete(rows)]
+        self.num_host_blocks += len(complete)
+        for run in self.runs(complete):
+            self._events.stored(TierName.HOST, run.namespace_tag, run.parent, run.keys)
+        return len(complete)
+
+    def _complete(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        index = self.index
+        complete: npt.NDArray[np.bool_] = (
+            index.host_parts.array[rows] == index.lineage_parts[index.lineage.array[rows]]
+        )
+        return complete
+
+    def runs(self, rows: Rows) -> Iterator[Run]:
+        """`rows` as runs of parent and children, in their order."""
+        if not len(rows):
+            return
+        index = self.index
+        lineages = index.lineage.array[rows]
+        joined = (index.parent.array[rows[1:]] == rows[:-1]) & (lineages[1:] == lineages[:-1])
+        bounds = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(rows)]
+        for start, end in pairwise(bounds):
+            first = int(rows[start])
+            parent = index.keys.array[index.parent.cell[first], 0].tobytes()
+            yield Run(
+                index.lineage_at(first).namespace_tag, parent, index.prefixes(rows[start:end])
+            )
+
+    def host_runs(self, limit: int) -> Iterator[list[Run]]:
+        """All READY blocks of the host tier, from `limit` rows at a time; the caller may pause between."""
+        start = 1
+        while start <= self.index.highest_row:
+            rows = np.arange(start, min(start + limit, self.index.highest_row + 1), dtype=np.uint32)
+            present = rows[self.index.host_parts.array[rows] > 0]
+            yield list(self.runs(present[self._complete(present)]))
+            start += limit
+
+    def discard(self, rows: Iterable[int]) -> None:
+        """Take blocks out of the host tier, held or not: corrupt or withdrawn. Held slots drain."""
+        removal = _Removal()
+        for row in rows:
+            if self.index.host_parts.cell[row]:
+                self._remove(row, removal, ghost=False)
+        self._finish(removal)
+
+    def _remove(self, row: int, removal: _Removal, *, ghost: bool) -> None:
+        index = self.index
+        lineage = index.lineage_at(row)
+        specs = index.layouts[lineage.layout_fingerprint].specs
+        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
+        account = self.host.accounts[tenant]
+        if index.host_parts.cell[row] == index.lineage_parts[index.lineage.cell[row]]:
+            self.num_host_blocks -= 1
+            removal.prefixes.setdefault(lineage.namespace_tag, bytearray()).extend(
+                index.keys.cell[4 * row].to_bytes(8, "little")
+            )
+        for ordinal, part in enumerate(index.parts_of(row)):
+            state = index.part_state.cell[part]
+            if not state & HOST:
+                continue
+            size = slot_bytes(specs[ordinal].num_bytes)
+            page = index.part_page.cell[part]
+            account.ready -= size
+            if index.holds.cell[row]:
+                account.detached += size
+                self._detached.setdefault(row, []).append(_Slot(page, size, tenant))
+            else:
+                removal.pages.setdefault(size, []).append(page)
+            index.part_state.cell[part] = state & ~HOST
+            if not state & SSD:
+                index.available_parts.cell[row] -= 1
+        index.host_parts.cell[row] = 0
+        self.policy.leave(row, ghost=ghost)
+        parent = index.parent.cell[row]
+        index.host_children.cell[parent] -= 1
+        if parent:
+            self.policy.offer_first(parent)
+        index.drop_empty([row])
+
+    def _finish(self, removal: _Removal) -> None:
+        for num_bytes, pages in removal.pages.items():
+            assert self.arena is not None
+            self.arena.free(np.array(pages, dtype=np.uint32), num_bytes)
+        for tag, prefixes in removal.prefixes.items():
+            self._events.removed(TierName.HOST, tag, bytes(prefixes))
+
+    # -- SSD tier ------------------------------------------------------------------------------------
+
+    def sealed(self, row: int, part: int, num_bytes: int, location: tuple[int, int]) -> None:
+        """A part is durable at (file, offset in bytes)."""
+        index = self.index
+        state = index.part_state.cell[part]
+        assert not state & SSD
+        index.part_ssd_file.cell[part] = location[0]
+        index.part_ssd_page.cell[part] = location[1] // PAGE_BYTES
+        index.part_state.cell[part] = state | SSD
+        if not state & HOST:
+            index.available_parts.cell[row] += 1
+        if not index.ssd_parts.cell[row]:
+            self.num_ssd_blocks += 1
+        index.ssd_parts.cell[row] += 1
+        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
+        self.ssd.accounts[tenant].ready += record_bytes(num_bytes)
+
+    def forget_sealed(self, row: int, part: int, num_bytes: int) -> None:
+        """A part is no more on SSD."""
+        index = self.index
+        state = index.part_state.cell[part]
+        if not state & SSD:
+            return
+        index.part_state.cell[part] = state & ~SSD
+        if not state & HOST:
+            index.available_parts.cell[row] -= 1
+        index.ssd_parts.cell[row] -= 1
+        if not index.ssd_parts.cell[row]:
+            self.num_ssd_blocks -= 1
+        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
+        self.ssd.accounts[tenant].ready -= record_bytes(num_bytes)
+        index.drop_empty([row])
+
+    # -- proof ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Recompute what the accounts and counters claim from the rows; AssertionError if they differ.
+
+        For tests: takes time in proportion to the index.
+        """
+        index, ready, ssd_blocks = self.index, 0, 0
+        rows = np.arange(1, index.highest_row + 1, dtype=np.uint32)
+        live = rows[index.flags.array[rows] != 0]
+        for row in live[index.lineage.array[live] != 0].tolist():
+            ready += self._host_bytes(row)
+            ssd_blocks += index.ssd_parts.cell[row] > 0
+            evictable = (
+                index.host_parts.cell[row] > 0
+                and not index.holds.cell[row]
+                and not index.host_children.cell[row]
+            )
+            assert bool(index.flags.cell[row] & QUEUED) == evictable, f"queue of row {row}"
+        host = self.host
+        assert ready == sum(account.ready for account in host.accounts)
+        detached = sum(slot.num_bytes for slots in self._detached.values() for slot in slots)
+        assert detached == sum(account.detached for account in host.accounts)
+        assert host.used <= host.capacity_bytes
+        assert int(self._complete(live[index.lineage.array[live] != 0]).sum()) == (
+            self.num_host_blocks
+        )
+        assert ssd_blocks == self.num_ssd_blocks
+        if self.arena is not None:
+            in_use = self.arena.size_bytes - self.arena.free_bytes
+            assert ready + detached <= in_use <= host.used
+
+
+def record_bytes(num_bytes: int) -> int:
+    """What a part is charged on SSD: its pages and one for the record's header."""
+    return slot_bytes(num_bytes) + PAGE_BYTES

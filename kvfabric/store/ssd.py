@@ -1,0 +1,412 @@
+"""Blocks between arena and SSD tier: promotion on load, spilling in the background, warm start.
+
+Owns what is on its way, and the breaker. A block is admitted to SSD on its second use, or when it was
+used and is about to be evicted; blocks used once never cost a write. An error of the tier is a miss and
+opens the breaker: for some seconds the tier is skipped, then tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import numpy as np
+
+from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace
+from kvfabric.store.index import (
+    HIT,
+    HOST,
+    LOADING,
+    NO_ROW,
+    RESERVED,
+    SPILLING,
+    SSD,
+    Lineage,
+    Rows,
+    packed_keys,
+)
+from kvfabric.store.quota import TierAccounts
+from kvfabric.store.residency import Residency, record_bytes
+from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
+from kvfabric.tiers.base import Location, PartIdentity, Tier
+from kvfabric.types import BlockKey, Part, PartSpec
+
+BREAKER_PAUSE_S = 5.0
+MAX_QUEUED_BLOCKS = 65_536
+SSD_ROWS_SHARE = 0.75
+"""Of the index: blocks on SSD may not keep new ones from being stored."""
+
+_SEED_SLICE = 256
+_ZERO_KEY = bytes(32)
+
+
+class Breaker:
+    """Open after a failure: the tier is out of service until the pause is over."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._open_until = float("-inf")
+
+    @property
+    def is_open(self) -> bool:
+        return self._clock() < self._open_until
+
+    def fail(self) -> None:
+        self._open_until = self._clock() + BREAKER_PAUSE_S
+
+
+class SsdTraffic:
+    """`group` owns the tasks; `spill_bytes` bounds what is being written at once."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        residency: Residency,
+        *,
+        clock: Callable[[], float],
+        group: asyncio.TaskGroup,
+        spill_bytes: int,
+    ) -> None:
+        self.breaker = Breaker(clock)
+        self.counts: Counter[str] = Counter()
+        self._tier = tier
+        self._residency = residency
+        self._index = residency.index
+        self._group = group
+        self._spill_bytes = spill_bytes
+        self._loading: dict[int, asyncio.Task[None]] = {}
+        # A queued block is not held: it may be evicted first, and its row reused. The first word of
+        # its key tells.
+        self._queue: deque[tuple[int, int]] = deque()
+        self._writing_bytes = 0
+        self._changed = asyncio.Event()
+        self._max_rows = int(SSD_ROWS_SHARE * self._index.max_blocks)
+
+    # -- start ---------------------------------------------------------------------------------------
+
+    async def seed(self) -> None:
+        """Index what the tier holds, in slices; blocks whose parents are missing too."""
+        records = self._tier.records()
+        while batch := list(islice(records, _SEED_SLICE)):
+            surplus = self._seed_slice(batch)
+            if surplus:
+                self._tier.delete(surplus)
+            await asyncio.sleep(0)
+
+    def _seed_slice(self, batch: list[tuple[PartIdentity, Location]]) -> list[Part]:
+        room = min(self._index.free_parts, self._index.free_rows // 2)
+        room = min(room, self._max_rows - self._residency.num_ssd_blocks)
+        fitting, surplus = batch[: max(0, room)], batch[max(0, room) :]
+        by_key = {identity.part.key: identity for identity, _ in fitting}
+        self._make_stubs([*by_key, *(identity.parent for identity in by_key.values())])
+        identities = list(by_key.values())
+        rows = self._index.lookup(packed_keys(b"".join(by_key)))
+        parents = self._index.lookup(packed_keys(b"".join(i.parent for i in identities)))
+        for row, parent, identity in zip(rows.tolist(), parents.tolist(), identities, strict=True):
+            if self._index.lineage.cell[row] == 0:
+                self._adopt(row, parent, identity)
+        for identity, location in fitting:
+            self._seed_part(identity, location)
+        return [identity.part for identity, _ in surplus]
+
+    def _make_stubs(self, keys: list[BlockKey]) -> None:
+        distinct = [key for key in dict.fromkeys(keys) if key != _ZERO_KEY]
+        words = packed_keys(b"".join(distinct))
+        missing = self._index.lookup(words) == NO_ROW
+        self._index.insert(words[missing])
+
+    def _adopt(self, row: int, parent: int, identity: PartIdentity) -> None:
+        index = self._index
+        lineage = Lineage(
+            identity.tenant,
+            identity.namespace_tag,
+            identity.layout_fingerprint,
+            identity.incarnations,
+        )
+        number = index.intern_lineage(lineage, self._residency.tenant_slot(identity.tenant))
+        index.adopt(_rows(row), _rows(parent), _rows(number), _rows(identity.block_index))
+        if parent and not index.lineage.cell[parent]:
+            index.block_index.cell[parent] = identity.block_index - 1
+
+    def _seed_part(self, identity: PartIdentity, location: Location) -> None:
+        index, part = self._index, identity.part
+        row = int(index.lookup(packed_keys(part.key))[0])
+        layout = index.layout_at(row)
+        ordinal = layout.add(PartSpec(part.group, part.shard, identity.num_bytes))
+        index.ensure_parts(_rows(row), ordinal + 1)
+        number = int(index.parts(_rows(row), ordinal)[0])
+        index.part_checksum[number] = np.void(identity.checksum)
+        self._residency.sealed(row, number, identity.num_bytes, location)
+
+    # -- promotion -----------------------------------------------------------------------------------
+
+    async def promote(self, rows: Rows, ordinal: int) -> None:
+        """Bring this part of each block into the arena, verified, if there is room and no error.
+
+        The caller looks afterwards which are there. One read per part, however many ask. On
+        cancellation the reads go on and are published.
+        """
+        index = self._index
+        parts = index.parts(rows, ordinal)
+        state = index.part_state.array[parts]
+        wanted = (state & SSD != 0) & (state & (HOST | LOADING | RESERVED) == 0)
+        if wanted.any() and not self.breaker.is_open:
+            self._start_reads(rows[wanted], parts[wanted], ordinal)
+        tasks = [self._loading[part] for part in parts.tolist() if part in self._loading]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _start_reads(self, rows: Rows, parts: Rows, ordinal: int) -> None:
+        """Of one layout; the chain is cut where room ends, since what follows would be of no use."""
+        residency, index = self._residency, self._index
+        spec = index.layout_at(int(rows[0])).specs[ordinal]
+        size = slot_bytes(spec.num_bytes)
+        tenants = index.tenants_of(rows)
+        for tenant in dict.fromkeys(tenants.tolist()):
+            mine = np.flatnonzero(tenants == tenant)
+            count = residency.make_room(tenant, size, len(mine))
+            slots = residency.allocate(tenant, count, size) if count else None
+            if slots is None:
+                return
+            begun = mine[:count]
+            residency.begin(rows[begun], parts[begun], size, LOADING)
+            for position, at in enumerate(begun.tolist()):
+                one = Slots(*(vector[position : position + 1] for vector in slots))
+                part = int(parts[at])
+                self._loading[part] = self._group.create_task(
+                    self._read(int(rows[at]), part, ordinal, one), name="kvfabric-promote"
+                )
+            if count < len(mine):
+                return
+
+    async def _read(self, row: int, part: int, ordinal: int, slots: Slots) -> None:
+        residency, index = self._residency, self._index
+        identity = self.identity(row, part, ordinal)
+        size = slot_bytes(identity.num_bytes)
+        location = Location(
+            index.part_ssd_file.cell[part], index.part_ssd_page.cell[part] * PAGE_BYTES
+        )
+        assert residency.arena is not None
+        buffer = residency.arena.part(int(slots.first_pages[0]), size)
+        good = False
+        try:
+            await self._tier.read_into(location, identity, buffer)
+            good = True
+        except CorruptBlock:
+            self.counts["corrupt"] += 1
+            residency.forget_sealed(row, part, identity.num_bytes)
+        except (KVFabricError, OSError):
+            self._fail()
+        finally:
+            buffer.release()
+            del self._loading[part]
+            if good:
+                self.counts["promotions"] += 1
+                residency.publish(_rows(row), _rows(part), size, slots, identity.checksum)
+            else:
+                residency.give_back(slots, size)
+                residency.cancel(_rows(row), _rows(part), size)
+
+    def identity(self, row: int, part: int, ordinal: int) -> PartIdentity:
+        """What the record of a part says, as the index has it."""
+        index = self._index
+        lineage = index.lineage_at(row)
+        spec = index.layouts[lineage.layout_fingerprint].specs[ordinal]
+        return PartIdentity(
+            part=Part(index.key(row), spec.group, spec.shard),
+            namespace_tag=lineage.namespace_tag,
+            tenant=lineage.tenant,
+            layout_fingerprint=lineage.layout_fingerprint,
+            parent=index.key(index.parent.cell[row]),
+            block_index=index.block_index.cell[row],
+            incarnations=lineage.incarnations,
+            num_bytes=spec.num_bytes,
+            checksum=index.part_checksum[part].tobytes(),
+        )
+
+    def _fail(self) -> None:
+        self.counts["errors"] += 1
+        self.breaker.fail()
+
+    # -- spilling ------------------------------------------------------------------------------------
+
+    def offer(self, rows: Rows) -> None:
+        """Queue blocks of the host tier that had their second use, as far as the queue has room."""
+        index = self._index
+        for row in rows.tolist():
+            if len(self._queue) >= MAX_QUEUED_BLOCKS or self.breaker.is_open:
+                return
+            if self._wants(row):
+                index.flags.cell[row] |= SPILLING
+                self._queue.append((row, index.keys.cell[4 * row]))
+                self._changed.set()
+
+    def save(self, row: int) -> bool:
+        """Start writing a block that is about to be evicted; True if it is, and so can not go yet."""
+        if self.breaker.is_open or self._writing_bytes >= self._spill_bytes:
+            return False
+        if not self._wants(row):
+            return False
+        # One try per use: a tier that refuses must not keep the block here for ever.
+        self._index.flags.cell[row] &= ~HIT
+        return self._write(row)
+
+    def _wants(self, row: int) -> bool:
+        index = self._index
+        if index.flags.cell[row] & SPILLING or self._residency.num_ssd_blocks >= self._max_rows:
+            return False
+        complete = int(index.lineage_parts[index.lineage.cell[row]])
+        return index.host_parts.cell[row] == complete and index.ssd_parts.cell[row] < complete
+
+    async def run(self) -> None:
+        """Write what is queued, `spill_bytes` at a time, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._queue and self._writing_bytes < self._spill_bytes:
+                row, word = self._queue.popleft()
+                index = self._index
+                if index.keys.cell[4 * row] != word or not index.flags.cell[row] & SPILLING:
+                    continue
+                index.flags.cell[row] &= ~SPILLING
+                if not self.breaker.is_open and self._wants(row):
+                    self._write(row)
+                if len(self._queue) % 64 == 0:
+                    await asyncio.sleep(0)
+
+    def _write(self, row: int) -> bool:
+        """Start writing the parts of a block that are not on SSD yet, under a hold; False if refused."""
+        index, residency = self._index, self._residency
+        specs = index.layout_at(row).specs
+        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
+        missing = [
+            (ordinal, part)
+            for ordinal, part in enumerate(index.parts_of(row))
+            if not index.part_state.cell[part] & SSD
+        ]
+        charge = sum(record_bytes(specs[ordinal].num_bytes) for ordinal, _ in missing)
+        if not _ssd_admits(residency.ssd, tenant, charge):
+            self.counts["refused"] += 1
+            return False
+        index.flags.cell[row] |= SPILLING
+        self._writing_bytes += charge
+        residency.ssd.accounts[tenant].reserved += charge
+        residency.hold(_rows(row))
+        self._group.create_task(self._write_parts(row, tenant, missing), name="kvfabric-spill")
+        return True
+
+    async def _write_parts(self, row: int, tenant: int, missing: list[tuple[int, int]]) -> None:
+        """Part after part; a hold on the row keeps their slots."""
+        residency, index = self._residency, self._index
+        charge = sum(
+            record_bytes(index.layout_at(row).specs[ordinal].num_bytes) for ordinal, _ in missing
+        )
+        try:
+            for ordinal, part in missing:
+                if not index.part_state.cell[part] & HOST:
+                    break  # discarded meanwhile
+                await self._write_part(row, part, ordinal)
+        except NoSpace:
+            self.counts["refused"] += 1
+        except (KVFabricError, OSError):
+            self._fail()
+        finally:
+            self._writing_bytes -= charge
+            residency.ssd.accounts[tenant].reserved -= charge
+            index.flags.cell[row] &= ~SPILLING
+            residency.unhold(_rows(row))
+            self._changed.set()
+
+    async def _write_part(self, row: int, part: int, ordinal: int) -> None:
+        index, arena = self._index, self._residency.arena
+        assert arena is not None
+        identity = self.identity(row, part, ordinal)
+        generation = index.part_generation.cell[part]
+        payload = arena.part(index.part_page.cell[part], identity.num_bytes)
+        try:
+            location = await self._tier.write(identity, payload)
+        finally:
+            payload.release()
+        self.counts["writes"] += 1
+        state = index.part_state.cell[part]
+        if state & HOST and not state & SSD and index.part_generation.cell[part] == generation:
+            self._residency.sealed(row, part, identity.num_bytes, location)
+        else:
+            self._tier.delete([identity.part])
+
+    async def drain(self) -> None:
+        """Wait until nothing is queued or being written; a failing tier's queue is given up."""
+        while self._queue or self._writing_bytes:
+            if self.breaker.is_open:
+                self._give_queue_up()
+            self._changed.set()
+            await asyncio.sleep(0.005)
+
+    def _give_queue_up(self) -> None:
+        while self._queue:
+            row, word = self._queue.popleft()
+            if self._index.keys.cell[4 * row] == word:
+                self._index.flags.cell[row] &= ~SPILLING
+
+    # -- what the tier says --------------------------------------------------------------------------
+
+    def dropped(self, parts: list[Part]) -> None:
+        """The tier gave these parts up: their segment was reclaimed."""
+        for row, part, ordinal in self._sealed_parts(parts):
+            spec = self._index.layout_at(row).specs[ordinal]
+            self._residency.forget_sealed(row, part, spec.num_bytes)
+
+    def forget(self, row: int) -> None:
+        """Take a block off SSD: corrupt or withdrawn."""
+        index = self._index
+        specs = index.layout_at(row).specs
+        gone = []
+        with self._kept(row):
+            for ordinal, part in enumerate(index.parts_of(row)):
+                if index.part_state.cell[part] & SSD:
+                    spec = specs[ordinal]
+                    gone.append(Part(index.key(row), spec.group, spec.shard))
+                    self._residency.forget_sealed(row, part, spec.num_bytes)
+        if gone:
+            self._tier.delete(gone)
+
+    @contextmanager
+    def _kept(self, row: int) -> Iterator[None]:
+        self._residency.hold(_rows(row))
+        try:
+            yield
+        finally:
+            self._residency.unhold(_rows(row))
+
+    def _sealed_parts(self, parts: list[Part]) -> Iterator[tuple[int, int, int]]:
+        index = self._index
+        rows = index.lookup(packed_keys(b"".join(part.key for part in parts)))
+        for part, row in zip(parts, rows.tolist(), strict=True):
+            # Forgetting a part may forget its row, and with it the row of a later part of the block.
+            if not row or index.key(row) != part.key or not index.lineage.cell[row]:
+                continue
+            ordinal = index.layout_at(row).ordinal(part.group, part.shard)
+            if ordinal is None:
+                continue
+            number = int(index.parts(_rows(row), ordinal)[0])
+            if number:
+                yield row, number, ordinal
+
+    def refresh_charges(self) -> None:
+        """Charge dead bytes that the tier has not reclaimed to those who wrote them."""
+        dead = self._tier.statistics().tenant_dead_bytes
+        accounts = self._residency.ssd
+        for tenant, num_bytes in dead.items():
+            accounts.accounts[self._residency.tenant_slot(tenant)].detached = num_bytes
+
+
+def _ssd_admits(accounts: TierAccounts, tenant: int, num_bytes: int) -> bool:
+    """The tier reclaims whole segments by itself; only the tenant's hard maximum refuses."""
+    return accounts.over_maximum(tenant, num_bytes) <= 0
+
+
+def _rows(number: int) -> Rows:
+    return np.array([number], dtype=np.uint32)

@@ -1,0 +1,472 @@
+"""BlockStore: the node's verbs over host arena and SSD tier. Plan (sync) -> I/O -> apply (sync).
+
+The one entry for the daemon, on its event loop's thread. Everything is decided in sync code, so it is
+atomic; what awaits in between marks its parts RESERVED or LOADING and looks again afterwards: epochs,
+rights, and whether the parts are still what they were. A miss is an answer, never an exception.
+
+    index      rows, keys, lineages            policy   which block goes
+    residency  every transition, slots         quota    whose
+    lease      sessions, leases, reservations  access   what a request may do
+    reading    match, load, confirm            writing  reserve, commit, abort
+    copying    window -> slot with checksum    ssd      promotion, spilling, breaker
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from kvfabric.errors import LocalProtocolError, RemoteProtocolError
+from kvfabric.hashing import layout_fingerprint
+from kvfabric.protocol.messages import Committed, Confirmed, Located, Matched, Reserved
+from kvfabric.registry.state import RegistryState
+from kvfabric.store.access import Access
+from kvfabric.store.copying import corrupt_parts
+from kvfabric.store.index import HOST, MAX_PARTS, BlockIndex, Rows
+from kvfabric.store.lease import LeaseBook, RequestGrant
+from kvfabric.store.quota import TierAccounts
+from kvfabric.store.reading import Reader
+from kvfabric.store.residency import EventSink, Residency, Run
+from kvfabric.store.ssd import SsdTraffic
+from kvfabric.store.writing import Writer
+from kvfabric.tiers.arena import Arena
+from kvfabric.tiers.base import Tier
+from kvfabric.tiers.pool import IoPool
+from kvfabric.types import BlockLayout, MissReason, Part, SessionId, TenantId, TierName
+
+__all__ = [
+    "BlockStore",
+    "EventSink",
+    "RequestGrant",
+    "StoreLimits",
+    "StoreStatistics",
+    "TenantUsage",
+]
+
+_HOUSE_S = 0.5
+_SLICE_ROWS = 16_384
+"""Rows one slice of a background walk over the index looks at."""
+
+_TOUCH_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Sizes in bytes, times in seconds. `lease_share`: of the host tier, see `quota`.
+
+    `copy_threads` also scrub. `spill_bytes`: being written to SSD at once. `scrub_bytes_per_s`: how
+    fast the arena is re-checked in the background; 0 for not at all.
+    """
+
+    host_bytes: int
+    ssd_bytes: int = 0
+    max_blocks: int = 1_048_576
+    lease_s: float = 30.0
+    reservation_s: float = 30.0
+    lease_share: float = 0.1
+    copy_threads: int = 2
+    spill_bytes: int = 64 * 1024 * 1024
+    scrub_bytes_per_s: int = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """Bytes of one tenant. `host` and `ssd` are what it is charged there, draining included."""
+
+    tenant: TenantId
+    host_bytes: int
+    ssd_bytes: int
+    leased_bytes: int
+    draining_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """Counters run from the start of the process. `hits` and `misses` count blocks of matches."""
+
+    capacity_bytes: dict[TierName, int]
+    used_bytes: dict[TierName, int]
+    num_blocks: dict[TierName, int]
+    leased_bytes: int
+    draining_bytes: int
+    reserved_bytes: int
+    num_sessions: int
+    num_requests: int
+    tenants: tuple[TenantUsage, ...]
+    hits: dict[TierName, int]
+    misses: dict[MissReason, int]
+    stored_blocks: int
+    stored_bytes: int
+    refusals: dict[str, int]
+    evictions: int
+    corrupt: int
+    promotions: int
+    ssd_writes: int
+    ssd_errors: int
+    ssd_refused: int
+    ssd_up: bool
+    index_bytes_per_block: float
+
+
+class BlockStore:
+    """An async context manager: entering indexes what the SSD tier holds, leaving ends its tasks.
+
+    `registry` returns None while the node holds no epoch lease: then everything misses. `ssd`, if any,
+    is entered before and left after the store, and calls `ssd_dropped`.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: StoreLimits,
+        registry: Callable[[], RegistryState | None],
+        clock: Callable[[], float],
+        events: EventSink,
+        ssd: Tier | None,
+    ) -> None:
+        self.limits = limits
+        self._registry = registry
+        self._clock = clock
+        self._started = clock()
+        self._tier = ssd
+        self._index = BlockIndex(limits.max_blocks)
+        self._host = TierAccounts(limits.host_bytes, lambda tenant: tenant.host)
+        self._ssd_accounts = TierAccounts(limits.ssd_bytes, lambda tenant: tenant.ssd)
+        self._residency = Residency(
+            index=self._index,
+            host=self._host,
+            ssd=self._ssd_accounts,
+            events=events,
+            now=self._now,
+        )
+        self._leases = LeaseBook(
+            self._residency,
+            clock=clock,
+            lease_s=limits.lease_s,
+            reservation_s=limits.reservation_s,
+            lease_share=limits.lease_share,
+        )
+        access = Access(self._residency, self._leases, registry=registry, now=self._now)
+        self._pool = IoPool(limits.copy_threads, "kvfabric-copy")
+        self._reader = Reader(self._residency, self._leases, access, lease_s=limits.lease_s)
+        self._writer = Writer(
+            self._residency,
+            self._leases,
+            access,
+            pool=self._pool,
+            copy_threads=limits.copy_threads,
+        )
+        self._ssd: SsdTraffic | None = None
+        self._group = asyncio.TaskGroup()
+        self._background: list[asyncio.Task[None]] = []
+        self._scrubbed_row = 0
+        self._corrupt = 0
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        self._start(self._keep_house())
+        if self._tier is not None:
+            self._ssd = SsdTraffic(
+                self._tier,
+                self._residency,
+                clock=self._clock,
+                group=self._group,
+                spill_bytes=self.limits.spill_bytes,
+            )
+            self._residency.save = self._ssd.save
+            await self._ssd.seed()
+            self._start(self._ssd.run())
+            self._reader.ssd = self._ssd
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for task in self._background:
+            task.cancel()
+        try:
+            await self._group.__aexit__(exc_type, exc, traceback)
+        finally:
+            await self._pool.close()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._background.append(self._group.create_task(work))
+
+    def attach_arena(self, arena: Arena) -> None:
+        """The host tier's memory, once; before it everything misses. Stays the caller's to close."""
+        if self._residency.arena is not None:
+            raise LocalProtocolError("the store has an arena already")
+        self._residency.arena = arena
+        self._host.resize(arena.size_bytes)
+        self._start(self._touch(arena))
+
+    # -- sessions and requests -----------------------------------------------------------------------
+
+    def open_session(self, session: SessionId, layout: BlockLayout) -> None:
+        """Idempotent for further connections. Raises RemoteProtocolError for a layout that differs
+        from the session's, or is none."""
+        numbers = [(part.group, part.shard) for part in layout.parts]
+        if not 0 < len(numbers) <= MAX_PARTS or len(set(numbers)) != len(numbers):
+            raise RemoteProtocolError(f"a layout of {len(numbers)} parts, or one declared twice")
+        if min(part.num_bytes for part in layout.parts) <= 0 or layout.block_tokens <= 0:
+            raise RemoteProtocolError("a layout with a part or a block of no size")
+        stored = self._index.declare(layout_fingerprint(layout), layout)
+        self._leases.open_session(session, stored, layout.block_tokens)
+
+    def end_rights(self, session: SessionId) -> None:
+        """The session's connections are gone: leases and reservations end, leased bytes drain."""
+        self._leases.end_rights(session)
+
+    def quiet(self, session: SessionId) -> None:
+        """Proof that no process of the session touches its bytes: all exited, said Bye, or resumed."""
+        self._leases.quiet(session)
+
+    def open_request(self, session: SessionId, request_id: str, grant: RequestGrant) -> None:
+        """Must come before the request's other calls. Idempotent; the last grant counts."""
+        self._leases.open_request(session, request_id, grant)
+
+    def release(self, session: SessionId, request_ids: Sequence[str]) -> None:
+        """Nothing of these requests is read any more; they are forgotten. Idempotent."""
+        self._leases.release(session, request_ids)
+
+    # -- reading and writing -------------------------------------------------------------------------
+
+    def match(self, session: SessionId, request_id: str, keys: bytes) -> Matched:
+        """The longest prefix of `keys`, a prompt's blocks from the first on, that may be read: leased.
+
+        Asking again renews. A lapsed request gets nothing more until it is released.
+        """
+        return self._reader.match(session, request_id, keys)
+
+    async def load(
+        self, session: SessionId, request_id: str, keys: bytes, group: int, shard: int
+    ) -> Located:
+        """Where the parts of leased blocks lie in the arena; those on SSD are brought there first,
+        verified before anybody sees them. On cancellation: reads go on, nothing leaks."""
+        return await self._reader.load(session, request_id, keys, group, shard)
+
+    def confirm(
+        self,
+        session: SessionId,
+        request_id: str,
+        keys: bytes,
+        generations: bytes,
+        group: int,
+        shard: int,
+    ) -> Confirmed:
+        """After the reader's copies ended: how many leading blocks it may use."""
+        return self._reader.confirm(session, request_id, keys, generations, (group, shard))
+
+    def reserve(
+        self,
+        session: SessionId,
+        request_id: str,
+        parent: bytes,
+        keys: bytes,
+        group: int,
+        shard: int,
+    ) -> Reserved:
+        """The right to store parts of consecutive blocks; charged now, invisible until committed.
+
+        Once a block is refused, so are those after it: without their parent they are worthless.
+        """
+        return self._writer.reserve(session, request_id, parent, keys, (group, shard))
+
+    async def commit(
+        self,
+        session: SessionId,
+        reservation: int,
+        indexes: bytes,
+        window: memoryview,
+        offsets: bytes,
+    ) -> Committed:
+        """Copy parts from the window into fresh slots and make them READY; the window is free then.
+
+        Raises RemoteProtocolError for indexes or offsets out of bounds. On cancellation: CancelledError
+        leaves when the window is no longer read, and nothing of this commit was stored.
+        """
+        return await self._writer.commit(session, reservation, indexes, window, offsets)
+
+    def abort(self, session: SessionId, reservation: int) -> None:
+        """Give a reservation up, as far as it is not committed. Idempotent."""
+        self._writer.abort(session, reservation)
+
+    # -- administration ------------------------------------------------------------------------------
+
+    async def purge(self, incarnations: Collection[bytes]) -> int:
+        """Take every block that was made of these out of both tiers, for good; how many there were.
+
+        Held ones drain. On cancellation: what was reached is gone.
+        """
+        struck, num_blocks = set(incarnations), 0
+        for rows in self._row_slices():
+            lineages = self._index.lineage.array[rows]
+            doomed = [
+                number
+                for number in set(lineages.tolist())
+                if number and struck.intersection(self._index.lineage_of(number).incarnations)
+            ]
+            found = rows[np.isin(lineages, doomed)].tolist()
+            for row in found:
+                self._drop(row)
+            num_blocks += len(found)
+            await asyncio.sleep(0)
+        return num_blocks
+
+    def _drop(self, row: int) -> None:
+        """Out of both tiers. The row stays while somebody holds it or a child hangs on it."""
+        if self._ssd is not None and self._index.ssd_parts.cell[row]:
+            self._ssd.forget(row)
+        self._residency.discard([row])
+
+    def ssd_dropped(self, parts: list[Part]) -> None:
+        """The SSD tier's `on_dropped`."""
+        if self._ssd is not None:
+            self._ssd.dropped(parts)
+
+    def resident_runs(self, tier: TierName, limit: int) -> Iterator[list[Run]]:
+        """The READY blocks of the host tier, for a snapshot, `limit` rows a step. Other tiers are not
+        streamed: none."""
+        return self._residency.host_runs(limit) if tier is TierName.HOST else iter(())
+
+    async def seal(self) -> None:
+        """Wait until everything accepted for SSD is sealed; gives up what a failing tier would not
+        take. On cancellation: writing goes on."""
+        if self._ssd is not None:
+            await self._ssd.drain()
+
+    async def scrub(self, num_bytes: int) -> int:
+        """Re-check the next `num_bytes` of the arena, from where the last call ended; corrupt blocks
+        are taken out. Returns how many there were."""
+        rows = self._next_to_scrub(num_bytes)
+        if not len(rows):
+            return 0
+        checked = [
+            (row, part, ordinal)
+            for row in rows.tolist()
+            for ordinal, part in enumerate(self._index.parts_of(row))
+            if self._index.part_state.cell[part] & HOST
+        ]
+        self._residency.hold(rows)
+        try:
+            corrupt = await self._pool.run(self._check_of(checked))
+            for position in corrupt:
+                self._corrupt += 1
+                self._drop(checked[position][0])
+        finally:
+            self._residency.unhold(rows)
+        return len(corrupt)
+
+    def _check_of(self, checked: list[tuple[int, int, int]]) -> Callable[[], list[int]]:
+        index, arena = self._index, self._residency.arena
+        assert arena is not None
+        pages = [index.part_page.cell[part] for _, part, _ in checked]
+        lengths = [index.layout_at(row).specs[ordinal].num_bytes for row, _, ordinal in checked]
+        sums = [index.part_checksum[part].tobytes() for _, part, _ in checked]
+        return lambda: corrupt_parts(arena.view, pages, lengths, sums)
+
+    def _next_to_scrub(self, num_bytes: int) -> Rows:
+        start = self._scrubbed_row + 1
+        rows = np.arange(
+            start, min(start + _SLICE_ROWS, self._index.highest_row + 1), dtype=np.uint32
+        )
+        present = rows[self._index.host_parts.array[rows] > 0]
+        sizes = np.cumsum(self._index.block_bytes_of(present))
+        count = int(np.searchsorted(sizes, num_bytes)) + 1
+        if count < len(present):
+            self._scrubbed_row = int(present[count - 1])
+            return present[:count]
+        at_end = not len(rows) or int(rows[-1]) == self._index.highest_row
+        self._scrubbed_row = 0 if at_end else int(rows[-1])
+        return present
+
+    # -- background ----------------------------------------------------------------------------------
+
+    def _now(self) -> int:
+        """Whole seconds since the start, from 1: what the index keeps as a block's time."""
+        return int(self._clock() - self._started) + 1
+
+    def _row_slices(self) -> Iterator[Rows]:
+        start = 1
+        while start <= self._index.highest_row:
+            end = min(start + _SLICE_ROWS, self._index.highest_row + 1)
+            yield np.arange(start, end, dtype=np.uint32)
+            start = end
+
+    async def _touch(self, arena: Arena) -> None:
+        for offset in range(0, arena.size_bytes, _TOUCH_BYTES):
+            length = min(_TOUCH_BYTES, arena.size_bytes - offset)
+            await self._pool.run(partial(arena.touch, offset, length))
+
+    async def _keep_house(self) -> None:
+        """End rights on time, charge dead SSD bytes, scrub; until cancelled."""
+        while True:
+            await asyncio.sleep(_HOUSE_S)
+            self._leases.sweep()
+            if self._ssd is not None:
+                self._ssd.refresh_charges()
+            if self._residency.arena is not None and self.limits.scrub_bytes_per_s:
+                await self.scrub(int(self.limits.scrub_bytes_per_s * _HOUSE_S))
+
+    # -- statistics ----------------------------------------------------------------------------------
+
+    def statistics(self) -> StoreStatistics:
+        """What metrics and status show. Ends overdue rights first."""
+        self._leases.sweep()
+        residency, leases = self._residency, self._leases
+        host, ssd = self._host, self._ssd_accounts
+        counts = self._ssd.counts if self._ssd is not None else {}
+        return StoreStatistics(
+            capacity_bytes={TierName.HOST: host.capacity_bytes, TierName.SSD: ssd.capacity_bytes},
+            used_bytes={TierName.HOST: host.used, TierName.SSD: ssd.used},
+            num_blocks={
+                TierName.HOST: residency.num_host_blocks,
+                TierName.SSD: residency.num_ssd_blocks,
+            },
+            leased_bytes=sum(account.leased for account in host.accounts),
+            draining_bytes=sum(account.draining for account in host.accounts),
+            reserved_bytes=sum(account.reserved for account in host.accounts),
+            num_sessions=len(leases.sessions),
+            num_requests=sum(len(session.requests) for session in leases.sessions.values()),
+            tenants=self._tenant_usage(),
+            hits=dict(self._reader.hits),
+            misses=dict(self._reader.misses),
+            stored_blocks=self._writer.stored_blocks,
+            stored_bytes=self._writer.stored_bytes,
+            refusals=dict(+self._writer.refusals),
+            evictions=residency.evictions,
+            corrupt=self._corrupt + counts.get("corrupt", 0),
+            promotions=counts.get("promotions", 0),
+            ssd_writes=counts.get("writes", 0),
+            ssd_errors=counts.get("errors", 0),
+            ssd_refused=counts.get("refused", 0),
+            ssd_up=self._ssd is not None and not self._ssd.breaker.is_open,
+            index_bytes_per_block=self._index.bytes_per_block,
+        )
+
+    def _tenant_usage(self) -> tuple[TenantUsage, ...]:
+        return tuple(
+            TenantUsage(
+                tenant=account.tenant,
+                host_bytes=account.used,
+                ssd_bytes=self._ssd_accounts.accounts[slot].used,
+                leased_bytes=account.leased,
+                draining_bytes=account.draining,
+            )
+            for slot, account in enumerate(self._host.accounts)
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"<BlockStore {self._residency.num_host_blocks} blocks, {self._host.used} of "
+            f"{self._host.capacity_bytes} bytes, {len(self._leases.sessions)} sessions>"
+        )
