@@ -137,6 +137,8 @@ class Fleet:
         ready = [f'kvfabric_router_engines{{result="taking"}} {NUM_ENGINES:.1f}']
         if self._with_fabric:
             ready.append("kvfabric_router_epoch_lease_valid 1.0")
+        if not await self._is_ok(self._router_address, "/readyz"):
+            return False
         metrics = await self._get(self._router_address, "/metrics")
         return metrics is not None and set(ready) <= set(metrics.splitlines())
 

@@ -147,13 +147,12 @@ class Story:
         await self._fleet.start_engines(range(NUM_ENGINES), fabric=False)
         await self._fleet.start_router(fabric=False)
         self._progress.end()
-        await self._closed_loop("warming up", self._strangers(_WARM_UP_REQUESTS, salt=1))
+        await self._warm_up(salt=1)
         jobs = self._strangers(len(self._jobs) // 3, salt=2)
         started = time.monotonic()
         answers = await self._closed_loop("measuring the capacity", jobs)
         seconds = time.monotonic() - started
-        if not all(answer.succeeded for answer in answers):
-            raise DemoError(checks.all_succeeded("", answers).seen)
+        _must_succeed(answers)
         capacity = len(jobs) / seconds
         per_s = LOAD_SHARE * capacity
         self._report.figures |= {
@@ -168,7 +167,11 @@ class Story:
         await self._fleet.start_engines(range(NUM_ENGINES), fabric=True)
         await self._fleet.start_router(fabric=True)
         self._progress.end()
-        await self._closed_loop("warming up", self._strangers(_WARM_UP_REQUESTS, salt=3))
+        await self._warm_up(salt=3)
+
+    async def _warm_up(self, *, salt: int) -> None:
+        jobs = self._strangers(_WARM_UP_REQUESTS, salt=salt)
+        _must_succeed(await self._closed_loop("warming up", jobs))
 
     def _strangers(self, count: int, *, salt: int) -> list[Job]:
         """Prompts of the slice's lengths whose blocks nobody else sends."""
@@ -350,6 +353,12 @@ class Story:
             self._progress.advance()
 
         return await replay.closed_loop(self._client, jobs, _CONCURRENCY, advance)
+
+
+def _must_succeed(answers: Sequence[Answer]) -> None:
+    check = checks.all_succeeded("", answers)
+    if not check.passed:
+        raise DemoError(check.seen)
 
 
 def _full_tokens(job: Job) -> int:
