@@ -3,10 +3,10 @@
     write() ---> queue ---> group ---> O_DIRECT writes ---> fdatasync ---> index commit ---> sealed
                             50 ms or 64 MiB, within one segment
 
-`SegmentTier` owns the directory, the decisions (where a record goes, which segment is reclaimed) and the
-accounts; blocking work is in `segment_file` and `segment_index`, run in a bounded pool. One task, the
-sealer, is the only one that writes: groups one after the other, so a failed group is simply overwritten
-by the next and files have no holes.
+`SegmentTier` owns the directory and the decisions: where a record goes, which segment is reclaimed.
+Blocking work is in `segment_file`, `segment_index` and `segment_recovery`, run in a bounded pool. One
+task, the sealer, is the only one that writes: groups one after the other, so a failed group is simply
+overwritten by the next and files have no holes.
 
 Space is given back by whole segments, the oldest first. Files that hold records and one empty spare make
 up the capacity, so the next segment is there when the current one is full. A process that dies leaves
@@ -39,7 +39,6 @@ from kvfabric.errors import (
     NoSpace,
     TransferError,
 )
-from kvfabric.tiers import direct_io, segment_file
 from kvfabric.tiers.base import Location, PartIdentity, Tier, TierStatistics
 from kvfabric.tiers.pool import IoPool, finished
 from kvfabric.tiers.records import (
@@ -48,8 +47,10 @@ from kvfabric.tiers.records import (
     record_bytes,
     verify_payload,
 )
+from kvfabric.tiers.segment_accounts import Busy, Segment
 from kvfabric.tiers.segment_file import Appended, SegmentFile
 from kvfabric.tiers.segment_index import Change, Extent, Forget, Put, SegmentIndex
+from kvfabric.tiers.segment_recovery import recover
 from kvfabric.types import Part, TenantId
 
 _LOG = logging.getLogger(__name__)
@@ -62,7 +63,6 @@ RUN_BYTES = 8 << 20
 _RUN_RECORDS = 256
 _THREADS = 6
 _WRITE_LANES = 2  # threads that write; the rest are for reads
-_REBUILD_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,63 +98,11 @@ class _Drop:
     queued_at: float
 
 
-@dataclass(slots=True, eq=False)
-class _Segment:
-    """A file and the accounts of what is in it. Bytes in [PAGE_BYTES, tail) are records."""
-
-    file: SegmentFile
-    tail: int = PAGE_BYTES
-    records: int = 0
-    live: Counter[TenantId] = field(default_factory=Counter)
-    dead: Counter[TenantId] = field(default_factory=Counter)
-
-    @property
-    def room(self) -> int:
-        return self.file.header.num_bytes - self.tail
-
-    def enter(self, extent: Extent) -> None:
-        """A record that was found or added."""
-        self.tail = max(self.tail, extent.location.offset + extent.num_bytes)
-        self.records += extent.is_live
-        (self.live if extent.is_live else self.dead)[extent.tenant] += extent.num_bytes
-
-    def bury(self, extent: Extent) -> None:
-        """A live record that is not any more."""
-        self.records -= 1
-        self.live[extent.tenant] -= extent.num_bytes
-        self.dead[extent.tenant] += extent.num_bytes
-
-
-@dataclass(slots=True)
-class _Busy:
-    """Bytes moved, and the time in which at least one movement was under way."""
-
-    clock: Callable[[], float]
-    num_bytes: int = 0
-    elapsed_s: float = 0.0
-    _under_way: int = 0
-    _since: float = 0.0
-
-    @contextlib.contextmanager
-    def moving(self, num_bytes: int) -> Iterator[None]:
-        """Counts the bytes when the movement succeeded."""
-        if not self._under_way:
-            self._since = self.clock()
-        self._under_way += 1
-        try:
-            yield
-            self.num_bytes += num_bytes
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self.elapsed_s += self.clock() - self._since
-
-
 @dataclass(slots=True)
 class _Plan:
     """A group, placed: `records` and `writes` go into `segment`, `changes` into the index, in order."""
 
-    segment: _Segment | None
+    segment: Segment | None
     records: list[Appended] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     writes: list[tuple[_Write, Location]] = field(default_factory=list)
@@ -210,9 +158,9 @@ class SegmentTier(Tier):
         self._tasks = asyncio.TaskGroup()
         self._sealer: asyncio.Task[None] | None = None
         self._index = SegmentIndex(directory, 0)
-        self._segments: dict[int, _Segment] = {}
-        self._active: _Segment | None = None
-        self._spare: _Segment | None = None
+        self._segments: dict[int, Segment] = {}
+        self._active: Segment | None = None
+        self._spare: Segment | None = None
         self._sequence = 0
         self._queue: deque[_Write | _Drop] = deque()
         self._queued_bytes = 0
@@ -222,8 +170,8 @@ class SegmentTier(Tier):
         self._quarantined = 0
         self._sealed_writes = 0
         self._group_commits = 0
-        self._reading = _Busy(clock)
-        self._writing = _Busy(clock)
+        self._reading = Busy(clock)
+        self._writing = Busy(clock)
 
     def __repr__(self) -> str:
         s = self.statistics()
@@ -278,111 +226,28 @@ class SegmentTier(Tier):
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _recover(self) -> None:
-        """Blocking: lock the directory, find out what is in it. Nothing else runs yet."""
+    def _lock(self) -> None:
+        """Blocking: make the directory and become its only user, until the process ends."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock_fd = os.open(
                 self._directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
             )
-        except OSError as exc:
-            raise ConfigError(f"SSD directory {self._directory}: {exc.strerror}") from exc
-        try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise ConfigError(
                 f"SSD directory {self._directory} is in use by another daemon"
             ) from exc
-        # Sparse, so generous: 1 KiB a record of the smallest size, copy-on-write included.
-        map_bytes = (64 << 20) + self._capacity_bytes // 2
-        index = SegmentIndex.open(self._directory, map_bytes)
-        is_rebuilt = index is None
-        if index is None:
-            self._index = SegmentIndex.create(self._directory, map_bytes)
-            self._rebuild()
-        else:
-            self._index = index
-            self._load()
-        for extent in self._index.extents():
-            self._segments[extent.location.file].enter(extent)
-        self._choose(may_append=not is_rebuilt)
+        except OSError as exc:
+            raise ConfigError(f"SSD directory {self._directory}: {exc.strerror}") from exc
+
+    def _recover(self) -> None:
+        """Blocking: find out what is in the directory. Nothing else runs yet."""
+        self._lock()
+        found = recover(self._directory, self._capacity_bytes, direct=self._direct)
+        self._index, self._segments = found.index, found.segments
+        self._active, self._spare = found.active, found.spare
         self._sequence = self._index.next_sequence()
-
-    def _load(self) -> None:
-        """Open the files that the index knows; forget the ones that are missing."""
-        on_disk = set(segment_file.numbers_in(self._directory))
-        for header in self._index.segments():
-            if header.number in on_disk:
-                on_disk.remove(header.number)
-                file = SegmentFile.open(self._directory, header, direct=self._direct)
-                self._segments[header.number] = _Segment(file)
-            else:
-                parts = self._index.drop_segment(header.number)
-                _LOG.warning("segment %08x is missing: %d parts lost", header.number, len(parts))
-        for number in on_disk:  # made or reclaimed when the process died: nothing in it counts
-            self._remove_file(number)
-
-    def _rebuild(self) -> None:
-        """Fill an empty index from the files themselves."""
-        numbers = segment_file.numbers_in(self._directory)
-        if numbers:
-            _LOG.warning("no sound index in %s: reading %d files", self._directory, len(numbers))
-        last = 0
-        for number in numbers:
-            try:
-                file = SegmentFile.open_by_itself(self._directory, number, direct=self._direct)
-            except CorruptBlock as exc:
-                _LOG.warning("removing segment %08x: %s", number, exc)
-                self._remove_file(number)
-                continue
-            self._segments[number] = _Segment(file)
-            self._index.add_segment(file.header)
-            last = max(last, self._rebuild_from(file))
-        self._index.raise_sequence(last)
-        self._index.trust()
-
-    def _rebuild_from(self, file: SegmentFile) -> int:
-        """Index a file's records; returns the highest sequence there."""
-        last = 0
-        batch: list[Put] = []
-        for header in file.scan():
-            batch.append(
-                Put(Location(file.header.number, header.offset), header.sequence, header.identity)
-            )
-            last = header.sequence
-            if len(batch) == _REBUILD_BATCH:
-                self._index.apply(batch)
-                batch = []
-        self._index.apply(batch)
-        return last
-
-    def _remove_file(self, number: int) -> None:
-        path = segment_file.path_of(self._directory, number)
-        with direct_io.translated(f"remove {path}"):
-            path.unlink()
-
-    def _choose(self, *, may_append: bool) -> None:
-        """Which file goes on being filled, which is the spare; fewer files if capacity shrank.
-
-        After a rebuild no old file is filled further: behind its last record that was found there may
-        be others, not found, with sequences that this opening uses again.
-        """
-        filled = [s for s in self._ordered() if s.tail > PAGE_BYTES]
-        empty = [s for s in self._ordered() if s.tail == PAGE_BYTES]
-        excess = empty[1:]
-        self._spare = empty[0] if empty else None
-        self._active = filled[-1] if filled and may_append else None
-        while (
-            self._file_bytes() - sum(s.file.header.num_bytes for s in excess) > self._capacity_bytes
-        ):
-            excess.append(filled.pop(0))
-        for segment in excess:
-            self._index.drop_segment(segment.file.header.number)
-            segment.file.unlink()
-            segment.file.retire()
-            del self._segments[segment.file.header.number]
-            if segment is self._active:
-                self._active = None
 
     # ------------------------------------------------------------------ what callers use
 
@@ -647,10 +512,10 @@ class SegmentTier(Tier):
                 # Not needed yet: whoever needs it tries again, and gets the error.
                 _LOG.warning("no spare segment in %s: %s", self._directory, exc)
 
-    async def _make_segment(self) -> _Segment:
+    async def _make_segment(self) -> Segment:
         while self._file_bytes() + self._segment_bytes > self._capacity_bytes:
             await self._reclaim()
-        segment = _Segment(await self._pool.run(self._create_file))
+        segment = Segment(await self._pool.run(self._create_file))
         self._segments[segment.file.header.number] = segment
         return segment
 
@@ -682,7 +547,7 @@ class SegmentTier(Tier):
         oldest.file.retire()
         del self._segments[number]
 
-    def _ordered(self) -> list[_Segment]:
+    def _ordered(self) -> list[Segment]:
         """Oldest first."""
         return [segment for _, segment in sorted(self._segments.items())]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +252,32 @@ async def test_damaged_index_is_rebuilt(tmp_path: Path, damage: str, fast: None)
     async with make_tier(tmp_path) as tier:
         assert await readable(tier) == list(range(6))
     assert not (tmp_path / "index.doubted").exists()
+
+
+OPEN_CHILD = """
+import asyncio, sys, time
+from pathlib import Path
+from kvfabric.tiers.segments import SegmentTier
+
+async def main():
+    async with SegmentTier(Path(sys.argv[1]), capacity_bytes=32 << 20, clock=time.monotonic,
+                           on_dropped=lambda parts: None) as tier:
+        print(len(list(tier.records())))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+async def test_index_that_kills_its_reader_does_so_once(tmp_path: Path, fast: None) -> None:
+    """LMDB is mapped memory: damage inside may end the process. The next start rebuilds, at the latest."""
+    async with make_tier(tmp_path) as tier:
+        await write_parts(tier, range(6))
+    data = tmp_path / "index" / "data.mdb"
+    raw = data.read_bytes()
+    data.write_bytes(raw[: 2 * PAGE_BYTES] + b"\xa5" * (len(raw) - 2 * PAGE_BYTES))
+    run_child(OPEN_CHILD, tmp_path, check=False)
+    assert run_child(OPEN_CHILD, tmp_path).stdout == "6\n"
 
 
 async def test_rebuild_stops_at_the_first_invalid_record(tmp_path: Path, fast: None) -> None:
@@ -537,6 +565,61 @@ def run_child(
         check=check,
         timeout=60,
     )
+
+
+async def test_failed_group_leaves_no_hole(tmp_path: Path, fast: None) -> None:
+    """A disk that is full in the midst of the data fails that group alone; the next one takes its
+    place, so that a rebuild finds what came after."""
+    async with make_tier(tmp_path) as tier:
+        await write_parts(tier, range(1))
+        full = os.open("/dev/full", os.O_RDWR)
+        with replaced(tier._segments[1].file._fd, full), pytest.raises(NoSpace, match="ENOSPC"):
+            await tier.write(*make_part(1, RECORD))
+        os.close(full)
+        await write_parts(tier, range(2, 4))
+    shutil.rmtree(tmp_path / "index")
+    async with make_tier(tmp_path) as tier:
+        assert await readable(tier) == [0, 2, 3]
+
+
+async def test_failing_disk_is_a_transfer_error(tmp_path: Path, fast: None) -> None:
+    """An error of the disk is no verdict on the part: it is not quarantined, and reads again later."""
+    async with make_tier(tmp_path) as tier:
+        [(identity, location)] = (await write_parts(tier, range(1))).items()
+        directory = os.open(tmp_path, os.O_RDONLY)
+        with replaced(tier._segments[1].file._fd, directory), pytest.raises(TransferError):
+            await read_back(tier, location, identity)
+        os.close(directory)
+        assert await readable(tier) == [0]
+        assert tier.statistics().quarantined == 0
+
+
+@contextlib.contextmanager
+def replaced(fd: int, other: int) -> Iterator[None]:
+    """Let a descriptor of the tier lead to another file for a while."""
+    kept = os.dup(fd)
+    os.dup2(other, fd)
+    try:
+        yield
+    finally:
+        os.dup2(kept, fd)
+        os.close(kept)
+
+
+async def test_no_descriptor_left_is_a_transfer_error(tmp_path: Path, fast: None) -> None:
+    """EMFILE when a segment is to be made fails the write; with descriptors again it succeeds."""
+    async with make_tier(tmp_path) as tier:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            with pytest.raises(TransferError, match="EMFILE"):
+                await tier.write(*make_part(1, RECORD))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await tier.write(*make_part(2, RECORD))
+        assert await readable(tier) == [2]
 
 
 # ------------------------------------------------------------------ groups, cancellation, ownership

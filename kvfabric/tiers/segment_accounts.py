@@ -1,0 +1,65 @@
+"""Accounts of the SSD tier: whose bytes are in which segment, and how fast bytes move. No I/O."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from kvfabric.tiers.records import PAGE_BYTES
+from kvfabric.tiers.segment_file import SegmentFile
+from kvfabric.tiers.segment_index import Extent
+from kvfabric.types import TenantId
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """A file and the accounts of what is in it. Bytes in [PAGE_BYTES, tail) are records."""
+
+    file: SegmentFile
+    tail: int = PAGE_BYTES
+    records: int = 0
+    live: Counter[TenantId] = field(default_factory=Counter)
+    dead: Counter[TenantId] = field(default_factory=Counter)
+
+    @property
+    def room(self) -> int:
+        return self.file.header.num_bytes - self.tail
+
+    def enter(self, extent: Extent) -> None:
+        """A record that was found or added."""
+        self.tail = max(self.tail, extent.location.offset + extent.num_bytes)
+        self.records += extent.is_live
+        (self.live if extent.is_live else self.dead)[extent.tenant] += extent.num_bytes
+
+    def bury(self, extent: Extent) -> None:
+        """A live record that is not any more."""
+        self.records -= 1
+        self.live[extent.tenant] -= extent.num_bytes
+        self.dead[extent.tenant] += extent.num_bytes
+
+
+@dataclass(slots=True)
+class Busy:
+    """Bytes moved, and the time in which at least one movement was under way."""
+
+    clock: Callable[[], float]
+    num_bytes: int = 0
+    elapsed_s: float = 0.0
+    _under_way: int = 0
+    _since: float = 0.0
+
+    @contextlib.contextmanager
+    def moving(self, num_bytes: int) -> Iterator[None]:
+        """Counts the bytes when the movement succeeded."""
+        if not self._under_way:
+            self._since = self.clock()
+        self._under_way += 1
+        try:
+            yield
+            self.num_bytes += num_bytes
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self.elapsed_s += self.clock() - self._since
