@@ -431,8 +431,7 @@ class SegmentTier(Tier):
         except KVFabricError as exc:
             _LOG.warning("%d writes to %s failed: %s", len(plan.writes), self._directory, exc)
             _fail((write for write, _ in plan.writes), exc)
-            if self._is_open:
-                self._queue.extendleft(i for i in reversed(group) if isinstance(i, _Drop))
+            self._postpone([item for item in group if isinstance(item, _Drop)])
             return
         except BaseException:
             _fail((write for write, _ in plan.writes), self._closed())
@@ -442,6 +441,14 @@ class SegmentTier(Tier):
         self._sealed_writes += len(plan.writes)
         for write, location in plan.writes:
             write.sealed.set_result(location)
+
+    def _postpone(self, drops: Sequence[_Drop]) -> None:
+        """Back to the head of the queue, to wait a group's time again; given up when closing."""
+        if self._is_open:
+            now = asyncio.get_running_loop().time()
+            for drop in drops:
+                drop.queued_at = now
+            self._queue.extendleft(reversed(drops))
 
     def _place(self, group: Sequence[_Write | _Drop]) -> _Plan:
         """Say where in the active segment each record of the group goes. Changes no account."""

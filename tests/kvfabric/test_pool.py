@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -60,7 +61,8 @@ async def test_error_of_one_is_raised_after_all_ended() -> None:
         go.set()
         raise ZeroDivisionError
 
+    works: list[Callable[[], None]] = [fail, partial(block, started, go, ended)]
     with pytest.raises(ZeroDivisionError):
-        await pool.run_all([fail, partial(block, started, go, ended)])
+        await pool.run_all(works)
     assert ended == ["work"]
     await pool.close()

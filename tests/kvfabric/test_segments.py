@@ -30,7 +30,7 @@ from kvfabric.tiers import direct_io, segments
 from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.records import PAGE_BYTES, record_bytes
 from kvfabric.tiers.segment_file import Appended, path_of
-from kvfabric.tiers.segment_index import Extent
+from kvfabric.tiers.segment_index import Extent, Forget
 from kvfabric.tiers.segments import (
     SegmentTier,
     _Plan,
@@ -604,6 +604,27 @@ def replaced(fd: int, other: int) -> Iterator[None]:
     finally:
         os.dup2(kept, fd)
         os.close(kept)
+
+
+async def test_deletion_waits_for_an_index_that_fails(tmp_path: Path, fast: None) -> None:
+    """A deletion whose commit failed is tried again with the next group, in its order."""
+
+    class FailsOnce(SegmentTier):
+        failures = 1
+
+        async def _commit_index(self, plan: _Plan) -> list[Extent]:
+            if any(isinstance(change, Forget) for change in plan.changes) and self.failures:
+                self.failures -= 1
+                raise TransferError("the disk went away")
+            return await super()._commit_index(plan)
+
+    async with make_tier(tmp_path, kind=FailsOnce) as tier:
+        await write_parts(tier, range(2))
+        tier.delete([make_part(0)[0].part])
+        with pytest.raises(TransferError):
+            await tier.write(*make_part(2, RECORD))
+        await tier.write(*make_part(3, RECORD))
+        assert await readable(tier) == [1, 3]
 
 
 async def test_no_descriptor_left_is_a_transfer_error(tmp_path: Path, fast: None) -> None:
