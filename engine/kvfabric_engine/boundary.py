@@ -93,6 +93,6 @@ class Boundary:
             "fabric: %s failed (%s: %s); computing instead",
             operation,
             type(error).__name__,
-            error,
+            str(error),  # not the error: a kept log record would keep its frames and their buffers
             exc_info=None if known else error,
         )

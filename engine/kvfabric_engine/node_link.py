@@ -2,7 +2,7 @@
 
     DOWN --connect--> UP --call too late--> STALLED --ping answered--> UP
       ^               |                        |
-      +-- connection lost, or the host tier appeared (reconnect to get its arena)
+      +-- connection lost, also when the node closes it to hand out its arena anew
 
 A connection is replaced only when no call uses the old one: then no copy from the old arena is under way and
 the old window is not written any more, which is what a resumed session states (`messages.Hello`). While DOWN
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 from kvfabric.client import EngineHello, NodeClient
@@ -28,8 +27,6 @@ TICK_S = 0.25
 BATCH_S = 0.02
 """How long what `wake` announced is gathered before the tick."""
 BACKOFF_S = (0.1, 5.0)
-ARENA_RETRY_S = 1.0
-"""How often a connection without a host tier is replaced, to see whether there is one now."""
 
 
 class NodeLink:
@@ -59,7 +56,6 @@ class NodeLink:
         self._is_stalled = False
         self._is_closing = False
         self._is_woken = False
-        self._connected_at = 0.0
         self._thread = threading.Thread(target=self._run, name="kvf-link", daemon=True)
 
     def __repr__(self) -> str:
@@ -185,18 +181,15 @@ class NodeLink:
         with self._condition:
             self._client, self._previous = client, None
             self._is_stalled = False
-            self._connected_at = time.monotonic()
             self._condition.notify_all()
         self._boundary.forgive()
         return True
 
     def _care(self, client: NodeClient) -> None:
-        """One round: is it alive, is the host tier there, and whatever the connector has to send."""
+        """One round: is it alive, and whatever the connector has to send."""
         alive = self._boundary.run("ping", lambda: self._ping(client), lambda _: False)
         if alive:
             self._boundary.run("tick", lambda: self._tick(client), lambda _: None)
-        if alive and self._lacks_arena(client):
-            client.close()
         with self._condition:
             self._is_stalled = not alive
             self._condition.notify_all()
@@ -206,8 +199,3 @@ class NodeLink:
     def _ping(self, client: NodeClient) -> bool:
         client.ping(deadline_s=PING_S)
         return True
-
-    def _lacks_arena(self, client: NodeClient) -> bool:
-        # The arena comes with Welcome only; a node that waits for its old one serves without at first.
-        age = time.monotonic() - self._connected_at
-        return len(client.arena) == 0 and age > ARENA_RETRY_S and self._num_uses == 0

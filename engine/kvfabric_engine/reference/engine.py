@@ -277,10 +277,12 @@ class Engine:
             return
         if len(sequence.cached) == len(keys):
             self._start(sequence, 0)  # nothing to fetch, but perhaps something to save again
+        sequence.is_matching = True
         matched = self.connector.match(sequence.request_id, keys)
         self._when_done(matched, partial(self._matched, sequence))
 
     def _matched(self, sequence: Sequence, match: PrefixMatch) -> None:
+        sequence.is_matching = False
         self._save_missing(sequence, match)
         if sequence.phase is not Phase.FETCHING:
             return
@@ -355,7 +357,7 @@ class Engine:
         is_ready = len(sequence.unsaved) * self.shape.block_tokens >= SAVE_TOKENS
         if is_ready or not sequence.is_prefilling:
             self._save(sequence)
-        if self.is_deterministic and sequence.in_fabric and not sequence.is_prefilling:
+        if self.is_deterministic and not sequence.is_prefilling and not sequence.is_matching:
             self._leave_fabric(sequence)  # answered tokens are not cached in this mode
         if not item.span.sample:
             return
@@ -393,9 +395,10 @@ class Engine:
         self._blocks.unreference(run)
 
     def _leave_fabric(self, sequence: Sequence) -> None:
-        sequence.in_fabric = False
-        if self.connector is not None:
+        """Nothing more will be loaded or saved for this request."""
+        if sequence.in_fabric and self.connector is not None:
             self.connector.release(sequence.request_id)
+        sequence.in_fabric = False
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         self._forget(sequence)
@@ -404,4 +407,5 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.name]
         self._scheduler.remove(sequence)
-        self._leave_fabric(sequence)
+        if self.connector is not None:
+            self.connector.release(sequence.request_id)

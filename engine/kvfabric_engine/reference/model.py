@@ -20,7 +20,7 @@ from kvfabric.config import EngineConfig
 
 ROPE_THETA = 10_000.0
 RMS_EPSILON = 1e-6
-LINEAR_GAIN = 1.5
+LINEAR_GAIN = 2.0
 """Standard deviation of a linear layer's weights times the root of its fan-in."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -96,6 +96,9 @@ class Sequence:
     in_fabric: bool = False
     """The node knows this request: blocks may be matched, loaded and saved."""
 
+    is_matching: bool = False
+    """The node was asked what it holds of the prompt, and has not answered yet."""
+
     is_aborted: bool = False
     """To be ended when nothing loads into its pages any more."""
 

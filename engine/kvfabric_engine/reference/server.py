@@ -13,7 +13,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,7 +275,8 @@ async def _outputs(engine: Engine, request: GenerationRequest) -> AsyncGenerator
     queue: asyncio.Queue[Output] = asyncio.Queue()  # at most max_tokens + 1 entries
 
     def emit(output: Output) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, output)
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(queue.put_nowait, output)
 
     name = engine.submit(request, emit)
     try:
