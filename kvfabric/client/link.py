@@ -189,7 +189,10 @@ class Client:
         self._exchange = Exchange(attached.window)
 
     def _drop_memory(self) -> None:
+        """Unmap the arena, as far as the caller kept no view of it."""
         self._reader.close()
+        self.arena = memoryview(b"")
+        self._reader = PartReader(self.arena)
         if self._arena_descriptor >= 0:
             os.close(self._arena_descriptor)
             self._arena_descriptor = -1

@@ -33,6 +33,7 @@ from kvfabric.registry.embedded import EmbeddedRegistry
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.segments import SegmentTier
+from kvfabric.types import TierName
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Node:
         limits = StoreLimits(
             host_bytes=config.host_bytes,
             ssd_bytes=config.ssd_bytes,
+            ssd_bytes=config.ssd_bytes,
             max_blocks=config.max_blocks,
             lease_s=config.lease_s,
             reservation_s=config.reservation_s,
@@ -146,7 +148,7 @@ class Node:
             keyring=self.keyring,
             events=self.events,
             status=lambda sealed_keys: node_status(self, sealed_keys=sealed_keys),
-            resident=lambda tier: self.store.resident_runs(tier, SLICE_BLOCKS),
+            resident=self._resident,
         )
         return AdminServer(
             self.config.admin_socket_path,
@@ -155,6 +157,10 @@ class Node:
             epoch_lease_s=self.config.epoch_lease_s,
             clock=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
         )
+
+    def _resident(self, tier: TierName) -> Iterator[list[tuple[bytes, bytes, bytes]]]:
+        for runs in self.store.resident_runs(tier, SLICE_BLOCKS):
+            yield [*runs]
 
     async def _open_http(self, stack: contextlib.AsyncExitStack) -> None:
         if not self.config.http:

@@ -65,6 +65,7 @@ class Process:
     pidfd: int
     num_open: int = 0
     num_unclean: int = 0  # connections that ended without Bye
+    num_disowned: int = 0  # open ones that a later, resumed hello of the process declared quiet
     exited: bool = False
 
     @property
@@ -174,6 +175,8 @@ class Sessions:
             asyncio.get_running_loop().add_reader(peer.pidfd, self._exited, session, peer)
         else:
             os.close(peer.pidfd)
+        if hello.resumed:
+            process.num_disowned = process.num_open  # their end of file has not come yet
         process.num_open += 1
         self._observer.processes_changed()
         return session, process
@@ -181,7 +184,9 @@ class Sessions:
     def leave(self, session: Session, process: Process, *, said_bye: bool) -> None:
         """A connection ended."""
         process.num_open -= 1
-        if not said_bye:
+        if process.num_disowned:
+            process.num_disowned -= 1
+        elif not said_bye:
             process.num_unclean += 1
         if session.num_open == 0:
             self._end(session)

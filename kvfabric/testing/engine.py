@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfabric.client import EngineHello, NodeClient
-from kvfabric.errors import KVFabricError
+from kvfabric.errors import KVFabricError, PeerClosed
 from kvfabric.hashing import ROOT_PARENT, block_keys
 from kvfabric.protocol.messages import HandleOpened, Located, Role
 from kvfabric.types import BlockKey, BlockLayout, GrantState, PartSpec
@@ -143,6 +143,7 @@ class _Commands:
     def __init__(self, engine: TinyEngine) -> None:
         self.engine = engine
         self.reserved: tuple[int, list[int], int] | None = None
+        self.leased: tuple[str, list[BlockKey], Located] | None = None
 
     def store(self, request: str, prompt: str, num_blocks: int) -> dict[str, Any]:
         keys = self.engine.open(request, prompt, num_blocks)
@@ -154,9 +155,28 @@ class _Commands:
         return {"loaded": len(found), "wrong": wrong_blocks(keys, found)}
 
     def lease(self, request: str, prompt: str, num_blocks: int) -> dict[str, Any]:
-        """Match and keep."""
+        """Match and locate, and keep that."""
         keys = self.engine.open(request, prompt, num_blocks)
-        return {"leased": self.engine.locate(request, keys).num_blocks}
+        located = self.engine.locate(request, keys)
+        self.leased = (request, keys[: located.num_blocks], located)
+        return {"leased": located.num_blocks}
+
+    def read_leased(self) -> dict[str, Any]:
+        """Read what `lease` located: how many verify, are wrong, and may be used."""
+        assert self.leased is not None
+        request, keys, located = self.leased
+        buffers = [bytearray(self.engine.part_bytes) for _ in keys]
+        good = self.engine.client.read(located, [memoryview(buffer) for buffer in buffers])
+        confirmed = self.engine.client.confirm(
+            request, keys, located, group=0, shard=0, deadline_s=DEADLINE_S
+        )
+        wrong = wrong_blocks(keys, [bytes(buffer) for buffer in buffers[:good]])
+        return {"good": good, "wrong": wrong, "confirmed": confirmed.num_blocks}
+
+    def hang_up(self) -> dict[str, Any]:
+        """Lose the connection without a word, and live on."""
+        self.engine.client._break(PeerClosed("hung up"))
+        return {}
 
     def reserve(self, request: str, prompt: str, num_blocks: int) -> dict[str, Any]:
         """Reserve and write the window, without committing."""

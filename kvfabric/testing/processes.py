@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,13 +23,26 @@ class NodeProcess:
     """A `kvfabric node` on `state_dir`: a context manager that may be killed and started again."""
 
     def __init__(self, state_dir: Path, **options: object) -> None:
-        """`options`: keys of NodeConfig. HTTP is off unless given; the host tier is 16 MiB, no SSD."""
+        """`options`: keys of NodeConfig. HTTP is off unless given; the host tier is 64 MiB, no SSD."""
         self.state_dir = state_dir
-        defaults = {"http": "", "host_bytes": 16 << 20, "ssd_bytes": 0, "max_blocks": 16384}
+        defaults = {"http": "", "host_bytes": 64 << 20, "ssd_bytes": 0, "max_blocks": 16384}
         self._options = defaults | options
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self.log: list[str] = []
+
+    @property
+    def http(self) -> str:
+        """Base URL of its metrics and health."""
+        line = next(line for line in reversed(self.log) if line.startswith(READY))
+        return f"http://{line.rsplit(' ', 1)[1].strip()}"
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics by name and labels. Needs the option `http`."""
+        with urllib.request.urlopen(f"{self.http}/metrics", timeout=STOP_DEADLINE_S) as answer:
+            lines = answer.read().decode().splitlines()
+        rows = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name.removeprefix("kvfabric_node_"): float(value) for name, value in rows}
 
     @property
     def socket(self) -> Path:
@@ -95,6 +111,15 @@ class NodeProcess:
     def _drain(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         self.log.extend(process.stderr)
+
+
+def until(condition: Callable[[], bool], *, deadline_s: float = STOP_DEADLINE_S) -> None:
+    """Wait for what another process does. Raises TimeoutError."""
+    ends = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > ends:
+            raise TimeoutError("it did not happen")
+        time.sleep(0.005)
 
 
 class EngineProcess:
