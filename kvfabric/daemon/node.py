@@ -105,7 +105,6 @@ class Node:
         limits = StoreLimits(
             host_bytes=config.host_bytes,
             ssd_bytes=config.ssd_bytes,
-            ssd_bytes=config.ssd_bytes,
             max_blocks=config.max_blocks,
             lease_s=config.lease_s,
             reservation_s=config.reservation_s,
