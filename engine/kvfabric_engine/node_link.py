@@ -123,7 +123,7 @@ class NodeLink:
             self._thread.join()
         for client in (self._client, self._previous):
             if client is not None:
-                client.close()
+                self._boundary.run("close", client.close, lambda _: None)
 
     def _lose(self, client: NodeClient) -> None:
         """Under the condition: this connection is over."""

@@ -1,0 +1,93 @@
+"""`kvfabric engine` as a process: says when it is ready, serves, restarts warm, ends on SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfabric.testing.processes import NodeProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.fleet]
+READY = "kvfabric engine ready: "
+SMALL = {
+    "--num-layers": 2,
+    "--hidden-size": 64,
+    "--num-heads": 4,
+    "--num-kv-heads": 2,
+    "--head-dim": 16,
+    "--intermediate-size": 128,
+    "--block-tokens": 16,
+    "--hbm-blocks": 256,
+    "--window-bytes": "1MiB",
+    "--listen": "127.0.0.1:0",
+}
+
+
+@contextmanager
+def engine(**flags: object) -> Iterator[str]:
+    """A running engine; yields its base URL, ends it with SIGTERM and checks that it went in peace."""
+    command = [sys.executable, "-m", "kvfabric", "engine"]
+    for name, value in (SMALL | flags).items():
+        command += [name, str(value)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    log: list[str] = []
+    try:
+        for line in process.stderr:
+            log.append(line)
+            if line.startswith(READY):
+                break
+        assert log, "the engine said nothing"
+        assert log[-1].startswith(READY), "".join(log)
+        yield log[-1].removeprefix(READY).strip()
+        process.send_signal(signal.SIGTERM)
+        log += process.stderr.readlines()
+        assert process.wait(20) == 0, "".join(log)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def complete(base: str, prompt: list[int]) -> tuple[list[int], dict[str, Any]]:
+    """Token ids and details of cached tokens of a greedy answer."""
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    data = json.dumps(body | {"return_token_ids": True}).encode()
+    with urllib.request.urlopen(f"{base}/v1/completions", data, timeout=30) as response:
+        answer = json.load(response)
+    return answer["choices"][0]["token_ids"], answer["usage"]["prompt_tokens_details"]
+
+
+def test_another_process_is_warm(tmp_path: Path) -> None:
+    """Stopped with SIGTERM right after its answer, an engine leaves its blocks to the next one."""
+    prompt = random.Random(1).choices(range(3, 259), k=70)
+    with NodeProcess(tmp_path / "node") as node:
+        flags: dict[str, object] = {"--node-socket": node.socket}
+        with engine(**flags) as base:
+            first, details = complete(base, prompt)
+            assert details["cached_tokens"] == 0
+        with engine(**flags) as base:
+            second, details = complete(base, prompt)
+    assert second == first
+    assert details["kvfabric"] == {"hbm_tokens": 0, "host_tokens": 64, "ssd_tokens": 0}
+
+
+def test_wrong_address_is_one_line(tmp_path: Path) -> None:
+    """An address that cannot be had ends the command with its name and exit code 2."""
+    with engine() as base:
+        taken = base.removeprefix("http://")
+        command = [sys.executable, "-m", "kvfabric", "engine", "--listen", taken]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("kvfabric: engine.listen")
+    assert "Traceback" not in done.stderr
