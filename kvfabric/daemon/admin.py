@@ -61,7 +61,7 @@ MAX_FLOOR_SHARE = 0.9
 MAX_REQUEST_BYTES = 1 << 20
 MAX_REPLY_BYTES = 16 << 20
 _MAX_RPCS = 1024
-_STOP_S = 1.0
+_STOP_S = 0.5
 _SOCKET_PATH_BYTES = 107
 _DIGEST = re.compile(r"([a-z0-9]+:)?[0-9a-f]{16,}")
 
@@ -141,7 +141,7 @@ class AdminServer:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Answers what is under way for at most a second, then ends it."""
+        """Answers what is under way for at most half a second, then ends it."""
         assert self._server is not None
         await self._health.enter_graceful_shutdown()
         self._sources.events.close()

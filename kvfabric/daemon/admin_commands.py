@@ -1,0 +1,441 @@
+"""`kvfabric status | tenant | template | invalidate`: what an administrator asks of a node.
+
+Each talks to the node's admin socket. This module is imported to list the commands: grpc is imported when
+one of them runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvfabric.cli import Command
+from kvfabric.config import NodeConfig, load, parse_size
+from kvfabric.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvfabric.daemon.admin_client import AdminClient
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+_DIGEST_DIGITS = 8
+_QUOTA_FLAGS = ("host_max", "host_floor", "ssd_max", "ssd_floor")
+
+Run = Callable[[argparse.Namespace], int]
+
+
+# ---------------------------------------------------------------------- status
+
+
+def _configure_status(parser: argparse.ArgumentParser) -> None:
+    _common(parser, _status)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with _client(args) as client:
+        status = client.call(client.admin.Status, pb.StatusRequest())
+    if args.json:
+        return _print_json(status)
+    lines = [
+        f"node {status.node_id}, version {status.version}, boot {status.boot_id.hex()[:8]}, "
+        f"up {status.uptime_s:.0f} s, registry version {status.registry_version}"
+    ]
+    lines += _table(
+        ("tier", "state", "used", "capacity", "draining", "blocks"),
+        [
+            (
+                tier.tier,
+                tier.state,
+                _size(tier.used_bytes),
+                _size(tier.capacity_bytes),
+                _size(tier.draining_bytes),
+                tier.num_blocks,
+            )
+            for tier in status.tiers
+        ],
+    )
+    lines += _table(
+        ("engine", "endpoint", "model", "revision", "block"),
+        [
+            (e.engine_id, e.endpoint, e.model, e.model_revision, f"{e.block_tokens} tokens")
+            for e in status.engines
+        ],
+    )
+    return _print_lines(lines)
+
+
+# ---------------------------------------------------------------------- tenant
+
+
+def _configure_tenant(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    create = verbs.add_parser("create", help="make a tenant; prints its API key, once")
+    create.add_argument("name", metavar="NAME")
+    _quota_arguments(create)
+    _common(create, _tenant_create)
+    _common(verbs.add_parser("list", help="tenants, their limits and keys"), _tenant_list)
+    change = verbs.add_parser("set", help="change limits of a tenant; what is not named stays")
+    change.add_argument("name", metavar="NAME")
+    _quota_arguments(change)
+    change.add_argument("--max-age", type=float, metavar="SECONDS", help="0: none")
+    opted = change.add_mutually_exclusive_group()
+    opted.add_argument("--opt-out", action="store_true", help="neither stored nor looked up")
+    opted.add_argument("--opt-in", action="store_true", help="cached again")
+    _common(change, _tenant_set)
+    key = verbs.add_parser("key", help="API keys").add_subparsers(
+        dest="key_verb", metavar="VERB", required=True
+    )
+    create_key = key.add_parser("create", help="a further API key; prints it, once")
+    create_key.add_argument("name", metavar="NAME")
+    _common(create_key, _key_create)
+    revoke = key.add_parser("revoke", help="end an API key; returns when no router takes it")
+    revoke.add_argument("name", metavar="NAME")
+    revoke.add_argument("digest", metavar="DIGEST", help="8 or more hex digits, from `tenant list`")
+    _common(revoke, _key_revoke)
+    _common(verbs.add_parser("usage", help="bytes that each tenant has here"), _tenant_usage)
+
+
+def _quota_arguments(parser: argparse.ArgumentParser) -> None:
+    for tier in ("host", "ssd"):
+        parser.add_argument(f"--{tier}-max", metavar="SIZE", help=f"most bytes in {tier}; 0: none")
+        parser.add_argument(
+            f"--{tier}-floor", metavar="SIZE", help=f"bytes in {tier} that nobody takes away"
+        )
+
+
+def _tenant_create(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    sizes = _sizes(args)
+    request = pb.CreateTenantRequest(
+        name=args.name,
+        host=pb.TierQuota(max_bytes=sizes["host_max"], floor_bytes=sizes["host_floor"]),
+        ssd=pb.TierQuota(max_bytes=sizes["ssd_max"], floor_bytes=sizes["ssd_floor"]),
+    )
+    with _client(args) as client:
+        created = client.call(client.registry.CreateTenant, request)
+    if args.json:
+        return _print_json(created)
+    return _print_lines(
+        [
+            f"tenant {created.tenant.name} is {created.tenant.tenant_id}",
+            f"API key (shown once): {created.api_key}",
+        ]
+    )
+
+
+def _tenant_list(args: argparse.Namespace) -> int:
+    from kvfabric.daemon.admin_client import to_plain
+    from kvfabric.registry.wire import tenant_to_pb
+
+    with _client(args) as client:
+        tenants = list(client.state().tenants.values())
+    if args.json:
+        return _dump({"tenants": [to_plain(tenant_to_pb(tenant)) for tenant in tenants]})
+    rows = [
+        (
+            tenant.name,
+            tenant.tenant_id,
+            _quota(tenant.host.max_bytes, tenant.host.floor_bytes),
+            _quota(tenant.ssd.max_bytes, tenant.ssd.floor_bytes),
+            f"{tenant.max_age_s:g} s" if tenant.max_age_s else "-",
+            "opted out" if tenant.opted_out else "cached",
+            " ".join(digest.hex()[:_DIGEST_DIGITS] for digest in tenant.api_key_digests) or "-",
+        )
+        for tenant in tenants
+    ]
+    header = ("name", "id", "host max/floor", "ssd max/floor", "max age", "cache", "keys")
+    return _print_lines(_table(header, rows))
+
+
+def _tenant_set(args: argparse.Namespace) -> int:
+    from kvfabric.daemon.admin_client import to_plain
+    from kvfabric.protocol import kvfabric_pb2 as pb
+    from kvfabric.registry.changes import tenant_named
+
+    request = pb.SetTenantRequest(name=args.name)
+    if args.max_age is not None:
+        request.max_age_s = args.max_age
+    if args.opt_out or args.opt_in:
+        request.opted_out = args.opt_out
+    sizes = _sizes(args)
+    with _client(args) as client:
+        old = tenant_named(client.state(), args.name)
+        for tier, quota in (("host", old.host), ("ssd", old.ssd)):
+            maximum, floor = f"{tier}_max", f"{tier}_floor"
+            if getattr(args, maximum) is None and getattr(args, floor) is None:
+                continue
+            target = getattr(request, tier)
+            target.SetInParent()
+            target.max_bytes = _given(args, sizes, maximum, quota.max_bytes)
+            target.floor_bytes = _given(args, sizes, floor, quota.floor_bytes)
+        tenant = client.call(client.registry.SetTenant, request)
+    if args.json:
+        return _dump(to_plain(tenant))
+    return _print_lines([f"tenant {tenant.name} ({tenant.tenant_id}) is set"])
+
+
+def _given(args: argparse.Namespace, sizes: dict[str, int], flag: str, old: int) -> int:
+    return old if getattr(args, flag) is None else sizes[flag]
+
+
+def _key_create(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with _client(args) as client:
+        request = pb.CreateApiKeyRequest(name=args.name)
+        created = client.call(client.registry.CreateApiKey, request)
+    if args.json:
+        return _print_json(created)
+    return _print_lines([f"API key (shown once): {created.api_key}"])
+
+
+def _key_revoke(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with _client(args) as client:
+        request = pb.RevokeApiKeyRequest(name=args.name, api_key_prefix=args.digest)
+        tenant = client.call(client.registry.RevokeApiKey, request)
+    if args.json:
+        return _print_json(tenant)
+    left = len(tenant.api_key_digests)
+    return _print_lines([f"revoked; tenant {tenant.name} has {left} API keys left"])
+
+
+def _tenant_usage(args: argparse.Namespace) -> int:
+    from kvfabric.daemon.admin_client import to_plain
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with _client(args) as client:
+        status = client.call(client.admin.Status, pb.StatusRequest())
+        names = {tenant.tenant_id: tenant.name for tenant in client.state().tenants.values()}
+    named = [(str(names.get(usage.tenant_id, "?")), usage) for usage in status.usage]
+    if args.json:
+        return _dump({"usage": [{"name": name} | to_plain(usage) for name, usage in named]})
+    rows = [
+        (name, u.tenant_id, _size(u.host_bytes), _size(u.ssd_bytes), _size(u.leased_bytes))
+        for name, u in named
+    ]
+    return _print_lines(_table(("name", "id", "host", "ssd", "leased"), rows))
+
+
+# ---------------------------------------------------------------------- template
+
+
+def _configure_template(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    register = verbs.add_parser("register", help="add a version of a template")
+    register.add_argument("name", metavar="NAME")
+    register.add_argument("--version", required=True, metavar="V")
+    register.add_argument("--file", required=True, metavar="FILE", help="its text; - for stdin")
+    register.add_argument(
+        "--public", action="store_true", help="its blocks may be shared by all tenants"
+    )
+    _common(register, _template_register)
+    _common(verbs.add_parser("list", help="templates and their versions"), _template_list)
+    promote = verbs.add_parser("promote", help="make a version the serving one, or roll back to it")
+    promote.add_argument("name", metavar="NAME")
+    promote.add_argument("position", nargs="?", default="", metavar="V")
+    promote.add_argument("--version", default="", metavar="V", help="the same as V")
+    _common(promote, _template_promote)
+
+
+def _template_register(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    request = pb.RegisterTemplateRequest(
+        name=args.name, version=args.version, text=_text(args.file), is_public=args.public
+    )
+    with _client(args) as client:
+        template = client.call(client.registry.RegisterTemplate, request)
+    if args.json:
+        return _print_json(template)
+    waits = ""
+    if template.state != "serving":
+        promote = f"kvfabric template promote {template.name} {template.version}"
+        waits = f"; another version serves: `{promote}` switches"
+    return _print_lines([f"template {template.name} {template.version} is {template.state}{waits}"])
+
+
+def _text(file: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"cannot read {file}: {exc.strerror}") from exc
+
+
+def _template_list(args: argparse.Namespace) -> int:
+    from kvfabric.daemon.admin_client import to_plain
+    from kvfabric.registry.wire import template_to_pb
+
+    with _client(args) as client:
+        templates = list(client.state().templates.values())
+    if args.json:
+        return _dump({"templates": [to_plain(template_to_pb(t)) for t in templates]})
+    rows = [
+        (
+            template.name,
+            template.version,
+            template.state,
+            "public" if template.is_public else "-",
+            f"{len(template.text)} bytes",
+            template.incarnation.hex()[:_DIGEST_DIGITS],
+        )
+        for template in templates
+    ]
+    header = ("template", "version", "state", "shared", "text", "incarnation")
+    return _print_lines(_table(header, rows))
+
+
+def _template_promote(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    version = args.position or args.version
+    if not version or (args.position and args.version and args.position != args.version):
+        raise ConfigError("name one version: kvfabric template promote NAME V")
+    with _client(args) as client:
+        request = pb.PromoteTemplateRequest(name=args.name, version=version)
+        receipt = client.call(client.registry.PromoteTemplate, request)
+    return _print_receipt(args, receipt)
+
+
+# ---------------------------------------------------------------------- invalidate
+
+
+def _configure_invalidate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scope", choices=("template", "tenant", "model", "adapter"))
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--version", default="", metavar="V", help="of a template; default: all")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--retire", action="store_true", help="a template can be promoted again (default)"
+    )
+    how.add_argument("--purge", action="store_true", help="for good")
+    _common(parser, _invalidate)
+
+
+def _invalidate(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    if args.version and args.scope != "template":
+        raise ConfigError(f"--version is of a template; a {args.scope} has none")
+    request = pb.InvalidateRequest(
+        scope=args.scope, name=args.name, version=args.version, purge=args.purge
+    )
+    with _client(args) as client:
+        receipt = client.call(client.registry.Invalidate, request)
+    return _print_receipt(args, receipt)
+
+
+def _print_receipt(args: argparse.Namespace, receipt: pb.Receipt) -> int:
+    if args.json:
+        return _print_json(receipt)
+    at = datetime.fromtimestamp(receipt.unreachable_at, UTC).isoformat(timespec="milliseconds")
+    after_s = receipt.unreachable_at - receipt.requested_at
+    rows = [
+        (
+            ack.holder_kind,
+            ack.holder_id,
+            f"{ack.after_s:.3f} s",
+            "not heard from, lease waited out" if ack.waited_out else "applied",
+        )
+        for ack in receipt.acknowledgements
+    ]
+    return _print_lines(
+        [
+            f"{receipt.action} {receipt.scope}, epoch {receipt.old_epoch} -> {receipt.new_epoch}",
+            f"in force everywhere since {at}, {after_s:.3f} s after the request",
+            *_table(("holder", "id", "after", ""), rows),
+            f"requested by {receipt.requested_by or 'unknown'}, "
+            f"audit head {receipt.audit_head.hex()}",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------- what they share
+
+
+def _common(parser: argparse.ArgumentParser, run: Run) -> None:
+    parser.add_argument("--admin-socket", metavar="PATH", help="of the node (default: its own)")
+    parser.add_argument("--config", metavar="FILE", help="the node's TOML file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run_verb=run)
+
+
+def _client(args: argparse.Namespace) -> AbstractContextManager[AdminClient]:
+    from kvfabric.daemon.admin_client import AdminClient
+
+    flags = {"admin_socket": args.admin_socket} if args.admin_socket else {}
+    config = load(NodeConfig, file=Path(args.config) if args.config else None, flags=flags)
+    return AdminClient(config.admin_socket_path)
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, int]:
+    """Bytes of each quota flag; 0 for one that was not given."""
+    flags = {flag: getattr(args, flag) for flag in _QUOTA_FLAGS}
+    return {
+        flag: 0 if text is None else parse_size(text, "--" + flag.replace("_", "-"))
+        for flag, text in flags.items()
+    }
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def _quota(max_bytes: int, floor_bytes: int) -> str:
+    return f"{_size(max_bytes) if max_bytes else '-'} / {_size(floor_bytes)}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Lines with aligned columns; none without rows."""
+    cells = [tuple(str(cell) for cell in row) for row in rows]
+    if not cells:
+        return []
+    cells.insert(0, tuple(header))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _print_lines(lines: Iterable[str]) -> int:
+    print("\n".join(lines))
+    return 0
+
+
+def _print_json(message: Any) -> int:
+    from kvfabric.daemon.admin_client import to_plain
+
+    return _dump(to_plain(message))
+
+
+def _dump(plain: dict[str, Any]) -> int:
+    print(json.dumps(plain, indent=2))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    run: Run = args.run_verb
+    return run(args)
+
+
+STATUS = Command("what a node holds and serves", "node", _configure_status, _run)
+TENANT = Command("tenants: create, list, set, key, usage", "node", _configure_tenant, _run)
+TEMPLATE = Command("templates: register, list, promote", "node", _configure_template, _run)
+INVALIDATE = Command(
+    "take a template, tenant, model or adapter out of reach", "node", _configure_invalidate, _run
+)

@@ -1,0 +1,246 @@
+"""`kvfabric doctor`: is this machine fit for a node, and does the one that is configured answer?
+
+Runs from a bare install: whatever an extra would bring is looked for, never needed. Each finding is one
+line, ok, warn or fail, with what to do; only a fail makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import importlib.util
+import json
+import mmap
+import os
+import resource
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvfabric.cli import Command
+from kvfabric.config import NodeConfig, add_arguments, from_args, split_address
+from kvfabric.errors import KVFabricError
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+MIN_PYTHON = (3, 11)
+MIN_DESCRIPTORS = 4096
+HTTP_DEADLINE_S = 3.0
+EXTRAS = {
+    "node": ("grpc", "google.protobuf", "grpc_health", "lmdb", "cryptography", "aiohttp"),
+    "router": ("grpc", "google.protobuf", "cryptography", "aiohttp"),
+    "engine": ("torch", "aiohttp"),
+    "ucx-cu12 or ucx-cu13": ("ucxx",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`advice` is what to do, empty for ok."""
+
+    subject: str
+    result: str
+    text: str
+    advice: str = ""
+
+
+def _python(version: tuple[int, ...]) -> Finding:
+    text = ".".join(map(str, version))
+    if version[:2] >= MIN_PYTHON:
+        return Finding("python", OK, text)
+    return Finding("python", FAIL, text, "use Python 3.11 or newer")
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, modules in EXTRAS.items():
+        missing = [name for name in modules if not _is_there(name)]
+        subject = f"extra {extra}"
+        if not missing:
+            yield Finding(subject, OK, "installed")
+            continue
+        advice = f"pip install 'kvfabric[{extra.split()[0]}]' if this machine needs it"
+        yield Finding(subject, WARN, f"{', '.join(missing)} missing", advice)
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package it is in
+        return False
+
+
+def _memory_file() -> Finding:
+    """A sealed memory file can be made and mapped: the arena is one."""
+    try:
+        descriptor = os.memfd_create("kvfabric-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, mmap.PAGESIZE)
+            mmap.mmap(descriptor, mmap.PAGESIZE).close()
+        finally:
+            os.close(descriptor)
+    except (OSError, AttributeError) as exc:
+        return Finding("memfd", FAIL, f"no memory files: {exc}", "a node needs Linux 3.17 or newer")
+    return Finding("memfd", OK, "memory files can be made and sealed")
+
+
+def _process_file() -> Finding:
+    """A node learns by pidfd that an engine's process is gone."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (OSError, AttributeError) as exc:
+        return Finding("pidfd", FAIL, f"no pidfd: {exc}", "a node needs Linux 5.3 or newer")
+    return Finding("pidfd", OK, "the exit of engines can be seen")
+
+
+def _state_directory(directory: Path) -> Finding:
+    there = _nearest(directory)
+    if not os.access(there, os.W_OK | os.X_OK):
+        advice = "choose another with --state-dir, or let this user write there"
+        return Finding("state directory", FAIL, f"{there} is not writable", advice)
+    if there != directory:
+        return Finding("state directory", OK, f"{directory} will be made")
+    status = directory.stat()
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        advice = f"chown it to this user and chmod 700 {directory}: it holds the keyring"
+        return Finding("state directory", WARN, f"{directory} can be changed by others", advice)
+    return Finding("state directory", OK, str(directory))
+
+
+def _direct_io(directory: Path) -> Finding:
+    """The SSD tier writes past the page cache. Makes one file without a name, which leaves nothing."""
+    there = _nearest(directory)
+    try:
+        descriptor = os.open(there, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
+        try:
+            with mmap.mmap(-1, mmap.PAGESIZE) as page:
+                os.pwrite(descriptor, page, 0)
+        finally:
+            os.close(descriptor)
+    except OSError as exc:
+        advice = "put ssd_dir on a local ext4 or xfs, or switch the tier off with --ssd-bytes 0"
+        return Finding("O_DIRECT", WARN, f"not in {there}: {exc.strerror}", advice)
+    return Finding("O_DIRECT", OK, f"works in {there}")
+
+
+def _nearest(directory: Path) -> Path:
+    """The directory itself or the closest one above that exists."""
+    return next(path for path in (directory, *directory.parents) if path.is_dir())
+
+
+def _locked_memory(host_bytes: int) -> Finding:
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if soft == resource.RLIM_INFINITY or soft >= host_bytes:
+        return Finding("memlock", OK, "the arena can be pinned")
+    text = f"{soft} bytes may be locked, the arena has {host_bytes}"
+    return Finding("memlock", WARN, text, "`ulimit -l unlimited` where GPUs or RDMA pin the arena")
+
+
+def _descriptors() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= MIN_DESCRIPTORS:
+        return Finding("nofile", OK, f"{soft} descriptors")
+    advice = f"`ulimit -n {min(MIN_DESCRIPTORS, hard) if hard > 0 else MIN_DESCRIPTORS}`"
+    return Finding("nofile", WARN, f"only {soft} descriptors", advice)
+
+
+def _trust_domain(uid: int) -> Finding:
+    text = f"every process of uid {uid} on this machine is one trust domain: it can read the arena"
+    if uid:
+        return Finding("trust domain", OK, text)
+    return Finding("trust domain", WARN, text, "run node and engines as a user of their own")
+
+
+def _socket(path: Path) -> Finding:
+    """The engines' socket. What is on it is the node's business: it is not spoken to."""
+    try:
+        status = path.stat()
+    except OSError:
+        return Finding("node socket", WARN, f"none at {path}", "start a node with `kvfabric node`")
+    if not stat.S_ISSOCK(status.st_mode):
+        return Finding("node socket", FAIL, f"{path} is no socket", "move it away")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        return Finding("node socket", FAIL, f"{path} is open to others", f"chmod 600 {path}")
+    return Finding("node socket", OK, str(path))
+
+
+def _admin(path: Path) -> Finding:
+    if not path.exists():
+        return Finding("admin socket", WARN, f"none at {path}", "start a node with `kvfabric node`")
+    try:
+        from kvfabric.daemon.admin_client import AdminClient
+    except ModuleNotFoundError as exc:
+        advice = "pip install 'kvfabric[node]'"
+        return Finding("admin socket", WARN, f"not asked: {exc.name} is missing", advice)
+    try:
+        with AdminClient(path, deadline_s=HTTP_DEADLINE_S) as client:
+            serving = client.is_serving()
+    except KVFabricError as exc:
+        return Finding("admin socket", FAIL, str(exc), "see the node's log, restart it")
+    if not serving:
+        return Finding("admin socket", WARN, "the node is stopping", "wait, then start it again")
+    return Finding("admin socket", OK, f"a node answers at {path}")
+
+
+def _http(address: str, *, running: bool) -> Finding:
+    """`running`: whether a node's sockets are there."""
+    if not address:
+        return Finding("http", OK, "switched off")
+    host, port = split_address(address, "node.http")
+    connection = http.client.HTTPConnection(host, port, timeout=HTTP_DEADLINE_S)
+    try:
+        connection.request("GET", "/readyz")
+        code = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as exc:
+        level = FAIL if running else WARN
+        advice = "is --http of the node another address?" if running else "start a node"
+        return Finding("http", level, f"nothing at http://{address}: {exc}", advice)
+    finally:
+        connection.close()
+    if code == http.client.OK:
+        return Finding("http", OK, f"http://{address}/readyz answers")
+    return Finding(
+        "http", WARN, f"http://{address}/readyz says {code}", "the node is not ready yet"
+    )
+
+
+def examine(config: NodeConfig) -> list[Finding]:
+    """Everything, in the order it is printed. Changes nothing on the machine."""
+    running = config.socket_path.exists() or config.admin_socket_path.exists()
+    return [
+        _python(tuple(sys.version_info[:3])),
+        *_extras(),
+        _memory_file(),
+        _process_file(),
+        _state_directory(config.state_dir),
+        _direct_io(config.ssd_path),
+        _locked_memory(config.host_bytes),
+        _descriptors(),
+        _trust_domain(os.geteuid()),
+        _socket(config.socket_path),
+        _admin(config.admin_socket_path),
+        _http(config.http, running=running),
+    ]
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, NodeConfig)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _run(args: argparse.Namespace) -> int:
+    findings = examine(from_args(NodeConfig, args))
+    failed = any(finding.result == FAIL for finding in findings)
+    if args.json:
+        plain: dict[str, Any] = {"ok": not failed, "findings": [asdict(f) for f in findings]}
+        print(json.dumps(plain, indent=2))
+        return int(failed)
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        advice = f" -> {finding.advice}" if finding.advice else ""
+        print(f"{finding.result:4}  {finding.subject.ljust(width)}  {finding.text}{advice}")
+    return int(failed)
+
+
+COMMAND = Command("is this machine fit, and does the node answer?", "", _configure, _run)
