@@ -177,7 +177,11 @@ class ArenaKeeper:
             arena=ArenaIdentity(device, inode, self.arena.size_bytes),
             processes=tuple(sorted(processes | self.waiting_for)),
         )
-        record.save(self._path)
+        try:
+            record.save(self._path)
+        except OSError as exc:
+            # Engines are served all the same: what a successor may lose by it is memory, not truth.
+            log.error("cannot write %s: %s", self._path, exc.strerror)  # noqa: TRY400
 
     def close(self) -> None:
         if self.arena is not None:
