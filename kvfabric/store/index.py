@@ -158,9 +158,9 @@ class BlockIndex:
 
     def _make_lineages(self) -> None:
         self.lineages: list[Lineage | None] = [None]
-        self.lineage_tenant = np.zeros(64, dtype=np.uint32)
-        self.lineage_bytes = np.zeros(64, dtype=np.int64)
-        self.lineage_parts = np.zeros(64, dtype=np.uint8)
+        self.lineage_tenant = _column(np.uint32, 64)
+        self.lineage_bytes = _column(np.int64, 64)
+        self.lineage_parts = _column(np.uint8, 64)
         self._lineage_rows = np.zeros(64, dtype=np.int64)
         self._lineage_ids: dict[Lineage, int] = {}
         self._free_lineages: list[int] = []
@@ -210,7 +210,7 @@ class BlockIndex:
 
     def lookup(self, wanted: npt.NDArray[np.uint64]) -> Rows:
         """Rows of a (n, 4) key vector; NO_ROW where there is none."""
-        position = (wanted[:, 0] * np.uint64(self._multiplier)) >> np.uint64(self._shift)
+        position = self._homes(wanted[:, 0])
         table, keys = self._table.array, self.keys.array
         rows: Rows = table[position]
         pending = np.flatnonzero((rows != NO_ROW) & ~(keys[rows] == wanted).all(axis=1))
@@ -228,7 +228,7 @@ class BlockIndex:
         self.keys.array[rows] = new
         self.flags.array[rows] = LIVE
         table = self._table.array
-        position = (new[:, 0] * np.uint64(self._multiplier)) >> np.uint64(self._shift)
+        position = self._homes(new[:, 0])
         pending = rows
         while pending.size:
             empty = table[position] == NO_ROW
@@ -258,45 +258,53 @@ class BlockIndex:
         """Forget those of `rows` that nothing needs, then their parents, and so on up."""
         available, holds = self.available_parts.cell, self.holds.cell
         children, flags = self.child_rows.cell, self.flags.cell
-        stack = list(rows)
-        while stack:
-            row = stack.pop()
-            if available[row] or holds[row] or children[row] or not flags[row]:
-                continue
-            parent, known = self.parent.cell[row], self.lineage.cell[row] != 0
-            self._forget(row)
-            if known:
-                children[parent] -= 1
-                stack.append(parent)
+        lineages, parents = self.lineage.cell, self.parent.cell
+        gone: list[int] = []
+        for start in rows:
+            row = start
+            while flags[row] and not (available[row] or holds[row] or children[row]):
+                flags[row] = 0
+                gone.append(row)
+                if not lineages[row]:
+                    break  # a stub has no parent
+                row = parents[row]
+                children[row] -= 1
+        if gone:
+            self._forget(gone)
 
-    def _forget(self, row: int) -> None:
-        self._table_delete(row)
-        part = self.first_part.cell[row]
-        while part:
-            following = self.part_next.cell[part]
-            self.part_next.cell[part] = 0
-            self.part_state.cell[part] = 0
-            self._parts.give(part)
-            part = following
-        lineage = self.lineage.cell[row]
-        if lineage:
-            self._lineage_rows[lineage] -= 1
+    def _forget(self, gone: list[int]) -> None:
+        rows = np.array(gone, dtype=np.uint32)
+        homes = self._homes(self.keys.array[rows, 0]).tolist()
+        for row, home in zip(gone, homes, strict=True):
+            self._table_delete(row, home)
+        parts = self.first_part.array[rows]
+        while (parts := parts[parts != 0]).size:
+            following = self.part_next.array[parts]
+            self.part_next.array[parts] = 0
+            self.part_state.array[parts] = 0
+            self._parts.give(parts)
+            parts = following
+        lineages = self.lineage.array[rows]
+        np.subtract.at(self._lineage_rows, lineages, 1)
+        for column in (self.parent, self.lineage, self.block_index, self.first_part, self.freq):
+            column.array[rows] = 0
+        self.keys.array[rows] = 0
+        self._rows.give(rows)
+        for lineage in set(lineages.tolist()):
             self._free_lineage_if_unused(lineage)
-        for column in (self.parent, self.lineage, self.block_index, self.first_part):
-            column.cell[row] = 0
-        self.freq.cell[row] = 0
-        self.flags.cell[row] = 0
-        self.keys.array[row] = 0
-        self._rows.give(row)
+
+    def _homes(self, first_words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Where the probe sequence of each key starts."""
+        return (first_words * np.uint64(self._multiplier)) >> np.uint64(self._shift)
 
     def _home(self, row: int) -> int:
         product: int = self.keys.cell[4 * row] * self._multiplier
         return (product & 0xFFFFFFFFFFFFFFFF) >> self._shift
 
-    def _table_delete(self, row: int) -> None:
+    def _table_delete(self, row: int, home: int) -> None:
         """Linear probing with backshift: no tombstones, so the table never needs rebuilding."""
         table, mask = self._table.cell, self._mask
-        hole = self._home(row)
+        hole = home
         while table[hole] != row:
             hole = (hole + 1) & mask
         probe = hole
@@ -367,11 +375,11 @@ class BlockIndex:
         number = self._free_lineages.pop() if self._free_lineages else len(self.lineages)
         if number == len(self.lineages):
             self.lineages.append(None)
-            if number == len(self.lineage_tenant):
+            if number == len(self._lineage_rows):
                 self._grow_lineages()
         self.lineages[number] = lineage
         self._lineage_ids[lineage] = number
-        self.lineage_tenant[number] = tenant_slot
+        self.lineage_tenant.cell[number] = tenant_slot
         stored = self.layouts.setdefault(
             lineage.layout_fingerprint, StoredLayout(lineage.layout_fingerprint)
         )
@@ -391,22 +399,25 @@ class BlockIndex:
 
     def tenants_of(self, rows: Rows) -> npt.NDArray[np.uint32]:
         """Tenant slots (as interned with their lineages) of the owners of `rows`."""
-        return self.lineage_tenant[self.lineage.array[rows]]
+        slots: npt.NDArray[np.uint32] = self.lineage_tenant.array[self.lineage.array[rows]]
+        return slots
 
     def block_bytes_of(self, rows: Rows) -> npt.NDArray[np.int64]:
         """Host bytes of each whole block, as charged."""
-        return self.lineage_bytes[self.lineage.array[rows]]
+        sizes: npt.NDArray[np.int64] = self.lineage_bytes.array[self.lineage.array[rows]]
+        return sizes
 
     def _describe(self, number: int, stored: StoredLayout) -> None:
-        self.lineage_bytes[number] = stored.block_slot_bytes
-        self.lineage_parts[number] = stored.num_parts if stored.declared else MAX_PARTS + 1
+        self.lineage_bytes.cell[number] = stored.block_slot_bytes
+        self.lineage_parts.cell[number] = stored.num_parts if stored.declared else MAX_PARTS + 1
 
     def _grow_lineages(self) -> None:
         # A few hundred bytes each and one per (tenant, template set): growing is no stall.
-        size = 2 * len(self.lineage_tenant)
-        for name in ("lineage_tenant", "lineage_bytes", "lineage_parts", "_lineage_rows"):
-            setattr(self, name, np.resize(getattr(self, name), size))
-        self._lineage_rows[size // 2 :] = 0
+        size = 2 * len(self._lineage_rows)
+        self.lineage_tenant = _longer(self.lineage_tenant, size)
+        self.lineage_bytes = _longer(self.lineage_bytes, size)
+        self.lineage_parts = _longer(self.lineage_parts, size)
+        self._lineage_rows = np.append(self._lineage_rows, np.zeros(size // 2, dtype=np.int64))
 
     def _free_lineage_if_unused(self, number: int) -> None:
         if number and self._lineage_rows[number] == 0:
@@ -418,6 +429,17 @@ class BlockIndex:
 
     def __repr__(self) -> str:
         return f"<BlockIndex {self.max_blocks - self.free_rows} of {self.max_blocks} rows>"
+
+
+def _column(dtype: type[np.integer[Any]], length: int) -> Column:
+    array: Array = np.zeros(length, dtype=dtype)
+    return Column(array, array.data)
+
+
+def _longer(column: Column, length: int) -> Column:
+    longer = _column(column.array.dtype.type, length)
+    longer.array[: len(column.array)] = column.array
+    return longer
 
 
 class _FreeList:
@@ -445,6 +467,6 @@ class _FreeList:
         rows: Rows = np.concatenate([recycled, fresh])
         return rows
 
-    def give(self, number: int) -> None:
-        self._stack[self._top] = number
-        self._top += 1
+    def give(self, numbers: Rows) -> None:
+        self._stack[self._top : self._top + len(numbers)] = numbers
+        self._top += len(numbers)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from kvfabric.errors import Overloaded, RemoteProtocolError
 from kvfabric.store.index import Lineage, Rows, StoredLayout
+from kvfabric.store.quota import distinct_values
 from kvfabric.store.residency import Residency
 from kvfabric.types import PUBLIC_TENANT, Segment, SessionId, TenantId
 
@@ -187,11 +188,12 @@ class LeaseBook:
     def open_request(self, number: SessionId, request_id: str, grant: RequestGrant) -> None:
         """Opened again, a request has the new grant and keeps its leases, lapsed ones as lapsed.
 
-        Raises Overloaded if the session has released none of very many.
+        Ignored once the session's rights ended: what it asks then misses. Raises Overloaded if the
+        session has released none of very many.
         """
         session = self.sessions.get(number)
         if session is None or not session.active:
-            raise RemoteProtocolError("no such session")
+            return
         known = session.requests.get(request_id)
         if known is not None:
             known.grant = grant
@@ -217,25 +219,26 @@ class LeaseBook:
     def affordable(self, rows: Rows) -> int:
         """How many leading blocks the budgets of leased bytes allow."""
         fresh = (self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)
-        if not fresh.any():
-            return len(rows)
-        costs = np.where(fresh, self._index.block_bytes_of(rows), 0)
+        costs = self._index.block_bytes_of(rows) * fresh
         tenants = self._index.tenants_of(rows)
         allowed = len(rows)
-        for tenant in set(tenants.tolist()):
+        for tenant in distinct_values(tenants):
             room = self._residency.host.room_to_lease(tenant, self._lease_share)
-            spent = np.cumsum(np.where(tenants == tenant, costs, 0))
-            allowed = min(allowed, int(np.searchsorted(spent, room, side="right")))
+            own = costs * (tenants == tenant)
+            if int(own.sum()) > room:
+                allowed = min(allowed, int(np.searchsorted(np.cumsum(own), room, side="right")))
         return allowed
 
     def lease(self, request: Request, rows: Rows) -> Rows:
         """Hold `rows` for the request, renew all it has; returns those it did not have before."""
-        distinct: Rows = np.unique(rows)
-        fresh = np.setdiff1d(distinct, request.rows, assume_unique=True)
+        fresh = _sorted_distinct(rows)
+        if len(request.rows):
+            at = np.minimum(np.searchsorted(request.rows, fresh), len(request.rows) - 1)
+            fresh = fresh[request.rows[at] != fresh]
         if len(fresh):
             self._residency.hold(fresh)
             self._gain(fresh)
-            request.rows = np.union1d(request.rows, fresh)
+            request.rows = np.sort(np.concatenate([request.rows, fresh]))
         request.deadline = self._clock() + self._lease_s
         self._next_due = min(self._next_due, request.deadline)
         return fresh
@@ -304,6 +307,8 @@ class LeaseBook:
         self._count("lapsed", rows[idle], -1)
 
     def _count(self, what: str, rows: Rows, sign: int) -> None:
+        if not len(rows):
+            return
         host, index = self._residency.host, self._index
         amounts = sign * index.block_bytes_of(rows)
         host.add("leased" if what == "leased" else "lapsed", index.tenants_of(rows), amounts)
@@ -351,3 +356,10 @@ class LeaseBook:
         if session is not None:
             session.reservations.pop(reservation.number, None)
             self._forget_if_gone(session)
+
+
+def _sorted_distinct(rows: Rows) -> Rows:
+    """As np.unique, which is several times slower on vectors this short."""
+    ordered = np.sort(rows)
+    repeated = ordered[1:] == ordered[:-1]
+    return ordered[np.append(True, ~repeated)] if repeated.any() else ordered

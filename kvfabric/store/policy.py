@@ -23,6 +23,8 @@ import numpy as np
 from kvfabric.store.index import MAIN, QUEUED, BlockIndex, Rows
 
 MAX_FREQ = 3
+MAX_ROUNDS = 1024
+"""Second chances one call gives; after them blocks go although they were matched. Bounds the call."""
 SMALL_SHARE = 0.1
 """Of a tenant's blocks; while `small` holds more, victims come from it."""
 
@@ -73,20 +75,19 @@ class EvictionPolicy:
             queues.num_main += num_main
             queues.num_small += int(np.count_nonzero(owners == tenant)) - num_main
 
-    def leave(self, row: int, *, ghost: bool) -> None:
-        """The last bytes of a block left the arena; `ghost`: because it was evicted."""
-        index = self._index
-        if index.flags.cell[row] & QUEUED:
-            self._unlink(row)
-        queues = self._queues_of(row)
-        if index.flags.cell[row] & MAIN:
-            queues.num_main -= 1
-            index.flags.cell[row] &= ~MAIN
-        else:
-            queues.num_small -= 1
-        if ghost:
-            word = index.keys.cell[4 * row]
-            self._ghosts.cell[(word >> 32) % len(self._ghosts.array)] = word & 0xFFFFFFFF
+    def leave(self, rows: Rows, tenant: int, *, ghosts: bool) -> None:
+        """The last bytes of these blocks of one tenant left the arena; `ghosts`: by eviction."""
+        index, queues = self._index, self._queues(tenant)
+        flags = index.flags.array
+        self.withdraw(rows[(flags[rows] & QUEUED) != 0].tolist())
+        num_main = int(np.count_nonzero(flags[rows] & MAIN))
+        queues.num_main -= num_main
+        queues.num_small -= len(rows) - num_main
+        flags[rows] &= 0xFF & ~MAIN
+        if ghosts:
+            words = index.keys.array[rows, 0]
+            places = (words >> np.uint64(32)) % np.uint64(len(self._ghosts.array))
+            self._ghosts.array[places] = (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
     def was_evicted(self, row_key_word: int) -> bool:
         """Whether a block whose key starts with this word went not long ago. May be wrong."""
@@ -121,39 +122,65 @@ class EvictionPolicy:
         """These queued blocks can not go for now: they got a hold or a child."""
         for row in rows:
             if self._index.flags.cell[row] & QUEUED:
-                self._unlink(row)
+                self._unlink(row, self._queue_of(row))
 
     def hit(self, rows: Rows) -> None:
         """These blocks were matched."""
         freq = self._index.freq.array
         freq[rows] = np.minimum(freq[rows] + 1, MAX_FREQ)
 
-    def has_victim(self, tenant: int) -> bool:
-        queues = self._queues(tenant)
-        return bool(queues.small.first or queues.main.first)
+    def take_victims(self, tenant: int, num_bytes: int, limit: int) -> list[int]:
+        """The next blocks of this tenant to go: at least one if there is any, then until `num_bytes`
+        or `limit` blocks are reached. They are out of the queues, leaf before parent, and their parents'
+        counts of children in the arena are lowered.
 
-    def next_victim(self, tenant: int) -> int:
-        """The block of this tenant that goes next, out of its queue now; NO_ROW if none can.
-
-        Terminates: each round returns, moves a block out of `small`, or lowers the count of one.
         """
         index, queues = self._index, self._queues(tenant)
-        while queues.small.first or queues.main.first:
-            limit = SMALL_SHARE * (queues.num_small + queues.num_main)
-            from_small = queues.small.first and (queues.num_small > limit or not queues.main.first)
-            row = queues.small.first if from_small else queues.main.first
-            self._unlink(row)
-            if not index.freq.cell[row]:
-                return row
+        freq, flags, lineages = index.freq.cell, index.flags.cell, index.lineage.cell
+        sizes = index.lineage_bytes.cell
+        victims: list[int] = []
+        chances = MAX_ROUNDS
+        while num_bytes > 0 and len(victims) < limit:
+            from_small = self._turn_of_small(queues)
+            queue = queues.small if from_small else queues.main
+            row = queue.first
+            if not row:
+                break
+            self._unlink(row, queue)
+            if not freq[row] or not chances:
+                victims.append(row)
+                num_bytes -= sizes[lineages[row]]
+                self._free_parent(row)
+                continue
+            chances -= 1
             if from_small:
-                index.freq.cell[row] = 0
-                index.flags.cell[row] |= MAIN
+                freq[row] = 0
+                flags[row] |= MAIN
                 queues.num_small -= 1
                 queues.num_main += 1
             else:
-                index.freq.cell[row] -= 1
-            self._append(row)
-        return 0
+                freq[row] -= 1
+            self._link(row, queues.main, previous=queues.main.last, following=0)
+        return victims
+
+    def _turn_of_small(self, queues: _TenantQueues) -> bool:
+        if not queues.small.first or not queues.main.first:
+            return bool(queues.small.first)
+        return queues.num_small > SMALL_SHARE * (queues.num_small + queues.num_main)
+
+    def put_back(self, row: int) -> None:
+        """A victim that stays for now: its parent is covered again."""
+        parent = self._index.parent.cell[row]
+        self._index.host_children.cell[parent] += 1
+        self.withdraw([parent])
+
+    def _free_parent(self, row: int) -> None:
+        index = self._index
+        parent = index.parent.cell[row]
+        left = index.host_children.cell[parent] - 1
+        index.host_children.cell[parent] = left
+        if parent and not left:
+            self.offer_first(parent)
 
     # -- links ---------------------------------------------------------------------------------------
 
@@ -162,11 +189,9 @@ class EvictionPolicy:
             self._tenants.append(_TenantQueues())
         return self._tenants[tenant]
 
-    def _queues_of(self, row: int) -> _TenantQueues:
-        return self._queues(int(self._index.lineage_tenant[self._index.lineage.cell[row]]))
-
     def _queue_of(self, row: int) -> _Queue:
-        queues = self._queues_of(row)
+        index = self._index
+        queues = self._queues(index.lineage_tenant.cell[index.lineage.cell[row]])
         return queues.main if self._index.flags.cell[row] & MAIN else queues.small
 
     def _append(self, row: int) -> None:
@@ -190,8 +215,7 @@ class EvictionPolicy:
         else:
             queue.last = row
 
-    def _unlink(self, row: int) -> None:
-        queue = self._queue_of(row)
+    def _unlink(self, row: int, queue: _Queue) -> None:
         previous, following = self._previous.cell[row], self._next.cell[row]
         if previous:
             self._next.cell[previous] = following

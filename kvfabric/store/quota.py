@@ -109,15 +109,13 @@ class TierAccounts:
         self, field: Field, slots: npt.NDArray[np.uint32], num_bytes: int | npt.NDArray[Any]
     ) -> None:
         """Add (or with a negative number take) bytes to one field: one entry of `slots` a part."""
-        if not len(slots):
-            return
-        first = int(slots[0])
-        amounts = np.broadcast_to(num_bytes, slots.shape)
-        if (slots == first).all():
-            self._add(field, first, int(amounts.sum()))
-            return
-        for slot in np.unique(slots).tolist():
-            self._add(field, slot, int(amounts[slots == slot].sum()))
+        present = distinct_values(slots)
+        for slot in present:
+            own = slots == slot if len(present) > 1 else ...
+            if isinstance(num_bytes, int):
+                self._add(field, slot, num_bytes * len(slots[own]))
+            else:
+                self._add(field, slot, int(num_bytes[own].sum()))
 
     def _add(self, field: Field, slot: int, num_bytes: int) -> None:
         account = self.accounts[slot]
@@ -163,10 +161,10 @@ class TierAccounts:
         """Bytes somebody has to lose before `num_bytes` more fit the tier."""
         return self.used + num_bytes - self.capacity_bytes
 
-    def may_lose(self, victim: int, num_bytes: int, *, requester: int) -> bool:
-        """Whether an eviction of `num_bytes` for `requester` respects the victim's floor."""
-        account = self.accounts[victim]
-        return victim == requester or account.used - num_bytes >= account.floor_bytes
+    def above_floor(self, slot: int) -> int:
+        """Bytes that evictions for others may take from this tenant."""
+        account = self.accounts[slot]
+        return account.used - account.floor_bytes
 
     def by_excess(self) -> list[int]:
         """Slots of those that hold anything, furthest above budget first."""
@@ -177,3 +175,11 @@ class TierAccounts:
             key=lambda slot: self.accounts[slot].used - self.accounts[slot].floor_bytes - share,
             reverse=True,
         )
+
+
+def distinct_values(slots: npt.NDArray[np.uint32]) -> list[int]:
+    """The distinct values of a short vector that mostly has one."""
+    if not len(slots):
+        return []
+    first = int(slots[0])
+    return [first] if (slots == first).all() else sorted(set(slots.tolist()))

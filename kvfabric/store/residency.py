@@ -11,7 +11,7 @@ each leaves these true (`check` proves them in tests):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -197,22 +197,28 @@ class Residency:
         self, tenant: int, num_bytes: int, requester: int, removal: _Removal
     ) -> tuple[int, int]:
         """(bytes freed, blocks looked at), one round at most."""
-        freed = took = 0
-        while took < _ROUND and (freed < num_bytes or not took):
-            row = self.policy.next_victim(tenant)
-            if not row:
-                break
-            size = self._host_bytes(row)
-            if not self.host.may_lose(tenant, size, requester=requester):
-                self.policy.offer_first(row)
-                break
-            took += 1
-            if self.index.flags.cell[row] & HIT and self.save(row):
-                continue
-            self._remove(row, removal, ghost=True)
-            freed += size
-            self.evictions += 1
-        return freed, took
+        if tenant != requester:
+            # The last block taken may pass the aim by less than the largest block there is.
+            largest = int(
+                self.index.lineage_bytes.array[self.index.lineage_tenant.array == tenant].max()
+            )
+            num_bytes = min(num_bytes, self.host.above_floor(tenant) - largest + 1)
+        victims = self.policy.take_victims(tenant, num_bytes, _ROUND)
+        going = [row for row in victims if not self._stays(row)]
+        if going:
+            self.evictions += len(going)
+            rows = np.array(going, dtype=np.uint32)
+            return self._remove(rows, tenant, removal, ghosts=True), len(victims)
+        return 0, len(victims)
+
+    def _stays(self, row: int) -> bool:
+        """Whether a victim is being written to SSD now, or waits for a child that is."""
+        index = self.index
+        child_stays = index.host_children.cell[row]
+        if child_stays or (index.flags.cell[row] & HIT and self.save(row)):
+            self.policy.put_back(row)
+            return True
+        return False
 
     def _host_bytes(self, row: int) -> int:
         specs = self.index.layout_at(row).specs
@@ -278,7 +284,7 @@ class Residency:
     def _complete(self, rows: Rows) -> npt.NDArray[np.bool_]:
         index = self.index
         complete: npt.NDArray[np.bool_] = (
-            index.host_parts.array[rows] == index.lineage_parts[index.lineage.array[rows]]
+            index.host_parts.array[rows] == index.lineage_parts.array[index.lineage.array[rows]]
         )
         return complete
 
@@ -306,47 +312,61 @@ class Residency:
             yield list(self.runs(present[self._complete(present)]))
             start += limit
 
-    def discard(self, rows: Iterable[int]) -> None:
-        """Take blocks out of the host tier, held or not: corrupt or withdrawn. Held slots drain."""
-        removal = _Removal()
-        for row in rows:
-            if self.index.host_parts.cell[row]:
-                self._remove(row, removal, ghost=False)
-        self._finish(removal)
-
-    def _remove(self, row: int, removal: _Removal, *, ghost: bool) -> None:
+    def discard(self, row: int) -> None:
+        """Take a block out of the host tier, held or not: corrupt or withdrawn. Held slots drain."""
         index = self.index
-        lineage = index.lineage_at(row)
-        specs = index.layouts[lineage.layout_fingerprint].specs
-        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
-        account = self.host.accounts[tenant]
-        if index.host_parts.cell[row] == index.lineage_parts[index.lineage.cell[row]]:
-            self.num_host_blocks -= 1
-            removal.prefixes.setdefault(lineage.namespace_tag, bytearray()).extend(
-                index.keys.cell[4 * row].to_bytes(8, "little")
-            )
-        for ordinal, part in enumerate(index.parts_of(row)):
-            state = index.part_state.cell[part]
-            if not state & HOST:
-                continue
-            size = slot_bytes(specs[ordinal].num_bytes)
-            page = index.part_page.cell[part]
-            account.ready -= size
-            if index.holds.cell[row]:
-                account.detached += size
-                self._detached.setdefault(row, []).append(_Slot(page, size, tenant))
-            else:
-                removal.pages.setdefault(size, []).append(page)
-            index.part_state.cell[part] = state & ~HOST
-            if not state & SSD:
-                index.available_parts.cell[row] -= 1
-        index.host_parts.cell[row] = 0
-        self.policy.leave(row, ghost=ghost)
+        if not index.host_parts.cell[row]:
+            return
+        removal = _Removal()
+        tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         parent = index.parent.cell[row]
         index.host_children.cell[parent] -= 1
+        self._remove(np.array([row], dtype=np.uint32), tenant, removal, ghosts=False)
+        self._finish(removal)
         if parent:
             self.policy.offer_first(parent)
-        index.drop_empty([row])
+
+    def _remove(self, rows: Rows, tenant: int, removal: _Removal, *, ghosts: bool) -> int:
+        """Take blocks of one tenant out of the host tier; returns the bytes they had. Their parents
+        know already."""
+        index = self.index
+        complete = rows[self._complete(rows)]
+        self.num_host_blocks -= len(complete)
+        for lineage in set(index.lineage.array[complete].tolist()):
+            prefixes = index.prefixes(complete[index.lineage.array[complete] == lineage])
+            tag = index.lineage_of(lineage).namespace_tag
+            removal.prefixes.setdefault(tag, bytearray()).extend(prefixes)
+        freed = 0
+        for lineage in set(index.lineage.array[rows].tolist()):
+            specs = index.layouts[index.lineage_of(lineage).layout_fingerprint].specs
+            own = rows[index.lineage.array[rows] == lineage]
+            for ordinal, spec in enumerate(specs):
+                freed += self._take_slots(own, ordinal, slot_bytes(spec.num_bytes), removal)
+        account = self.host.accounts[tenant]
+        account.ready -= freed
+        index.host_parts.array[rows] = 0
+        self.policy.leave(rows, tenant, ghosts=ghosts)
+        if ghosts:  # evicted: nobody holds them
+            index.drop_empty(rows.tolist())
+        return freed
+
+    def _take_slots(self, rows: Rows, ordinal: int, num_bytes: int, removal: _Removal) -> int:
+        """Free one part of each block, or set it apart while the block is held; bytes of all."""
+        index = self.index
+        parts = index.parts(rows, ordinal)
+        state = index.part_state.array[parts]
+        there = (state & HOST) != 0
+        rows, parts, state = rows[there], parts[there], state[there]
+        held = index.holds.array[rows] != 0
+        pages = index.part_page.array[parts]
+        for row, page in zip(rows[held].tolist(), pages[held].tolist(), strict=True):
+            tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
+            self.host.accounts[tenant].detached += num_bytes
+            self._detached.setdefault(row, []).append(_Slot(page, num_bytes, tenant))
+        removal.pages.setdefault(num_bytes, []).extend(pages[~held].tolist())
+        index.part_state.array[parts] = state & np.uint8(0xFF & ~HOST)
+        index.available_parts.array[rows] -= (state & SSD) == 0
+        return len(rows) * num_bytes
 
     def _finish(self, removal: _Removal) -> None:
         for num_bytes, pages in removal.pages.items():
@@ -370,7 +390,7 @@ class Residency:
         if not index.ssd_parts.cell[row]:
             self.num_ssd_blocks += 1
         index.ssd_parts.cell[row] += 1
-        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
+        tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         self.ssd.accounts[tenant].ready += record_bytes(num_bytes)
 
     def forget_sealed(self, row: int, part: int, num_bytes: int) -> None:
@@ -385,7 +405,7 @@ class Residency:
         index.ssd_parts.cell[row] -= 1
         if not index.ssd_parts.cell[row]:
             self.num_ssd_blocks -= 1
-        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
+        tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         self.ssd.accounts[tenant].ready -= record_bytes(num_bytes)
         index.drop_empty([row])
 

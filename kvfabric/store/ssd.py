@@ -258,7 +258,7 @@ class SsdTraffic:
         index = self._index
         if index.flags.cell[row] & SPILLING or self._residency.num_ssd_blocks >= self._max_rows:
             return False
-        complete = int(index.lineage_parts[index.lineage.cell[row]])
+        complete = index.lineage_parts.cell[index.lineage.cell[row]]
         return index.host_parts.cell[row] == complete and index.ssd_parts.cell[row] < complete
 
     async def run(self) -> None:
@@ -281,7 +281,7 @@ class SsdTraffic:
         """Start writing the parts of a block that are not on SSD yet, under a hold; False if refused."""
         index, residency = self._index, self._residency
         specs = index.layout_at(row).specs
-        tenant = int(index.lineage_tenant[index.lineage.cell[row]])
+        tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         missing = [
             (ordinal, part)
             for ordinal, part in enumerate(index.parts_of(row))

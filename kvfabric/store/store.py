@@ -326,7 +326,7 @@ class BlockStore:
         """Out of both tiers. The row stays while somebody holds it or a child hangs on it."""
         if self._ssd is not None and self._index.ssd_parts.cell[row]:
             self._ssd.forget(row)
-        self._residency.discard([row])
+        self._residency.discard(row)
 
     def ssd_dropped(self, parts: list[Part]) -> None:
         """The SSD tier's `on_dropped`."""

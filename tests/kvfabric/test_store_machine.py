@@ -1,0 +1,220 @@
+"""BlockStore against a dictionary, under every order of calls hypothesis thinks of.
+
+After each step: charges add up and stay within capacity, every queue and counter is what the rows say,
+the events describe what is READY. At each read: never wrong bytes, and a hit's bytes are those stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kvfabric.hashing import ROOT_PARENT
+from kvfabric.protocol.messages import Located, Reserved
+from kvfabric.store.index import packed_keys
+from kvfabric.store.lease import RequestGrant
+from kvfabric.store.store import StoreLimits
+from kvfabric.testing.store import (
+    PART_BYTES,
+    SESSION,
+    StoreRig,
+    grant_of,
+    make_keys,
+    make_layout,
+    part_bytes,
+)
+from kvfabric.types import BlockKey, GrantState, TierName
+
+CHAINS = [make_keys(6, seed) for seed in range(4)]
+TENANTS = ("default", "t-1")
+NUM_SLOTS = 16
+LEASE_S = 10.0
+
+requests = st.sampled_from(["r1", "r2"])
+chains = st.integers(0, len(CHAINS) - 1)
+lengths = st.integers(1, 6)
+
+
+def grant_for(chain: int) -> RequestGrant:
+    return grant_of(TENANTS[chain % 2])
+
+
+class WrongBytes(Exception):
+    pass
+
+
+class StoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.rig = self.make_rig()
+        self.runner.run(self.rig.__aenter__())
+        self.reservations: list[tuple[Reserved, list[BlockKey]]] = []
+        self.copies: dict[tuple[str, int], tuple[list[BlockKey], Located]] = {}
+        self.stored: set[BlockKey] = set()
+        """Every key ever committed: what the store may answer with."""
+
+    def make_rig(self) -> StoreRig:
+        limits = StoreLimits(
+            host_bytes=NUM_SLOTS * PART_BYTES,
+            max_blocks=24,
+            lease_s=LEASE_S,
+            reservation_s=LEASE_S,
+            lease_share=0.6,
+            copy_threads=1,
+        )
+        return StoreRig(layout=make_layout(), limits=limits)
+
+    def teardown(self) -> None:
+        self.rig.store.quiet(SESSION)
+        self.rig.store.end_rights(SESSION)
+        statistics = self.rig.store.statistics()
+        assert statistics.leased_bytes == statistics.draining_bytes == 0
+        assert statistics.reserved_bytes == statistics.num_requests == 0
+        self.rig.store._residency.check()
+        self.runner.run(self.rig.__aexit__(None, None, None))
+        self.runner.close()
+
+    @rule(request=requests, chain=chains, start=st.integers(0, 5), length=lengths)
+    def reserve(self, request: str, chain: int, start: int, length: int) -> None:
+        keys = CHAINS[chain][start : start + length]
+        parent = CHAINS[chain][start - 1] if start else ROOT_PARENT
+        name = f"{request}-{chain}"
+        self.rig.open(name, grant_for(chain))
+        reserved = self.rig.reserve(name, keys, parent=parent)
+        states = list(reserved.states)
+        refused = [at for at, state in enumerate(states) if state == GrantState.REFUSED]
+        if refused:
+            assert GrantState.GRANTED not in states[refused[0] :]
+        if reserved.reservation:
+            self.reservations.append((reserved, keys))
+
+    @initialize()
+    def begin_warm(self) -> None:
+        self.put(0)
+        self.put(1)
+
+    @rule(chain=chains)
+    def put(self, chain: int) -> None:
+        """A whole chain at once: pressure, so that others are evicted."""
+        keys = CHAINS[chain]
+        if self.runner.run(self.rig.put(keys, grant=grant_for(chain))):
+            self.stored.update(keys)
+
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        if not self.reservations:
+            return
+        at = data.draw(st.integers(0, len(self.reservations) - 1))
+        reserved, keys = self.reservations.pop(at)
+        granted = [key for key, state in zip(keys, reserved.states, strict=True) if state == 0]
+        committed = self.runner.run(self.rig.commit(reserved, keys))
+        self.stored.update(
+            key for key, state in zip(granted, committed.states, strict=True) if state
+        )
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if self.reservations:
+            at = data.draw(st.integers(0, len(self.reservations) - 1))
+            reserved, _ = self.reservations.pop(at)
+            self.rig.store.abort(SESSION, reserved.reservation)
+
+    @rule(request=requests, chain=chains, length=lengths)
+    def match_and_locate(self, request: str, chain: int, length: int) -> None:
+        name, keys = f"{request}-{chain}", CHAINS[chain][:length]
+        num_blocks, _ = self.rig.match(name, keys, grant_for(chain))
+        located = self.runner.run(self.rig.load(name, keys[:num_blocks]))
+        assert located.num_blocks == num_blocks
+        if num_blocks:
+            self.copies[request, chain] = (keys[:num_blocks], located)
+
+    @rule(request=requests, chain=chains)
+    def confirm(self, request: str, chain: int) -> None:
+        if (request, chain) in self.copies:
+            keys, located = self.copies[request, chain]
+            assert self.rig.confirm(f"{request}-{chain}", keys, located) <= len(keys)
+
+    @invariant()
+    def what_was_located_stays_until_it_is_released(self) -> None:
+        """However late a reader copies."""
+        for keys, located in self.copies.values():
+            if self.rig.copy(located, verify=False) != [part_bytes(key) for key in keys]:
+                raise WrongBytes
+            assert self.stored.issuperset(keys)
+
+    @rule(request=requests, chain=chains)
+    def release(self, request: str, chain: int) -> None:
+        self.copies.pop((request, chain), None)
+        self.rig.store.release(SESSION, [f"{request}-{chain}"])
+
+    @rule(chain=chains)
+    def read_as_another_tenant(self, chain: int) -> None:
+        num_blocks, _ = self.rig.match("spy", CHAINS[chain], grant_for(chain + 1))
+        assert num_blocks == 0
+        self.rig.store.release(SESSION, ["spy"])
+
+    @rule(seconds=st.sampled_from([1.0, LEASE_S + 1]))
+    def wait(self, seconds: float) -> None:
+        self.rig.clock.now += seconds
+        self.rig.store.statistics()  # ends what is overdue
+
+    @rule()
+    def lose_the_connections(self) -> None:
+        """The engine comes back at once, without proof that its old copies have ended."""
+        self.rig.store.end_rights(SESSION)
+        self.rig.store.open_session(SESSION, self.rig.layout)
+
+    @rule()
+    def prove_quiet(self) -> None:
+        self.rig.store.quiet(SESSION)
+        self.copies.clear()
+        self.rig.store.open_session(SESSION, self.rig.layout)
+
+    @rule(chain=chains, position=st.integers(0, 5))
+    def discard(self, chain: int, position: int) -> None:
+        """As a scrubber or a purge does, without asking who holds it."""
+        index = self.rig.store._index
+        row = int(index.lookup(packed_keys(CHAINS[chain][position]))[0])
+        if row and index.lineage.cell[row]:
+            self.rig.store._drop(row)
+
+    @invariant()
+    def everything_adds_up(self) -> None:
+        store = self.rig.store
+        store._residency.check()
+        statistics = store.statistics()
+        used = statistics.used_bytes[TierName.HOST]
+        assert used == sum(tenant.host_bytes for tenant in statistics.tenants)
+        assert used <= statistics.capacity_bytes[TierName.HOST]
+        runs = [run for some in store.resident_runs(TierName.HOST, 5) for run in some]
+        present = {
+            (run.namespace_tag, run.keys[start : start + 8])
+            for run in runs
+            for start in range(0, len(run.keys), 8)
+        }
+        assert present == self.rig.events.present
+
+
+STEPS = settings(
+    max_examples=30,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.slow
+def test_no_order_of_calls_gives_wrong_bytes() -> None:
+    run_state_machine_as_test(StoreMachine, settings=STEPS)

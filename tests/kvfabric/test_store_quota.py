@@ -1,0 +1,72 @@
+"""Whose bytes count, and who has to give way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvfabric.registry.state import Tenant, TierQuota
+from kvfabric.store.quota import TierAccounts
+from kvfabric.types import PUBLIC_TENANT, TenantId
+
+A, B, C = (TenantId(name) for name in ("t-a", "t-b", "t-c"))
+
+
+def accounts(**quotas: TierQuota) -> TierAccounts:
+    made = TierAccounts(1000, lambda tenant: tenant.host)
+    tenants = {TenantId(f"t-{name}"): quota for name, quota in quotas.items()}
+    made.configure(
+        {tenant: Tenant(tenant, tenant, host=quota) for tenant, quota in tenants.items()}
+    )
+    return made
+
+
+def test_reserved_ready_and_draining_bytes_all_count() -> None:
+    made = accounts()
+    slot = made.slot(A)
+    vector = np.array([slot, slot], dtype=np.uint32)
+    made.add("reserved", vector, 100)
+    made.add("ready", vector, np.array([1, 2]))
+    made.accounts[slot].detached = 40
+    assert made.accounts[slot].used == made.used == 243
+    assert made.over_capacity(800) == 43
+    made.add("reserved", vector, -100)
+    assert made.accounts[slot].reserved == 0
+
+
+def test_the_hard_maximum_bounds_what_may_be_reserved() -> None:
+    made = accounts(a=TierQuota(max_bytes=300))
+    account = made.accounts[made.slot(A)]
+    account.ready = 250
+    assert made.over_maximum(made.slot(A), 100) == 50
+    account.reserved = 300
+    assert made.room_to_reserve(made.slot(A)) == 0
+
+
+def test_pinned_bytes_leave_every_floor_untouched() -> None:
+    made = accounts(a=TierQuota(floor_bytes=300), b=TierQuota())
+    made.accounts[made.slot(B)].reserved = 650
+    assert made.room_to_reserve(made.slot(B)) == 50
+    assert made.room_to_reserve(made.slot(A)) == 350
+
+
+def test_floors_beyond_nine_tenths_shrink_together() -> None:
+    made = accounts(a=TierQuota(floor_bytes=900), b=TierQuota(floor_bytes=900))
+    assert [account.floor_bytes for account in made.accounts] == [450, 450]
+
+
+def test_the_one_furthest_above_its_budget_goes_first() -> None:
+    made = accounts(a=TierQuota(floor_bytes=400), b=TierQuota(), c=TierQuota())
+    for tenant, ready in ((A, 500), (B, 300), (C, 200)):
+        made.accounts[made.slot(tenant)].ready = ready
+    assert made.by_excess() == [made.slot(B), made.slot(C), made.slot(A)]
+    assert made.above_floor(made.slot(A)) == 100
+
+
+def test_leases_above_the_floor_have_a_share_of_the_tier_and_public_ones_have_no_bound() -> None:
+    made = accounts(a=TierQuota(floor_bytes=50))
+    account = made.accounts[made.slot(A)]
+    account.leased, account.lapsed = 60, 30
+    assert made.room_to_lease(made.slot(A), 0.1) == 60
+    account.detached = 100
+    assert made.room_to_lease(made.slot(A), 0.1) == 0
+    assert made.room_to_lease(made.slot(PUBLIC_TENANT), 0.1) == 1000
