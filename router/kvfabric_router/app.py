@@ -23,6 +23,7 @@ from aiohttp import web
 from kvfabric.config import RouterConfig, split_address
 from kvfabric.errors import ConfigError, KVFabricError
 from kvfabric.events.index import FleetIndex
+from kvfabric.registry.state import Tenant
 from kvfabric_router import api
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner, explain
@@ -31,7 +32,7 @@ from kvfabric_router.lease import EpochLease
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
 from kvfabric_router.probes import Prober
-from kvfabric_router.proxy import REQUEST_ID, RESULT, Proxy
+from kvfabric_router.proxy import REQUEST_ID, Proxy
 from kvfabric_router.registry_view import RegistryView
 
 MAX_IN_FLIGHT = 2048
@@ -39,30 +40,31 @@ STOP_S = 30.0
 """How long answers in progress may take to end when the router stops."""
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_TENANT = "tenant"
 
 _log = logging.getLogger(__name__)
 
 
 @web.middleware
 async def _openai_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Every error in the shape that OpenAI clients read, every answer with its request id."""
-    request[REQUEST_ID] = f"req-{secrets.token_hex(16)}"
+    """Every error in the shape that OpenAI clients read."""
     try:
-        response = await handler(request)
+        return await handler(request)
     except ApiError as exc:
-        response = web.Response(status=exc.status, body=exc.body(), headers=exc.headers)
-        response.content_type = "application/json"
+        return _error(exc)
     except web.HTTPException as exc:
-        body = api.error_body(exc.status, f"{exc.reason}: {request.method} {request.path}")
-        response = web.Response(status=exc.status, body=body, content_type="application/json")
+        return _error(ApiError(exc.status, f"{exc.reason}: {request.method} {request.path}"))
     except KVFabricError:
-        _log.exception("request %s", request[REQUEST_ID])
-        body = api.error_body(500, "The router failed on this request.")
-        response = web.Response(status=500, body=body, content_type="application/json")
-    if not response.prepared:
-        response.headers.setdefault(REQUEST_ID, request[REQUEST_ID])
-    return response
+        _log.exception("%s %s", request.method, request.path)
+        return _error(ApiError(500, "The router failed on this request."))
+
+
+def _error(error: ApiError) -> web.Response:
+    return web.Response(
+        status=error.status,
+        body=error.body(),
+        headers=error.headers,
+        content_type="application/json",
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,35 +101,37 @@ class Router:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """A completion, of a text or of a chat."""
+        request_id = f"req-{secrets.token_hex(16)}"
+        tenant, call = "", None
         try:
-            response = await self._complete(request)
+            who = self.registry.authenticate(request.headers.get("Authorization"))
+            tenant = who.tenant_id
+            call = await self._call(request, request_id, who)
+            response = await self.proxy.serve(request, call)
         except ApiError as exc:
-            self._count(request, str(exc.status))
-            raise
-        except web.HTTPException as exc:
-            self._count(request, str(exc.status))
-            raise
+            response = _error(exc)
+        except web.HTTPRequestEntityTooLarge as exc:
+            message = f"A request has at most {api.MAX_BODY_BYTES} bytes."
+            response = _error(ApiError(exc.status, message))
         except (asyncio.CancelledError, ConnectionError):
-            self._count(request, "disconnected")
+            self._count(tenant, "disconnected")
             raise
-        self._count(request, request.get(RESULT, str(response.status)))
+        if not response.prepared:
+            response.headers.setdefault(REQUEST_ID, request_id)
+        self._count(tenant, (call.result if call else "") or str(response.status))
         return response
 
-    async def _complete(self, request: web.Request) -> web.StreamResponse:
-        tenant = self.registry.authenticate(request.headers.get("Authorization"))
-        request[_TENANT] = tenant.tenant_id
+    async def _call(self, request: web.Request, request_id: str, tenant: Tenant) -> Call:
         if self.fleet.num_flights >= MAX_IN_FLIGHT:
             raise ApiError(429, "The router has as many requests as it takes.", code="overloaded")
-        call = Call(
-            request_id=request[REQUEST_ID],
+        return Call(
+            request_id=request_id,
             tenant=tenant,
             request=api.parse(request.path, await request.read()),
             no_store="no-store" in request.headers.get("Cache-Control", "").lower(),
         )
-        return await self.proxy.serve(request, call)
 
-    def _count(self, request: web.Request, result: str) -> None:
-        tenant = request.get(_TENANT, "")
+    def _count(self, tenant: str, result: str) -> None:
         self.metrics.requests.labels(tenant=tenant, result=result).inc()
 
     async def models(self, request: web.Request) -> web.Response:

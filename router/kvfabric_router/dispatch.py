@@ -40,12 +40,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Call:
-    """A client's request with what was found out about it so far. Lives as long as the request."""
+    """A client's request with what was found out about it so far. Lives as long as the request.
+
+    `result` is how it ended, where the status of the answer does not tell.
+    """
 
     request_id: str
     tenant: Tenant
     request: ModelRequest
     no_store: bool = False
+    result: str = ""
     tried: set[str] = field(default_factory=set)
     tokens: dict[str, Sequence[int] | None] = field(default_factory=dict)
 
@@ -94,7 +98,7 @@ class Planner:
         identities = _Identities(call, self._usable_state(call), self._keyring, self._registry)
         matches = _Matches(self._index)
         candidates = [self._candidate(call, engine, identities, matches) for engine in engines]
-        ranked = self._rank(candidates)
+        ranked = self._rank(call, candidates)
         body, reason = self._body(call, ranked[0].candidate.engine, identities)
         plan = Plan(ranked, body, reason)
         self._remember(call, plan)
@@ -154,10 +158,10 @@ class Planner:
         length = len(tokens) if tokens is not None else _guess_tokens(call.request)
         return Candidate(engine, length, reuse)
 
-    def _rank(self, candidates: Sequence[Candidate]) -> tuple[Ranked, ...]:
+    def _rank(self, call: Call, candidates: Sequence[Candidate]) -> tuple[Ranked, ...]:
         if self._config.fabric and self._config.policy == "cost":
             return policy.by_cost(candidates, self._rng)
-        self._turn += 1
+        self._turn += not call.tried  # another attempt is no turn of its own
         return policy.round_robin(candidates, self._turn)
 
     # ------------------------------------------------------------------ what it gets

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import aiohttp
 import msgspec
@@ -34,8 +36,6 @@ from kvfabric_router.metrics import RouterMetrics
 
 MAX_ATTEMPTS = 3
 REQUEST_ID, ENGINE_ID = "X-Request-Id", "x-kvfabric-engine"
-RESULT = "result"
-"""Key of a request's outcome for the metrics, where its status does not tell."""
 _ELSEWHERE = frozenset({502, 503, 504})
 """Answers of an engine that another one may not give."""
 _BUSY = frozenset({429, 503})
@@ -55,6 +55,16 @@ class EngineBusy(TransferError):
     def __init__(self, answer: web.Response) -> None:
         super().__init__(f"status {answer.status}")
         self.answer = answer
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """A client's connection during one call. `stream` is set once bytes went to the client."""
+
+    request: web.Request
+    call: Call
+    arrived: float
+    stream: web.StreamResponse | None = None
 
 
 class Proxy:
@@ -80,22 +90,19 @@ class Proxy:
 
         On cancellation: the request is cancelled at its engine and no longer accounted for.
         """
-        arrived = time.monotonic()
+        exchange = _Exchange(request, call, arrived=time.monotonic())
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._attempts(request, call, arrived)
+                return await self._attempts(exchange)
         except TimeoutError:
-            stream: web.StreamResponse | None = request.get(_STREAM)
-            if stream is not None:
-                request[RESULT] = "broken_off"
-                return await _break_off(stream)
+            if exchange.stream is not None:
+                return await _break_off(exchange)
             raise ApiError(
                 504, f"No engine answered within {self._timeout_s:g} s.", code="timeout"
             ) from None
 
-    async def _attempts(
-        self, request: web.Request, call: Call, arrived: float
-    ) -> web.StreamResponse:
+    async def _attempts(self, exchange: _Exchange) -> web.StreamResponse:
+        call = exchange.call
         busy: web.Response | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
@@ -106,7 +113,7 @@ class Proxy:
                 raise
             call.tried.add(plan.engine.endpoint)
             try:
-                return await _Attempt(self, request, call, plan, arrived).run()
+                return await _Attempt(self, exchange, plan).run()
             except EngineBusy as exc:
                 busy = exc.answer
                 self.metrics.retries.labels(reason="busy").inc()
@@ -124,14 +131,11 @@ class Proxy:
 class _Attempt:
     """One call at one engine."""
 
-    def __init__(
-        self, proxy: Proxy, request: web.Request, call: Call, plan: Plan, arrived: float
-    ) -> None:
+    def __init__(self, proxy: Proxy, exchange: _Exchange, plan: Plan) -> None:
         self._proxy = proxy
-        self._request = request
-        self._call = call
+        self._exchange = exchange
+        self._call = exchange.call
         self._plan = plan
-        self._arrived = arrived
         self._usage: Usage | None = None
 
     async def run(self) -> web.StreamResponse:
@@ -154,8 +158,8 @@ class _Attempt:
 
     @contextlib.asynccontextmanager
     async def _ask(self, flight: Flight) -> AsyncIterator[aiohttp.ClientResponse]:
-        url = self._plan.engine.endpoint + self._request.path
-        body = msgspec.json.encode(self._plan.body)
+        url = self._plan.engine.endpoint + self._exchange.request.path
+        body = io.BytesIO(msgspec.json.encode(self._plan.body))  # sent in pieces: prompts are long
         headers = {"Content-Type": "application/json", REQUEST_ID: self._call.request_id}
         async with _faults(flight):
             answer = await self._proxy.http.post(url, data=body, headers=headers)
@@ -203,8 +207,8 @@ class _Attempt:
         response = web.StreamResponse(headers=self._headers(answer))
         response.content_type = _STREAM
         response.headers["Cache-Control"] = "no-cache"
-        self._request[_STREAM] = response
-        await response.prepare(self._request)
+        self._exchange.stream = response
+        await response.prepare(self._exchange.request)
         finished = False
         try:
             while chunk:
@@ -219,8 +223,7 @@ class _Attempt:
             _log.warning("request %s broke off: %s", self._call.request_id, exc)
         if not finished:
             self._proxy.fleet.failed(self._plan.engine.endpoint)
-            self._request[RESULT] = "broken_off"
-            return await _break_off(response)
+            return await _break_off(self._exchange)
         await response.write_eof()
         return response
 
@@ -245,7 +248,7 @@ class _Attempt:
     def _observe_first_byte(self) -> None:
         tenant = self._call.tenant.tenant_id
         self._proxy.metrics.first_byte.labels(tenant=tenant).observe(
-            time.monotonic() - self._arrived
+            time.monotonic() - self._exchange.arrived
         )
 
     def _count(self) -> None:
@@ -277,8 +280,11 @@ async def _faults(flight: Flight | None = None) -> AsyncIterator[None]:
         raise EngineLost(str(exc) or type(exc).__name__) from exc
 
 
-async def _break_off(response: web.StreamResponse) -> web.StreamResponse:
+async def _break_off(exchange: _Exchange) -> web.StreamResponse:
     """End a stream with an error event: whole events went before it."""
+    response = exchange.stream
+    assert response is not None
+    exchange.call.result = "broken_off"
     error = error_body(500, "The engine broke off in this answer.", code="engine_lost")
     await response.write(b"data: " + error + b"\n\n")
     await response.write_eof()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+import io
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,12 +14,12 @@ from typing import Any
 import aiohttp
 import msgspec
 from aiohttp import web
+from kvfabric_router.app import Router, running
 
 from kvfabric.config import RouterConfig
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RegistryState, TemplateVersion, Tenant
 from kvfabric.types import Incarnation, TenantId
-from kvfabric_router.app import Router, running
 
 BLOCK_TOKENS = 16
 FINGERPRINT = bytes(range(32))
@@ -45,7 +46,7 @@ class StandInEngine:
         self.model = "reference"
         self.is_fabric = True
         self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
+        self.headers: list[Mapping[str, str]] = []
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.status = 200
@@ -91,7 +92,7 @@ class StandInEngine:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read())
         self.requests.append(body)
-        self.headers.append(dict(request.headers))
+        self.headers.append(request.headers)
         self.arrived.set()
         try:
             if self.status != 200:
@@ -202,9 +203,9 @@ class Client:
         self._http = http
         self.router = router
 
-    async def get(self, path: str, key: str = "") -> tuple[int, Any, dict[str, str]]:
+    async def get(self, path: str, key: str = "") -> tuple[int, Any, Mapping[str, str]]:
         async with self._http.get(self.router.url + path, headers=_bearer(key)) as answer:
-            return answer.status, _decoded(await answer.read()), dict(answer.headers)
+            return answer.status, _decoded(await answer.read()), answer.headers
 
     async def post(
         self,
@@ -213,18 +214,18 @@ class Client:
         key: str = "",
         path: str = "/v1/completions",
         headers: dict[str, str] | None = None,
-    ) -> tuple[int, Any, dict[str, str]]:
+    ) -> tuple[int, Any, Mapping[str, str]]:
         raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
         sent = {**_bearer(key), **(headers or {})}
-        async with self._http.post(self.router.url + path, data=raw, headers=sent) as answer:
-            return answer.status, _decoded(await answer.read()), dict(answer.headers)
+        async with self._http.post(
+            self.router.url + path, data=io.BytesIO(raw), headers=sent
+        ) as answer:
+            return answer.status, _decoded(await answer.read()), answer.headers
 
     def open(self, body: Any, *, key: str = "") -> Any:
         """The answer as an async context manager, to be read piece by piece."""
         raw = msgspec.json.encode(body)
-        return self._http.post(
-            self.router.url + "/v1/completions", data=raw, headers=_bearer(key)
-        )
+        return self._http.post(self.router.url + "/v1/completions", data=raw, headers=_bearer(key))
 
 
 def _bearer(key: str) -> dict[str, str]:
@@ -238,6 +239,13 @@ def _decoded(raw: bytes) -> Any:
         return raw
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another task is about to do; at most 5 s."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the parts under test set no event for tests
+            await asyncio.sleep(0.001)
+
+
 @contextlib.asynccontextmanager
 async def client_of(
     config: RouterConfig, state: RegistryState | None = None
@@ -246,8 +254,7 @@ async def client_of(
     async with running(config) as router, aiohttp.ClientSession() as http:
         if state is not None:
             give_lease(router, state)
-        while config.engines and router.fleet.counts()["taking"] < len(config.engines):
-            await asyncio.sleep(0.001)
+        await until(lambda: len(router.fleet.view().engines) >= len(config.engines))
         yield Client(http, router)
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from kvfabric_router.identity import ModelIdentity, PromptKeys, RequestIdentity, one_time_salt
+from kvfabric_router.prompt import NO_LIMIT, TemplateIndex
 
 from kvfabric import hashing, tokenizer
 from kvfabric.errors import BadHandle, UnknownTenant
@@ -14,8 +16,6 @@ from kvfabric.handle import Handle, open_handle
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RETIRED, RegistryState, Tenant, namespace_of
 from kvfabric.types import TenantId
-from kvfabric_router.identity import ModelIdentity, PromptKeys, RequestIdentity, one_time_salt
-from kvfabric_router.prompt import NO_LIMIT, TemplateIndex
 from tests.router.standin import (
     BLOCK_TOKENS,
     FINGERPRINT,
@@ -26,7 +26,9 @@ from tests.router.standin import (
 )
 
 MODEL = ModelIdentity("revision-1", FINGERPRINT, BLOCK_TOKENS)
-PROMPT = "The quick brown fox jumps over the lazy dog. " * 4  # 180 tokens, 11 blocks that can be reused
+PROMPT = (
+    "The quick brown fox jumps over the lazy dog. " * 4
+)  # 180 tokens, 11 blocks that can be reused
 SESSION = b"e" * 16
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from kvfabric_router.lease import EpochLease, boottime
 
 from kvfabric.registry.state import RegistryState
-from kvfabric_router.lease import EpochLease, boottime
 from tests.router.standin import REGISTRY_ID, registry_state
 
 

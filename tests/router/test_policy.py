@@ -6,9 +6,6 @@ from dataclasses import replace
 from random import Random
 
 import numpy as np
-
-from kvfabric.events.index import Holder
-from kvfabric.types import NodeId, TierName
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import (
     Candidate,
@@ -20,6 +17,9 @@ from kvfabric_router.policy import (
     reuse_of,
     round_robin,
 )
+
+from kvfabric.events.index import Holder
+from kvfabric.types import NodeId, TierName
 
 MODEL = ModelIdentity("revision-1", bytes(32), 16)
 NODE = NodeId("n")

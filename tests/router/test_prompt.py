@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from kvfabric_router.api import ApiError
+from kvfabric_router.prompt import NO_LIMIT, Recognised, TemplateIndex, tokenise
 
 from kvfabric import tokenizer
 from kvfabric.registry.state import PURGED, RETIRED, TemplateVersion
-from kvfabric_router.api import ApiError
-from kvfabric_router.prompt import NO_LIMIT, Recognised, TemplateIndex, tokenise
 from tests.router.standin import registry_state, template
 
 

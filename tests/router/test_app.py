@@ -1,0 +1,200 @@
+"""The front door: who may come in, what errors look like, what operators see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvfabric_router.api import MAX_BODY_BYTES
+from kvfabric_router.app import running
+
+from kvfabric.errors import ConfigError
+from tests.router.standin import (
+    client_of,
+    config_for,
+    engines,
+    keyring_with,
+    registry_state,
+    template,
+    tenant,
+)
+
+ASK = {"model": "reference", "prompt": "hello"}
+KEY = "kvf-" + "k" * 43
+
+
+def is_openai_error(body: Any) -> bool:
+    return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("tenants", "header", "status"),
+    [
+        ([tenant("default")], {}, 200),
+        ([tenant("default")], {"Authorization": "Bearer anything"}, 200),
+        ([], {}, 200),
+        ([tenant("default"), tenant("t-1", KEY)], {}, 401),
+        ([tenant("t-1", KEY)], {"Authorization": f"Bearer {KEY}"}, 200),
+        ([tenant("t-1", KEY)], {"Authorization": f"bearer   {KEY} "}, 200),
+        ([tenant("t-1", KEY)], {"Authorization": "Bearer kvf-wrong"}, 401),
+        ([tenant("t-1", KEY)], {"Authorization": "Bearer "}, 401),
+        ([tenant("t-1", KEY)], {"Authorization": KEY}, 401),
+        ([tenant("t-1", KEY)], {"Authorization": f"Basic {KEY}"}, 401),
+        ([tenant("t-1", KEY)], {"X-Api-Key": KEY}, 401),
+    ],
+)
+async def test_who_may_come_in(
+    tmp_path: Path, tenants: list[Any], header: dict[str, str], status: int
+) -> None:
+    async with (
+        engines() as (engine,),
+        client_of(config_for(tmp_path, [engine.url]), registry_state(tenants)) as client,
+    ):
+        found, body, _ = await client.post(ASK, headers=header)
+        assert found == status
+        assert status == 200 or is_openai_error(body)
+
+
+async def test_nobody_comes_in_before_the_registry_was_heard_of(tmp_path: Path) -> None:
+    """Whether anybody has a key is not known: `default` is not assumed."""
+    async with engines() as (engine,), client_of(config_for(tmp_path, [engine.url])) as client:
+        status, body, headers = await client.post(ASK)
+        assert status == 503
+        assert is_openai_error(body)
+        assert headers["Retry-After"] == "1"
+        assert (await client.get("/readyz"))[0] == 503
+        assert (await client.get("/healthz"))[0] == 200
+
+
+async def test_a_revoked_key_ends_at_once(tmp_path: Path) -> None:
+    async with (
+        engines() as (engine,),
+        client_of(
+            config_for(tmp_path, [engine.url]), registry_state([tenant("t-1", KEY)])
+        ) as client,
+    ):
+        assert (await client.post(ASK, key=KEY))[0] == 200
+        others = registry_state([tenant("t-1", "kvf-new")], version=2)
+        client.router.registry.apply(others)
+        assert (await client.post(ASK, key=KEY))[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        ({"prompt": "x"}, 400, None),
+        ({**ASK, "model": "unknown"}, 404, "model_not_found"),
+        ({**ASK, "prompt": "x" * 4081}, 400, "context_length_exceeded"),
+        ({**ASK, "max_tokens": 4096}, 400, "context_length_exceeded"),
+        ({**ASK, "prompt": [0x110000]}, 400, None),
+        (b" " * (MAX_BODY_BYTES + 1), 413, None),
+    ],
+)
+async def test_bad_requests_have_the_openai_shape(
+    tmp_path: Path, body: Any, status: int, code: str | None
+) -> None:
+    async with (
+        engines() as (engine,),
+        client_of(config_for(tmp_path, [engine.url]), registry_state()) as client,
+    ):
+        keyring_with(tmp_path)
+        found, answer, headers = await client.post(body)
+        assert found == status
+        assert is_openai_error(answer)
+        assert answer["error"]["code"] == code
+        assert headers["X-Request-Id"].startswith("req-")
+        assert engine.requests == []
+
+
+async def test_unknown_paths_and_methods_have_the_openai_shape(tmp_path: Path) -> None:
+    async with client_of(config_for(tmp_path, []), registry_state()) as client:
+        assert (await client.get("/v1/nothing"))[0] == 404
+        status, body, _ = await client.get("/v1/completions")
+        assert status == 405
+        assert is_openai_error(body)
+
+
+async def test_a_known_model_without_an_engine_is_a_503(tmp_path: Path) -> None:
+    async with (
+        engines() as (engine,),
+        client_of(config_for(tmp_path, [engine.url]), registry_state()) as client,
+    ):
+        client.router.fleet.failed(engine.url)
+        status, body, headers = await client.post(ASK)
+        assert status == 503
+        assert is_openai_error(body)
+        assert "Retry-After" in headers
+
+
+async def test_too_many_requests_are_a_429(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfabric_router.app.MAX_IN_FLIGHT", 0)
+    async with (
+        engines() as (engine,),
+        client_of(config_for(tmp_path, [engine.url]), registry_state()) as client,
+    ):
+        status, body, headers = await client.post(ASK)
+        assert status == 429
+        assert is_openai_error(body)
+        assert headers["Retry-After"] == "1"
+
+
+async def test_models_are_those_that_engines_serve(tmp_path: Path) -> None:
+    async with engines(2) as (one, two):
+        two.model = "other"
+        config = config_for(tmp_path, [one.url, two.url])
+        async with client_of(config, registry_state([tenant("t-1", KEY)])) as client:
+            assert (await client.get("/v1/models"))[0] == 401
+            _, body, _ = await client.get("/v1/models", KEY)
+            assert [model["id"] for model in body["data"]] == ["other", "reference"]
+
+
+async def test_readiness_and_metrics(tmp_path: Path) -> None:
+    keyring_with(tmp_path)
+    state = registry_state([tenant("t-1", KEY)], [template("greeting", "1", "hello")])
+    async with (
+        engines() as (engine,),
+        client_of(config_for(tmp_path, [engine.url]), state) as client,
+    ):
+        assert (await client.post(ASK, key=KEY))[0] == 200
+        status, ready, _ = await client.get("/readyz")
+        assert status == 200
+        assert ready["ready"] is ready["epoch_lease"] is True
+        _, raw, _ = await client.get("/metrics")
+        lines = set(raw.decode().splitlines())
+    assert 'kvfabric_router_requests_total{result="200",tenant="t-1"} 1.0' in lines
+    assert 'kvfabric_router_reused_tokens_total{tenant="t-1",tier="host"} 16.0' in lines
+    assert 'kvfabric_router_reused_tokens_total{tenant="t-1",tier="any"} 0.0' in lines
+    assert 'kvfabric_router_prompt_tokens_total{tenant="t-1"} 40.0' in lines
+    assert 'kvfabric_router_engines{result="taking"} 1.0' in lines
+    assert "kvfabric_router_epoch_lease_valid 1.0" in lines
+    assert 'kvfabric_router_template_requests_total{result="used",template="greeting"} 1.0' in lines
+
+
+async def test_a_decision_is_explained_to_its_own_tenant_only(tmp_path: Path) -> None:
+    keyring_with(tmp_path, ["t-1", "t-2"])
+    state = registry_state([tenant("t-1", KEY), tenant("t-2", "kvf-2")])
+    async with (
+        engines(2) as found,
+        client_of(config_for(tmp_path, [e.url for e in found]), state) as client,
+    ):
+        _, _, headers = await client.post(ASK, key=KEY)
+        path = f"/v1/kvfabric/decisions/{headers['X-Request-Id']}"
+        status, told, _ = await client.get(path, KEY)
+        assert status == 200
+        assert told["candidates"][0]["engine"] == headers["x-kvfabric-engine"]
+        assert len(told["candidates"]) == 2
+        assert set(told["candidates"][0]["cost_ms"]) >= {"wait", "fetch", "prefill", "total"}
+        assert (await client.get(path, "kvf-2"))[0] == 404
+
+
+async def test_an_address_in_use_is_a_configuration_error(tmp_path: Path) -> None:
+    async with engines() as (engine,):
+        config = config_for(tmp_path, [])
+        taken = type(config)(
+            listen=engine.url.removeprefix("http://"), state_dir=tmp_path, log_level="warning"
+        )
+        with pytest.raises(ConfigError, match=r"router\.listen"):
+            async with running(taken):
+                pass
