@@ -27,6 +27,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvfabric import __version__
+from kvfabric.daemon.admin_client import ERROR_CODE, REQUESTED_BY
 from kvfabric.errors import (
     AccessError,
     CapacityError,
@@ -54,8 +55,6 @@ Reply = TypeVar("Reply")
 Request = TypeVar("Request")
 Server = TypeVar("Server")
 
-REQUESTED_BY = "kvfabric-requested-by"
-ERROR_CODE = "kvfabric-code"
 SERVICES = ("kvfabric.v1.NodeEvents", "kvfabric.v1.RegistryService", "kvfabric.v1.NodeAdmin")
 MAX_FLOOR_SHARE = 0.9
 MAX_REQUEST_BYTES = 1 << 20

@@ -24,8 +24,10 @@ Reply = TypeVar("Reply")
 DEADLINE_S = 30.0
 """Longer than any epoch lease that an invalidation may have to wait out."""
 MAX_REPLY_BYTES = 64 << 20
-_ERROR_CODE = "kvfabric-code"
-_REQUESTED_BY = "kvfabric-requested-by"
+REQUESTED_BY = "kvfabric-requested-by"
+"""Metadata of a call: who asks, for the audit log."""
+ERROR_CODE = "kvfabric-code"
+"""Trailing metadata of an error: which class of `kvfabric.errors` it is."""
 _TEXT_FIELDS = {"text"}
 _UNKNOWN_IF_ZERO = {"bytes_unreachable"}
 
@@ -61,7 +63,7 @@ class AdminClient:
         """One unary call of a stub's `method`."""
         who = f"{getpass.getuser()}@{socket.gethostname()}".encode("ascii", "replace").decode()
         try:
-            return method(request, timeout=self._deadline_s, metadata=((_REQUESTED_BY, who),))
+            return method(request, timeout=self._deadline_s, metadata=((REQUESTED_BY, who),))
         except grpc.RpcError as exc:
             raise self._error(exc) from exc
 
@@ -84,7 +86,7 @@ class AdminClient:
 
     def _error(self, error: Any) -> KVFabricError:
         status, details = error.code(), error.details() or "no reason given"
-        codes = [str(v) for k, v in (error.trailing_metadata() or ()) if k == _ERROR_CODE]
+        codes = [str(v) for k, v in (error.trailing_metadata() or ()) if k == ERROR_CODE]
         if codes:
             return from_wire(codes[0], details)
         if status is grpc.StatusCode.UNAVAILABLE:

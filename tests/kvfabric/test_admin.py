@@ -14,12 +14,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvfabric.daemon.admin import (
-    REQUESTED_BY,
     AdminServer,
     AdminSources,
     Runs,
     model_revision_of,
 )
+from kvfabric.daemon.admin_client import REQUESTED_BY
 from kvfabric.errors import ConfigError, CorruptBlock, NotFound, RemoteProtocolError
 from kvfabric.events.index import FleetIndex, Holder, NodeFeed
 from kvfabric.events.stream import EventStream
