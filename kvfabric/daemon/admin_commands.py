@@ -413,7 +413,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def _print_lines(lines: Iterable[str]) -> int:
-    print("\n".join(lines))
+    print("\n".join(lines) or "nothing")
     return 0
 
 

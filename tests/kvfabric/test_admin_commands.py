@@ -143,6 +143,7 @@ async def test_a_templates_life(shell: Shell, tmp_path: Path) -> None:
     for version in ("1", "2"):
         (tmp_path / version).write_text(f"You are assistant {version}.")
     register = ("template", "register", "greeting")
+    assert (await shell.run("template", "list"))[0] == "nothing\n"
     out, _ = await shell.run(*register, "--version", "1", "--file", str(tmp_path / "1"), "--public")
     assert "is serving" in out
     out, _ = await shell.run(*register, "--version", "2", "--file", str(tmp_path / "2"))
