@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import signal
 import sys
@@ -36,9 +35,6 @@ async def _serve(config: NodeConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with Node(config) as node:
-        # What is there now stays for good: full collections need not walk it again.
-        gc.collect()
-        gc.freeze()
         print(
             f"kvfabric node ready: socket {config.socket_path}, admin {config.admin_socket_path}, "
             f"http {node.http_address or 'off'}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import secrets
@@ -60,9 +61,13 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
             self._stack = stack.pop_all()
+        # What is there now stays: full collections, which stall the loop, need not walk it again.
+        gc.collect()
+        gc.freeze()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        gc.unfreeze()
         await self._stack.aclose()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
