@@ -18,7 +18,7 @@ import re
 import socket
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +46,7 @@ from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.base import Change, Registry
 from kvfabric.registry.changes import TenantChange, mint_tenant_id, tenant_named
 from kvfabric.registry.holders import Ack, Holders
-from kvfabric.registry.state import RegistryState, TierQuota
+from kvfabric.registry.state import PURGED, RegistryState, TierQuota
 from kvfabric.registry.wire import quota_from_pb, state_to_pb, template_to_pb, tenant_to_pb
 from kvfabric.types import TierName, model_scope
 
@@ -82,7 +82,8 @@ class AdminSources:
 
     `status(sealed_keys)` fills tiers, usage, counters, `arena_adopted` and, if asked, the sealed keys of a
     NodeStatus; the rest is filled in here. `resident(tier)` yields slices of (namespace tag, parent prefix,
-    packed key prefixes); the event loop runs between slices.
+    packed key prefixes); the event loop runs between slices. `purge(incarnations)` takes every block made of
+    these out of this node's tiers; without it they stay, out of reach, until they are evicted.
     """
 
     registry: Registry
@@ -90,6 +91,7 @@ class AdminSources:
     events: EventStream
     status: Callable[[bool], pb.NodeStatus]
     resident: Callable[[TierName], Runs]
+    purge: Callable[[Collection[bytes]], Awaitable[int]] | None = None
 
 
 class AdminServer:
@@ -390,7 +392,17 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         change = await self._registry.invalidate(
             request.scope, name, request.version, purge=request.purge, requested_by=who
         )
-        return await self._receipt(change, who, started, requested_at)
+        receipt = await self._receipt(change, who, started, requested_at)
+        if request.scope == "template" and request.purge:
+            await self._purge(name)
+        return receipt
+
+    async def _purge(self, template: str) -> None:
+        """Drop the blocks of its purged versions here, once nobody can reach or make them any more."""
+        versions = self._registry.state.templates.values()
+        struck = [t.incarnation for t in versions if t.name == template and t.state == PURGED]
+        if self._sources.purge is not None:
+            await self._sources.purge(struck)
 
     async def _receipt(
         self, change: Change, who: str, started: float, requested_at: float
