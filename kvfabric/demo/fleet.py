@@ -24,8 +24,9 @@ from kvfabric.protocol.kvfabric_pb2_grpc import NodeAdminStub
 NUM_ENGINES = 2
 TEMPLATE, VERSION = "helper", "1"
 MODEL_FLAGS = {
-    "--num-layers": 4,
+    "--num-layers": 8,
     "--hidden-size": 256,
+    "--intermediate-size": 1024,
     "--hbm-blocks": 256,  # 4,096 tokens: less than the slice needs, as a GPU's memory is in production
     "--max-model-tokens": 1024,
 }

@@ -3,7 +3,7 @@ reading the packaged file.
 
 The rule, without hand-picking: whole prefix groups (requests with the same first two blocks) of 3 to 8
 requests, none of them above 32 blocks, in order of arrival, until there are 80 requests; gaps between
-arrivals are cut to 30 s at most, and the replay then scales all of them to the load it wants.
+arrivals are cut to 3 s (one tick of the log's clock), and the replay scales all of them to the load it wants.
 
 A block of the log becomes one fabric block of 16 tokens made from its id. A prompt is the log's first
 block, the shared template, the request's other blocks, and a short tail: an engine always computes a
@@ -33,7 +33,7 @@ TENANTS = ("amber", "birch", "cedar")
 _MIN_GROUP, _MAX_GROUP = 3, 8
 _MAX_BLOCKS = 32
 _MIN_REQUESTS = 80
-_MAX_GAP_MS = 30_000
+_MAX_GAP_MS = 3_000
 
 
 @dataclass(frozen=True, slots=True)
