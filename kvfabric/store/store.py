@@ -194,7 +194,8 @@ class BlockStore:
         for task in self._background:
             task.cancel()
         try:
-            await self._group.__aexit__(exc_type, exc, traceback)
+            # Not told of the body's error: that one is the caller's, and stays as it is.
+            await self._group.__aexit__(None, None, None)
         finally:
             await self._pool.close()
 

@@ -167,8 +167,10 @@ class StoreRig:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.store.__aexit__(exc_type, exc, traceback)
-        self.arena.close()
+        try:
+            await self.store.__aexit__(exc_type, exc, traceback)
+        finally:
+            self.arena.close()
 
     def open(self, request_id: str, grant: RequestGrant = GRANT) -> None:
         self.store.open_request(SESSION, request_id, grant)
