@@ -32,7 +32,7 @@ from kvfabric_router.lease import EpochLease
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
 from kvfabric_router.probes import Prober
-from kvfabric_router.proxy import REQUEST_ID, Proxy
+from kvfabric_router.proxy import REQUEST_ID, Proxy, trace_config
 from kvfabric_router.registry_view import RegistryView
 
 MAX_IN_FLIGHT = 2048
@@ -213,6 +213,7 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
     proxy = Proxy(
         planner=planner,
         fleet=fleet,
+        registry=registry,
         http=http,
         metrics=metrics,
         timeout_s=config.request_timeout_s,
@@ -229,7 +230,9 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
     """
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, trace_configs=[trace_config()]
+    ) as http:
         router = _build(config, http)
         work = [link.run() for link in router.links]
         async with _background(*work, Prober(router.fleet, http).run()), _listening(router) as url:

@@ -56,10 +56,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where a call goes now. `ranked[0]` is the choice; the others are kept to explain it."""
+    """Where a call goes now. `ranked[0]` is the choice; the others are kept to explain it.
+
+    `version` is that of the registry state that it was made by.
+    """
 
     ranked: tuple[Ranked, ...]
     body: Mapping[str, Any]
+    version: int
     reason: str
     """Why nothing may be reused; empty if it may."""
 
@@ -95,12 +99,13 @@ class Planner:
         """Choose an engine and make what it needs. Raises ApiError 400, 404 or 503."""
         began = time.perf_counter()
         engines = self._eligible(call)
-        identities = _Identities(call, self._usable_state(call), self._keyring, self._registry)
+        state = self._registry.usable() if self._config.fabric else None
+        identities = _Identities(call, state, self._keyring, self._registry)
         matches = _Matches(self._index)
         candidates = [self._candidate(call, engine, identities, matches) for engine in engines]
         ranked = self._rank(call, candidates)
         body, reason = self._body(call, ranked[0].candidate.engine, identities)
-        plan = Plan(ranked, body, reason)
+        plan = Plan(ranked, body, state.version if state else 0, reason)
         self._remember(call, plan)
         self._count(call, plan, identities)
         self._metrics.decision.observe(time.perf_counter() - began)
@@ -142,9 +147,6 @@ class Planner:
         return len(tokens) + call.request.max_tokens <= engine.max_model_tokens
 
     # ------------------------------------------------------------------ what it would cost
-
-    def _usable_state(self, call: Call) -> RegistryState | None:
-        return self._registry.usable() if self._config.fabric else None
 
     def _candidate(
         self, call: Call, engine: EngineView, identities: _Identities, matches: _Matches

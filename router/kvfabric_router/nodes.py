@@ -171,6 +171,7 @@ class NodeLink:
         """Renew the epoch lease every half second, and at once when a change was applied."""
         while True:
             view.changed.clear()
+            await view.wait_sent()
             state = view.state
             sent_at = view.lease.now()
             reply = await stub.RenewLease(

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -33,6 +34,7 @@ from kvfabric_router.api import (
 from kvfabric_router.dispatch import Call, Plan, Planner
 from kvfabric_router.fleet import Fleet, Flight
 from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.registry_view import RegistryView
 
 MAX_ATTEMPTS = 3
 REQUEST_ID, ENGINE_ID = "X-Request-Id", "x-kvfabric-engine"
@@ -68,19 +70,21 @@ class _Exchange:
 
 
 class Proxy:
-    """See the module. Owns no connection: `http` is the caller's."""
+    """See the module. `http` is the caller's, made with `trace_config()`."""
 
     def __init__(
         self,
         *,
         planner: Planner,
         fleet: Fleet,
+        registry: RegistryView,
         http: aiohttp.ClientSession,
         metrics: RouterMetrics,
         timeout_s: float,
     ) -> None:
         self.planner = planner
         self.fleet = fleet
+        self.registry = registry
         self.http = http
         self.metrics = metrics
         self._timeout_s = timeout_s
@@ -161,8 +165,11 @@ class _Attempt:
         url = self._plan.engine.endpoint + self._exchange.request.path
         body = io.BytesIO(msgspec.json.encode(self._plan.body))  # sent in pieces: prompts are long
         headers = {"Content-Type": "application/json", REQUEST_ID: self._call.request_id}
-        async with _faults(flight):
-            answer = await self._proxy.http.post(url, data=body, headers=headers)
+        with self._proxy.registry.sending(self._plan.version) as sent:
+            async with _faults(flight):
+                answer = await self._proxy.http.post(
+                    url, data=body, headers=headers, trace_request_ctx=sent
+                )
         try:
             yield answer
         finally:
@@ -266,6 +273,18 @@ class _Attempt:
         }
         for tier, tokens in reused.items():
             self._proxy.metrics.reused_tokens.labels(tenant=tenant, tier=tier).inc(tokens)
+
+
+def trace_config() -> aiohttp.TraceConfig:
+    """Makes a client session tell when a request is on its way, before its answer comes."""
+
+    async def sent(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx()
+
+    config = aiohttp.TraceConfig()
+    config.on_request_headers_sent.append(sent)
+    return config
 
 
 @contextlib.asynccontextmanager

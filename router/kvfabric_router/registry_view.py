@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
 
 from kvfabric.registry.state import RegistryState, Tenant
 from kvfabric_router.api import ApiError
@@ -24,6 +26,8 @@ class RegistryView:
         self._state: RegistryState | None = None if required else RegistryState()
         self._directory = TenantDirectory(RegistryState())
         self._templates: dict[str, TemplateIndex] = {}
+        self._unsent: dict[object, int] = {}
+        self._sent = asyncio.Event()
         self.changed = asyncio.Event()
         """Set when a newer state was applied: to be acknowledged."""
 
@@ -58,3 +62,30 @@ class RegistryView:
     def templates(self, tokenizer: str) -> TemplateIndex | None:
         """The versions of the newest state in a tokenizer's tokens; None for one we do not have."""
         return self._templates.get(tokenizer)
+
+    @contextlib.contextmanager
+    def sending(self, version: int) -> Iterator[Callable[[], None]]:
+        """Around the sending of a request minted by the state `version`; call the value once it is out."""
+        token = object()
+        self._unsent[token] = version
+
+        def sent() -> None:
+            if self._unsent.pop(token, None) is not None:
+                self._sent.set()
+
+        try:
+            yield sent
+        finally:
+            sent()
+
+    async def wait_sent(self) -> None:
+        """Until every request minted by an older state than the newest is on its way.
+
+        Only then is the newest acknowledged: whoever withdraws a version is told of no success while
+        a request that uses it may still be sent.
+        """
+        while self._state is not None and any(
+            version < self._state.version for version in self._unsent.values()
+        ):
+            self._sent.clear()
+            await self._sent.wait()
