@@ -15,6 +15,7 @@ threads), and as a peer the simplest local store there is, one file a block on t
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -47,7 +48,7 @@ MIB = 1 << 20
 LARGE_PART, SMALL_PART, INDEX_PART = 2 * MIB, 16 << 10, 4096
 SMALL_REQUEST = 1024
 RESERVED_BLOCKS = 256  # at a time, as an engine does for each chunk of a prefill
-CHUNK_BLOCKS, CHUNKS_IN_FLIGHT = 4, 3  # of 2 MiB; smaller blocks in chunks of as many bytes
+CHUNK_BLOCKS, CHUNKS_IN_FLIGHT = 4, 4  # of 2 MiB; smaller blocks in chunks of as many bytes
 
 Bytes1D = npt.NDArray[np.uint8]
 Rows = dict[str, dict[str, float]]
@@ -236,6 +237,9 @@ def bench_large_blocks(
     source = np.random.default_rng(0).integers(0, 256, num_bytes, dtype=np.uint8)
     target = np.zeros(num_bytes, dtype=np.uint8)
     buffers = cut(target, LARGE_PART)
+    prompts = itertools.count(1000)
+    for _ in range(len(bench.client.arena) // num_bytes + 1):  # every page of the arena is in use
+        bench.store(bench.keys(next(prompts), num_blocks), source, pool)
     keys = bench.keys(2, num_blocks)
     bench.store(keys, source, pool)
     bench.load(keys, buffers, bench.client.read)
@@ -244,7 +248,6 @@ def bench_large_blocks(
     unverified = read_unverified(bench, pool)
     files = Files(shared_memory, LARGE_PART)
     files.store(source)
-    prompts = iter(range(1000, 2000))
 
     def store() -> None:
         bench.store(bench.keys(next(prompts), num_blocks), source, pool)
@@ -279,7 +282,7 @@ def bench_small_blocks(
     bench.store(keys, source, pool)
     files = Files(shared_memory, SMALL_PART)
     files.store(source)
-    prompts = iter(range(2000, 3000))
+    prompts = itertools.count(1000)
 
     def store() -> None:
         bench.store(bench.keys(next(prompts), SMALL_REQUEST), source, pool)
@@ -418,8 +421,8 @@ def work_on(
 
 
 def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
-    num_blocks = 65_536 if quick else 1_000_448
-    prompt_blocks = 1024 if quick else 2048 - 94  # 512 prompts fill it
+    prompt_blocks = 1024
+    num_blocks = (64 if quick else 977) * prompt_blocks
     with tempfile.TemporaryDirectory() as directory:
         node = WatchedNode(Path(directory), num_blocks)
         bench = Bench(Path(directory) / "node.sock", INDEX_PART, 64 * MIB)
@@ -456,7 +459,7 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
 def main() -> None:
     args = harness.parse_arguments(__doc__ or "")
     rows: Rows = {}
-    host_bytes = (1 if args.quick else 4) << 30
+    host_bytes = (1 if args.quick else 3) << 30
     pool = ThreadPoolExecutor(8)
     with (
         pool,

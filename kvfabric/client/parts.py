@@ -12,7 +12,7 @@ import xxhash
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.protocol.messages import Located
 
-_CHUNK_BYTES = 256 << 10
+_CHUNK_BYTES = 512 << 10
 """Copied, then hashed while still in the core's own cache."""
 _SHARED_PART_BYTES = 64 << 10
 """Parts at least this long are shared out between two threads; below, handing over costs more."""
