@@ -137,10 +137,13 @@ class Residency:
 
     # -- room ----------------------------------------------------------------------------------------
 
-    def make_room(self, tenant: int, num_bytes: int, count: int) -> int:
-        """How many of `count` slots of `num_bytes` the tenant may be charged now, after evictions."""
+    def make_room(self, tenant: int, num_bytes: int, count: int, *, leased: bool = False) -> int:
+        """How many of `count` slots of `num_bytes` the tenant may be charged now, after evictions.
+
+        `leased`: for blocks that are leased, and so bounded and counted as such already.
+        """
         host, account = self.host, self.host.accounts[tenant]
-        wanted = min(count, host.room_to_reserve(tenant) // num_bytes)
+        wanted = count if leased else min(count, host.room_to_reserve(tenant) // num_bytes)
         over = host.over_maximum(tenant, wanted * num_bytes)
         if over > 0:
             self._evict(over, lambda: [tenant], tenant)
@@ -346,8 +349,7 @@ class Residency:
         account.ready -= freed
         index.host_parts.array[rows] = 0
         self.policy.leave(rows, tenant, ghosts=ghosts)
-        if ghosts:  # evicted: nobody holds them
-            index.drop_empty(rows.tolist())
+        index.drop_empty(rows.tolist())
         return freed
 
     def _take_slots(self, rows: Rows, ordinal: int, num_bytes: int, removal: _Removal) -> int:

@@ -167,7 +167,7 @@ class SsdTraffic:
         tenants = index.tenants_of(rows)
         for tenant in dict.fromkeys(tenants.tolist()):
             mine = np.flatnonzero(tenants == tenant)
-            count = residency.make_room(tenant, size, len(mine))
+            count = residency.make_room(tenant, size, len(mine), leased=True)
             slots = residency.allocate(tenant, count, size) if count else None
             if slots is None:
                 return
@@ -311,6 +311,7 @@ class SsdTraffic:
                 await self._write_part(row, part, ordinal)
         except NoSpace:
             self.counts["refused"] += 1
+            index.flags.cell[row] &= ~HIT  # not tried again before its next use
         except (KVFabricError, OSError):
             self._fail()
         finally:

@@ -14,6 +14,7 @@ bytes are free somewhere.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -232,8 +233,10 @@ class Arena:
 
     def close(self) -> None:
         """Give the daemon's mapping back. Engines that mapped the arena keep theirs."""
-        self.view.release()
-        self._map.close()
+        # A traceback somewhere may still view a slot: then the mapping goes with the last view.
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self._map.close()
         os.close(self._fd)
 
     def __enter__(self) -> Self:

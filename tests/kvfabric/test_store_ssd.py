@@ -1,0 +1,279 @@
+"""Arena and SSD tier together: real segment files, real restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from kvfabric.errors import NoSpace, TransferError
+from kvfabric.store.store import StoreLimits
+from kvfabric.testing.store import (
+    PART_BYTES,
+    SESSION,
+    StoreRig,
+    make_keys,
+    make_layout,
+    part_bytes,
+)
+from kvfabric.tiers.base import Location, PartIdentity
+from kvfabric.tiers.segments import SegmentTier
+from kvfabric.types import Part, TierName
+
+KEYS = make_keys(6)
+EXPECTED = [part_bytes(key) for key in KEYS]
+
+
+class MoodyTier(SegmentTier):
+    """The real tier, on a medium that fails when told."""
+
+    failing = False
+    full = False
+    reads = 0
+
+    async def read_into(
+        self, location: Location, identity: PartIdentity, buffer: memoryview
+    ) -> None:
+        self.reads += 1
+        if self.failing:
+            raise TransferError("EIO")
+        await super().read_into(location, identity, buffer)
+
+    async def write(self, identity: PartIdentity, payload: memoryview) -> Location:
+        if self.failing:
+            raise TransferError("EIO")
+        if self.full:
+            raise NoSpace("ENOSPC")
+        return await super().write(identity, payload)
+
+
+@asynccontextmanager
+async def rig_over(
+    directory: Path, *, num_slots: int = 32, num_parts: int = 1
+) -> AsyncIterator[tuple[StoreRig, MoodyTier]]:
+    """One life of a daemon over `directory`."""
+    rigs: list[StoreRig] = []
+
+    def dropped(parts: list[Part]) -> None:
+        rigs[0].store.ssd_dropped(parts)
+
+    tier = MoodyTier(
+        directory,
+        capacity_bytes=8 << 20,
+        segment_bytes=1 << 20,
+        clock=asyncio.get_running_loop().time,
+        on_dropped=dropped,
+    )
+    async with tier:
+        limits = StoreLimits(
+            host_bytes=num_slots * PART_BYTES, ssd_bytes=8 << 20, max_blocks=256, lease_share=1.0
+        )
+        rig = StoreRig(limits=limits, layout=make_layout(num_parts), ssd=tier)
+        rigs.append(rig)
+        async with rig:
+            yield rig, tier
+
+
+async def store_and_seal(rig: StoreRig, *, shards: tuple[int, ...] = (0,)) -> None:
+    await rig.put(KEYS, shards=shards)
+    for shard in shards:
+        assert len(await rig.get(KEYS, shard=shard)) == 6  # the second use admits them
+    await rig.store.seal()
+
+
+async def test_blocks_used_once_are_not_written(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await rig.put(KEYS)
+        await rig.store.seal()
+        assert rig.store.statistics().ssd_writes == 0
+        await rig.get(KEYS[:4])
+        await rig.get(KEYS[:4])
+        await rig.store.seal()
+        statistics = rig.store.statistics()
+        assert (statistics.ssd_writes, statistics.num_blocks[TierName.SSD]) == (4, 4)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+async def test_a_restart_is_warm(tmp_path: Path, num_parts: int) -> None:
+    shards = tuple(range(num_parts))
+    async with rig_over(tmp_path, num_parts=num_parts) as (rig, _):
+        await store_and_seal(rig, shards=shards)
+        used = rig.store.statistics().used_bytes[TierName.SSD]
+    async with rig_over(tmp_path, num_parts=num_parts) as (rig, _):
+        assert rig.store.statistics().used_bytes[TierName.SSD] == used
+        rig.open("r")
+        matched = rig.store.match(SESSION, "r", b"".join(KEYS))
+        assert (matched.num_blocks, matched.tiers) == (6, bytes([1] * 6))
+        rig.store.release(SESSION, ["r"])
+        for shard in shards:
+            assert await rig.get(KEYS, shard=shard) == [part_bytes(key, shard) for key in KEYS]
+        matched = rig.store.match(SESSION, "r", b"".join(KEYS))
+        assert rig.match("r", KEYS)[0] == 6
+        assert rig.store.statistics().promotions == 6 * num_parts
+        assert len(rig.events.present) == 6
+        rig.store._residency.check()
+
+
+async def test_a_restart_knows_the_place_of_every_block(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, _):
+        longer = make_keys(8)
+        assert await rig.put(longer[6:], parent=longer[5]) == 2
+        assert await rig.get(longer) == [part_bytes(key) for key in longer]
+
+
+async def test_one_read_per_part_however_many_ask(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, tier):
+        for name in ("a", "b"):
+            rig.match(name, KEYS)
+        located = await asyncio.gather(rig.load("a", KEYS), rig.load("b", KEYS))
+        assert [rig.copy(one) for one in located] == [EXPECTED, EXPECTED]
+        assert tier.reads == 6
+
+
+async def test_what_was_used_is_written_before_it_is_evicted(tmp_path: Path) -> None:
+    async with rig_over(tmp_path, num_slots=6) as (rig, _):
+        await store_and_seal(rig)
+        other = make_keys(6, seed=1)
+        await rig.put(other)
+        assert await rig.get(KEYS) == EXPECTED
+        assert rig.store.statistics().promotions >= 5
+        rig.store._residency.check()
+
+
+def spoil(directory: Path, needle: bytes) -> None:
+    """Flip a byte of the payload in whatever segment has it."""
+    for path in directory.rglob("*"):
+        if path.is_file() and needle in (data := path.read_bytes()):
+            with path.open("r+b") as file:
+                file.seek(data.index(needle) + 100)
+                file.write(bytes([data[data.index(needle) + 100] ^ 1]))
+            return
+    raise AssertionError("not on the medium")
+
+
+async def test_a_corrupt_record_is_a_miss_and_is_gone(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    spoil(tmp_path, EXPECTED[2])
+    async with rig_over(tmp_path) as (rig, _):
+        rig.match("r", KEYS)
+        located = await rig.load("r", KEYS)
+        assert (located.num_blocks, located.reason) == (2, "corrupt")
+        rig.store.release(SESSION, ["r"])
+        assert rig.match("r2", KEYS)[0] == 2
+        assert rig.store.statistics().corrupt == 1
+        assert rig.store.statistics().num_blocks[TierName.SSD] == 5
+        rig.store._residency.check()
+
+
+async def test_an_error_is_a_miss_and_the_tier_returns_by_itself(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, tier):
+        tier.failing = True
+        rig.match("r", KEYS)
+        located = await rig.load("r", KEYS)
+        assert (located.num_blocks, located.reason) == (0, "tier_down")
+        rig.store.release(SESSION, ["r"])
+        assert rig.match("r", KEYS) == (0, "tier_down")
+        assert not rig.store.statistics().ssd_up
+        tier.failing = False
+        rig.clock.now += 5
+        assert await rig.get(KEYS) == EXPECTED
+        assert rig.store.statistics().ssd_errors == 6
+        assert rig.arena.free_bytes == rig.arena.size_bytes - 6 * PART_BYTES
+
+
+@pytest.mark.parametrize("flag", ["failing", "full"])
+async def test_failing_writes_leave_the_host_tier_alone(tmp_path: Path, flag: str) -> None:
+    async with rig_over(tmp_path, num_slots=6) as (rig, tier):
+        setattr(tier, flag, True)
+        await rig.put(KEYS)
+        assert await rig.get(KEYS) == EXPECTED
+        await rig.store.seal()
+        for seed in range(1, 4):
+            assert await rig.put(make_keys(6, seed=seed)) > 0
+            await asyncio.sleep(0)
+        assert rig.store.statistics().num_blocks[TierName.SSD] == 0
+        rig.store._residency.check()
+
+
+async def test_without_room_in_the_arena_a_promotion_is_a_miss(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path, num_slots=8) as (rig, _):
+        rig.open("w")
+        rig.reserve("w", make_keys(5, seed=1))
+        rig.match("r", KEYS)
+        located = await rig.load("r", KEYS)
+        assert (located.num_blocks, located.reason) == (3, "evicted")
+        assert rig.copy(located) == EXPECTED[:3]
+
+
+async def test_a_cancelled_load_leaks_nothing(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, _):
+        rig.match("r", KEYS)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(rig.load("r", KEYS))
+            await asyncio.sleep(0)
+            task.cancel()
+        assert (await rig.load("r", KEYS)).num_blocks == 6
+        rig.store.release(SESSION, ["r"])
+        assert rig.store.statistics().reserved_bytes == 0
+        rig.store._residency.check()
+
+
+async def test_rights_that_end_during_a_promotion_give_no_location(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, _):
+        rig.match("r", KEYS)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(rig.load("r", KEYS))
+            await asyncio.sleep(0)
+            rig.store.release(SESSION, ["r"])
+        assert (task.result().num_blocks, task.result().reason) == (0, "no_handle")
+
+
+async def test_dropped_segments_leave_the_index(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, _):
+        rig.store.ssd_dropped([Part(key, 0, 0) for key in KEYS[3:]] + [Part(KEYS[0], 9, 9)])
+        assert rig.match("r", KEYS) == (3, "absent")
+        rig.store._residency.check()
+
+
+async def test_discarding_takes_a_block_off_both_tiers(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+        index = rig.store._index
+        for row in range(1, index.highest_row + 1):
+            rig.store._drop(row)
+        assert rig.match("r", KEYS)[0] == 0
+        rig.store.release(SESSION, ["r"])
+        assert index.free_rows == rig.limits.max_blocks
+    async with rig_over(tmp_path) as (_, tier):
+        assert list(tier.records()) == []
+
+
+async def test_the_index_keeps_room_for_new_blocks(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+        ssd = rig.store._ssd
+        assert ssd is not None
+        ssd._max_rows = 6
+        more = make_keys(3, seed=1)
+        await rig.put(more)
+        await rig.get(more)
+        await rig.store.seal()
+        assert rig.store.statistics().num_blocks[TierName.SSD] == 6
