@@ -396,7 +396,7 @@ class Residency:
         self.ssd.accounts[tenant].ready += record_bytes(num_bytes)
 
     def forget_sealed(self, row: int, part: int, num_bytes: int) -> None:
-        """A part is no more on SSD."""
+        """A part is no more on SSD. The caller then has the index drop what is empty."""
         index = self.index
         state = index.part_state.cell[part]
         if not state & SSD:
@@ -409,7 +409,6 @@ class Residency:
             self.num_ssd_blocks -= 1
         tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         self.ssd.accounts[tenant].ready -= record_bytes(num_bytes)
-        index.drop_empty([row])
 
     # -- proof ---------------------------------------------------------------------------------------
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
 
 from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace
+from kvfabric.hashing import ROOT_PARENT
 from kvfabric.store.index import (
     HIT,
     HOST,
@@ -40,7 +40,6 @@ SSD_ROWS_SHARE = 0.75
 """Of the index: blocks on SSD may not keep new ones from being stored."""
 
 _SEED_SLICE = 256
-_ZERO_KEY = bytes(32)
 
 
 class Breaker:
@@ -97,49 +96,68 @@ class SsdTraffic:
             await asyncio.sleep(0)
 
     def _seed_slice(self, batch: list[tuple[PartIdentity, Location]]) -> list[Part]:
+        """Returns the parts that found no room in the index."""
         room = min(self._index.free_parts, self._index.free_rows // 2)
-        room = min(room, self._max_rows - self._residency.num_ssd_blocks)
-        fitting, surplus = batch[: max(0, room)], batch[max(0, room) :]
-        by_key = {identity.part.key: identity for identity, _ in fitting}
-        self._make_stubs([*by_key, *(identity.parent for identity in by_key.values())])
-        identities = list(by_key.values())
-        rows = self._index.lookup(packed_keys(b"".join(by_key)))
-        parents = self._index.lookup(packed_keys(b"".join(i.parent for i in identities)))
-        for row, parent, identity in zip(rows.tolist(), parents.tolist(), identities, strict=True):
-            if self._index.lineage.cell[row] == 0:
-                self._adopt(row, parent, identity)
-        for identity, location in fitting:
-            self._seed_part(identity, location)
+        room = max(0, min(room, self._max_rows - self._residency.num_ssd_blocks))
+        fitting, surplus = batch[:room], batch[room:]
+        identities = list({identity.part.key: identity for identity, _ in fitting}.values())
+        self._make_stubs([key for one in identities for key in (one.part.key, one.parent)])
+        self._place(identities)
+        rows = self._index.lookup(packed_keys(b"".join(one.part.key for one, _ in fitting)))
+        ordinals = np.array(
+            [self._ordinal(row, one) for row, (one, _) in zip(rows, fitting, strict=True)],
+            dtype=np.intp,
+        )
+        for ordinal in np.unique(ordinals).tolist():
+            chosen = np.flatnonzero(ordinals == ordinal)
+            self._seed_parts(rows[chosen], ordinal, [fitting[at] for at in chosen.tolist()])
         return [identity.part for identity, _ in surplus]
 
     def _make_stubs(self, keys: list[BlockKey]) -> None:
-        distinct = [key for key in dict.fromkeys(keys) if key != _ZERO_KEY]
+        distinct = [key for key in dict.fromkeys(keys) if key != ROOT_PARENT]
         words = packed_keys(b"".join(distinct))
-        missing = self._index.lookup(words) == NO_ROW
-        self._index.insert(words[missing])
+        self._index.insert(words[self._index.lookup(words) == NO_ROW])
 
-    def _adopt(self, row: int, parent: int, identity: PartIdentity) -> None:
+    def _place(self, identities: list[PartIdentity]) -> None:
+        """Stubs of these blocks become blocks, below parents that may stay stubs."""
         index = self._index
+        rows = index.lookup(packed_keys(b"".join(one.part.key for one in identities)))
+        parents = index.lookup(packed_keys(b"".join(one.parent for one in identities)))
+        places = np.array([one.block_index for one in identities], dtype=np.uint32)
+        unknown_parent = (parents != NO_ROW) & (index.lineage.array[parents] == 0)
+        index.block_index.array[parents[unknown_parent]] = places[unknown_parent] - 1
+        new = index.lineage.array[rows] == 0
+        if new.any():
+            numbers = [
+                self._lineage(one) for one, is_new in zip(identities, new, strict=True) if is_new
+            ]
+            lineages = np.array(numbers, dtype=np.uint32)
+            index.adopt(rows[new], parents[new], lineages, places[new])
+
+    def _lineage(self, identity: PartIdentity) -> int:
         lineage = Lineage(
             identity.tenant,
             identity.namespace_tag,
             identity.layout_fingerprint,
             identity.incarnations,
         )
-        number = index.intern_lineage(lineage, self._residency.tenant_slot(identity.tenant))
-        index.adopt(_rows(row), _rows(parent), _rows(number), _rows(identity.block_index))
-        if parent and not index.lineage.cell[parent]:
-            index.block_index.cell[parent] = identity.block_index - 1
+        return self._index.intern_lineage(lineage, self._residency.tenant_slot(identity.tenant))
 
-    def _seed_part(self, identity: PartIdentity, location: Location) -> None:
-        index, part = self._index, identity.part
-        row = int(index.lookup(packed_keys(part.key))[0])
-        layout = index.layout_at(row)
-        ordinal = layout.add(PartSpec(part.group, part.shard, identity.num_bytes))
-        index.ensure_parts(_rows(row), ordinal + 1)
-        number = int(index.parts(_rows(row), ordinal)[0])
-        index.part_checksum[number] = np.void(identity.checksum)
-        self._residency.sealed(row, number, identity.num_bytes, location)
+    def _ordinal(self, row: np.uint32, identity: PartIdentity) -> int:
+        part = identity.part
+        spec = PartSpec(part.group, part.shard, identity.num_bytes)
+        return self._index.layout_at(int(row)).add(spec)
+
+    def _seed_parts(
+        self, rows: Rows, ordinal: int, records: list[tuple[PartIdentity, Location]]
+    ) -> None:
+        index = self._index
+        index.ensure_parts(rows, ordinal + 1)
+        parts = index.parts(rows, ordinal)
+        sums = b"".join(identity.checksum for identity, _ in records)
+        index.part_checksum[parts] = np.frombuffer(sums, dtype="V16")
+        for row, part, record in zip(rows.tolist(), parts.tolist(), records, strict=True):
+            self._residency.sealed(row, part, record[0].num_bytes, record[1])
 
     # -- promotion -----------------------------------------------------------------------------------
 
@@ -356,45 +374,33 @@ class SsdTraffic:
 
     def dropped(self, parts: list[Part]) -> None:
         """The tier gave these parts up: their segment was reclaimed."""
-        for row, part, ordinal in self._sealed_parts(parts):
-            spec = self._index.layout_at(row).specs[ordinal]
-            self._residency.forget_sealed(row, part, spec.num_bytes)
+        index = self._index
+        keys = packed_keys(b"".join(part.key for part in parts))
+        rows = index.lookup(keys).tolist()
+        for row, part in zip(rows, parts, strict=True):
+            if not row or not index.lineage.cell[row]:
+                continue
+            layout = index.layout_at(row)
+            ordinal = layout.ordinal(part.group, part.shard)
+            numbers = index.parts_of(row)
+            if ordinal is not None and ordinal < len(numbers):
+                size = layout.specs[ordinal].num_bytes
+                self._residency.forget_sealed(row, numbers[ordinal], size)
+        index.drop_empty(rows)
 
     def forget(self, row: int) -> None:
         """Take a block off SSD: corrupt or withdrawn."""
         index = self._index
         specs = index.layout_at(row).specs
         gone = []
-        with self._kept(row):
-            for ordinal, part in enumerate(index.parts_of(row)):
-                if index.part_state.cell[part] & SSD:
-                    spec = specs[ordinal]
-                    gone.append(Part(index.key(row), spec.group, spec.shard))
-                    self._residency.forget_sealed(row, part, spec.num_bytes)
+        for ordinal, part in enumerate(index.parts_of(row)):
+            if index.part_state.cell[part] & SSD:
+                spec = specs[ordinal]
+                gone.append(Part(index.key(row), spec.group, spec.shard))
+                self._residency.forget_sealed(row, part, spec.num_bytes)
+        index.drop_empty([row])
         if gone:
             self._tier.delete(gone)
-
-    @contextmanager
-    def _kept(self, row: int) -> Iterator[None]:
-        self._residency.hold(_rows(row))
-        try:
-            yield
-        finally:
-            self._residency.unhold(_rows(row))
-
-    def _sealed_parts(self, parts: list[Part]) -> Iterator[tuple[int, int, int]]:
-        index = self._index
-        rows = index.lookup(packed_keys(b"".join(part.key for part in parts)))
-        for part, row in zip(parts, rows.tolist(), strict=True):
-            # Forgetting a part may forget its row, and with it the row of a later part of the block.
-            if not row or index.key(row) != part.key or not index.lineage.cell[row]:
-                continue
-            ordinal = index.layout_at(row).ordinal(part.group, part.shard)
-            if ordinal is None:
-                continue
-            number = int(index.parts(_rows(row), ordinal)[0])
-            if number:
-                yield row, number, ordinal
 
     def refresh_charges(self) -> None:
         """Charge dead bytes that the tier has not reclaimed to those who wrote them."""

@@ -53,6 +53,9 @@ _HOUSE_S = 0.5
 _SLICE_ROWS = 16_384
 """Rows one slice of a background walk over the index looks at."""
 
+_DROPS = 64
+"""Blocks a purge drops before it lets others run."""
+
 _TOUCH_BYTES = 64 * 1024 * 1024
 
 
@@ -316,12 +319,19 @@ class BlockStore:
                 for number in set(lineages.tolist())
                 if number and struck.intersection(self._index.lineage_of(number).incarnations)
             ]
-            found = rows[np.isin(lineages, doomed)].tolist()
-            for row in found:
-                self._drop(row)
-            num_blocks += len(found)
+            for row in rows[np.isin(lineages, doomed)].tolist():
+                if struck.intersection(self._incarnations(row)):
+                    self._drop(row)
+                    num_blocks += 1
+                if num_blocks % _DROPS == 0:
+                    await asyncio.sleep(0)
             await asyncio.sleep(0)
         return num_blocks
+
+    def _incarnations(self, row: int) -> tuple[bytes, ...]:
+        """Asked for each row again: while a purge paused, the row may have become another's."""
+        number = self._index.lineage.cell[row]
+        return self._index.lineage_of(number).incarnations if number else ()
 
     def _drop(self, row: int) -> None:
         """Out of both tiers. The row stays while somebody holds it or a child hangs on it."""
