@@ -12,6 +12,7 @@ import grpc
 import pytest
 from kvfabric_router.app import running
 from kvfabric_router.lease import boottime
+from kvfabric_router.registry_view import RegistryView
 
 from kvfabric.config import RouterConfig
 from kvfabric.daemon.admin import AdminServer, AdminSources, Runs
@@ -179,6 +180,27 @@ async def test_no_withdrawal_succeeds_while_an_older_request_may_still_be_sent(
                 sent()
                 await until(lambda: router.registry.usable() is not None)
             await asking
+
+
+@pytest.mark.slow
+async def test_acknowledging_at_once_would_let_it_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard removed: success is told while a request minted before it is still to be sent."""
+
+    async def at_once(view: RegistryView) -> None:
+        pass
+
+    monkeypatch.setattr(RegistryView, "wait_sent", at_once)
+    async with node_part(tmp_path) as node, running(config(tmp_path)) as router:
+        await node.registry.register_template("t", "1", b"hello", is_public=False)
+        await until(lambda: _version(router.registry.usable()) == node.registry.state.version)
+        async with grpc.aio.insecure_channel(f"unix:{tmp_path}/admin.sock") as channel:
+            stub = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
+            with router.registry.sending(node.registry.state.version):
+                receipt = await stub.Invalidate(pb.InvalidateRequest(scope="template", name="t"))
+        acks = {ack.holder_kind: ack.waited_out for ack in receipt.acknowledgements}
+        assert acks["router"] is False
 
 
 async def test_a_request_counts_as_sent_before_it_is_answered(

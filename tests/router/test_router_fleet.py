@@ -1,0 +1,160 @@
+"""A router in front of real engines on a real node, each a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+
+from kvfabric.demo.processes import Child, Children, free_addresses
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
+
+pytestmark = [pytest.mark.slow, pytest.mark.fleet]
+
+READY_S = 60.0
+TEMPLATE = "You are a careful assistant. You answer in one word, and you never guess. "
+PROMPT = TEMPLATE + "Which of all the words that you know is the best one to end this with? " * 2
+
+
+@dataclass
+class Deployment:
+    """Node, engines and router, with a tenant's key each."""
+
+    url: str
+    http: aiohttp.ClientSession
+    registry: Any
+    node: Child
+    router: Child
+    engines: dict[str, Child]
+    keys: dict[str, str] = field(default_factory=dict)
+
+    async def ask(self, who: str, **fields: Any) -> tuple[int, Any, Mapping[str, str]]:
+        body = {"model": "reference", "prompt": PROMPT, "max_tokens": 2, "temperature": 0, **fields}
+        headers = {"Authorization": f"Bearer {self.keys[who]}"}
+        async with self.http.post(
+            f"{self.url}/v1/completions", json=body, headers=headers
+        ) as answer:
+            return answer.status, await answer.json(), answer.headers
+
+    async def cached(self, who: str, **fields: Any) -> int:
+        """Prompt tokens that the answer did not have to compute."""
+        status, body, _ = await self.ask(who, **fields)
+        assert status == 200, body
+        return int(body["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    async def metric(self, line: str) -> bool:
+        try:
+            async with self.http.get(f"{self.url}/metrics") as answer:
+                return line in (await answer.text()).splitlines()
+        except aiohttp.ClientError:
+            return False
+
+    async def wait_metric(self, line: str) -> None:
+        await self.router.wait_ready(lambda: self.metric(line), READY_S)
+
+
+@asynccontextmanager
+async def deployment(directory: Path) -> AsyncIterator[Deployment]:
+    addresses = free_addresses(3)
+    async with AsyncExitStack() as stack:
+        children = await stack.enter_async_context(Children(directory))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        state = ["--state-dir", str(directory)]
+        node = await children.start(
+            "node",
+            ["node", *state, "--http", "", "--host-bytes", "32MiB", "--ssd-bytes", "0"],
+        )
+        engines = {}
+        for name, address in zip(("e1", "e2"), addresses, strict=False):
+            flags = ["--listen", address, "--engine-id", name, "--block-tokens", "16"]
+            flags += ["--node-socket", str(directory / "node.sock"), "--max-model-tokens", "1024"]
+            flags += ["--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64"]
+            engines[name] = await children.start(name, ["engine", *flags])
+        router = await children.start("router", ["router", *state, "--listen", addresses[2]])
+        channel = await stack.enter_async_context(
+            grpc.aio.insecure_channel(f"unix:{directory}/admin.sock")
+        )
+        registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
+        found = Deployment(f"http://{addresses[2]}", http, registry, node, router, engines)
+        await found.wait_metric('kvfabric_router_engines{result="taking"} 2.0')
+        await found.wait_metric("kvfabric_router_epoch_lease_valid 1.0")
+        for name in ("one", "two"):
+            created = await registry.CreateTenant(pb.CreateTenantRequest(name=name))
+            found.keys[name] = created.api_key
+        yield found
+
+
+async def settled(fleet: Deployment, prompt: str, tokens: int) -> bool:
+    """Ask until at least `tokens` are reused: what was stored is in the index some 20 ms later."""
+    for _ in range(50):
+        if await fleet.cached("one", prompt=prompt) >= tokens:
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def streamed(fleet: Deployment) -> int:
+    """Completion tokens of a streamed chat, as its usage has them."""
+    body = {
+        "model": "reference",
+        "messages": [{"role": "user", "content": "Say something."}],
+        "max_tokens": 5,
+        "stream": True,
+        "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    }
+    headers = {"Authorization": f"Bearer {fleet.keys['one']}"}
+    async with fleet.http.post(
+        f"{fleet.url}/v1/chat/completions", json=body, headers=headers
+    ) as answer:
+        *_, usage, done = [line for line in (await answer.text()).splitlines() if line]
+    assert done == "data: [DONE]"
+    return int(json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"])
+
+
+async def test_reuse_is_found_and_kept_apart(tmp_path: Path) -> None:
+    """One story, because starting processes takes long: reuse, tenants, templates, failures."""
+    async with deployment(tmp_path) as fleet:
+        assert (await fleet.http.post(f"{fleet.url}/v1/completions", json={})).status == 401
+
+        # A stream passes through whole, with its usage.
+        assert await streamed(fleet) == 5
+
+        # The same tenant's prompt is reused; another tenant's same prompt is not.
+        assert await fleet.cached("one") == 0
+        assert await settled(fleet, PROMPT, (len(PROMPT) - 1) // 16 * 16)
+        assert await fleet.cached("two") == 0
+
+        # A registered template has keys of its own; withdrawn, only what stands before it is reused.
+        await fleet.registry.RegisterTemplate(
+            pb.RegisterTemplateRequest(name="careful", version="1", text=TEMPLATE.encode())
+        )
+        ahead = "x" * 40  # two whole blocks
+        assert await fleet.cached("one", prompt=ahead + PROMPT) == 0
+        assert await settled(fleet, ahead + PROMPT, 100)
+        await fleet.registry.Invalidate(pb.InvalidateRequest(scope="template", name="careful"))
+        assert await fleet.cached("one", prompt=ahead + PROMPT) == 32
+        await fleet.registry.PromoteTemplate(pb.PromoteTemplateRequest(name="careful", version="1"))
+        assert await fleet.cached("one", prompt=ahead + PROMPT) > 100
+
+        # An engine dies: nobody notices, and what it computed is still there.
+        _, _, headers = await fleet.ask("one", prompt=ahead + PROMPT)
+        await fleet.engines[headers["x-kvfabric-engine"]].kill()
+        for _ in range(4):
+            assert await fleet.cached("one", prompt=ahead + PROMPT) > 100
+
+        # The node dies: requests are answered, and after the lease nothing is reused at all.
+        await fleet.node.kill()
+        assert (await fleet.ask("one"))[0] == 200
+        await fleet.wait_metric("kvfabric_router_epoch_lease_valid 0.0")
+        for _ in range(3):
+            assert await fleet.cached("one", prompt=ahead + PROMPT) == 0
