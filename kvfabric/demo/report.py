@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,6 +91,20 @@ def side_by_side(baseline: RunFigures, fabric: RunFigures, ideal_tokens: int) ->
     ]
     lines.insert(1, "  " + "-" * (sum(widths) + 6))
     return "\n".join(lines)
+
+
+def receipt_lines(receipt: Mapping[str, Any]) -> list[str]:
+    """A receipt of the registry for people."""
+    after_ms = 1000 * (receipt["unreachable_at"] - receipt["requested_at"])
+    lines = [
+        f"{receipt['action']} of {receipt['scope']}, requested by {receipt['requested_by']}",
+        f"epoch {receipt['old_epoch']} -> {receipt['new_epoch']}, "
+        f"in force everywhere after {after_ms:.1f} ms",
+    ]
+    for ack in receipt["acknowledgements"]:
+        how = "waited out" if ack["waited_out"] else f"applied after {1000 * ack['after_s']:.1f} ms"
+        lines.append(f"{ack['holder_kind']} {ack['holder_id']}: {how}")
+    return [*lines, f"audit head {receipt['audit_head']}"]
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -24,7 +25,14 @@ from kvfabric.demo.fleet import MODEL_FLAGS, NUM_ENGINES, TEMPLATE, VERSION, Fle
 from kvfabric.demo.processes import Children, DemoError
 from kvfabric.demo.progress import Progress
 from kvfabric.demo.replay import Answer, Client, Job
-from kvfabric.demo.report import Report, Step, request_rows, run_figures, side_by_side
+from kvfabric.demo.report import (
+    Report,
+    Step,
+    receipt_lines,
+    request_rows,
+    run_figures,
+    side_by_side,
+)
 from kvfabric.demo.slice import BLOCK_TOKENS, TENANTS, SliceRequest
 
 LOAD_SHARE = 0.7
@@ -32,7 +40,8 @@ LOAD_SHARE = 0.7
 
 ANSWER_TOKENS = 8
 _CONCURRENCY = 2 * NUM_ENGINES
-_QUICK_GROUPS = 6
+_QUICK_GROUPS = 4
+_WITHDRAWN_GROUPS = 6
 _WARM_UP_REQUESTS = 4
 _VISITOR = "visitor"
 """A tenant of its own for warming up and for measuring capacity, so that the slice's tenants start cold."""
@@ -255,7 +264,7 @@ class Story:
 
     async def _withdraw(self) -> None:
         step = self._step("3  The template's version is withdrawn, and put back")
-        jobs = [self._jobs[index] for index in self._first_of_groups(_QUICK_GROUPS)]
+        jobs = [self._jobs[index] for index in self._first_of_groups(_WITHDRAWN_GROUPS)]
         whole = [_full_tokens(job) for job in jobs]
         await self._closed_loop("prompts with the template", jobs)
         await self._fleet.settled()
@@ -275,11 +284,11 @@ class Story:
         self._check(step, checks.reused_exactly("warm again", answers, whole))
         self._check_answers(step, answers)
 
-    def _show_receipt(self, step: Step, what: str, receipt: dict[str, object]) -> None:
+    def _show_receipt(self, step: Step, what: str, receipt: dict[str, Any]) -> None:
         step.figures[f"receipt_{what.replace(' ', '_')}"] = receipt
         self._progress.line(f"  receipt: template {TEMPLATE} version {VERSION} {what}")
-        for name, value in receipt.items():
-            self._progress.line(f"    {name}: {value}")
+        for line in receipt_lines(receipt):
+            self._progress.line(f"    {line}")
         self._check(step, checks.receipt_is_complete(f"receipt ({what})", receipt, ["router"]))
 
     def _first_of_groups(self, count: int) -> list[int]:

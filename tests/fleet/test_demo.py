@@ -27,6 +27,7 @@ def quick_demo(
     done = subprocess.run(
         [sys.executable, "-m", "kvfabric", "demo", "--quick", "--report", "report.json"],
         cwd=directory,
+        env=os.environ | {"TMPDIR": str(directory)},  # where it keeps its fleet: see the last test
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -34,7 +35,8 @@ def quick_demo(
         check=False,
     )
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    return done, json.loads((directory / "report.json").read_text())
+    assert [entry.name for entry in directory.iterdir()] == ["report.json"]  # it cleans up
+    return done, json.loads((directory / "report.json").read_text()) | {"directory": directory}
 
 
 def test_everything_holds(
@@ -84,6 +86,7 @@ def test_no_process_outlives_the_demo(
     quick_demo: Demo,
 ) -> None:
     """Killed and restarted children included: none is left."""
+    directory = os.fsencode(quick_demo[1]["directory"])
     left = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -91,6 +94,6 @@ def test_no_process_outlives_the_demo(
                 command = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if any(part.startswith(b"/tmp/kvfabric-demo-") for part in command):
+            if any(part.startswith(directory) for part in command):
                 left.append(command)
     assert left == []

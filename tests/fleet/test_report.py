@@ -9,7 +9,15 @@ import math
 from kvfabric.demo.checks import Check
 from kvfabric.demo.progress import Progress
 from kvfabric.demo.replay import Answer, Job
-from kvfabric.demo.report import Report, Step, percentile, request_rows, run_figures, side_by_side
+from kvfabric.demo.report import (
+    Report,
+    Step,
+    percentile,
+    receipt_lines,
+    request_rows,
+    run_figures,
+    side_by_side,
+)
 
 
 def _answers(cached: int) -> list[Answer]:
@@ -64,6 +72,31 @@ def test_the_report_is_json_with_every_check() -> None:
         "figures": {"n": 1},
     }
     assert read["figures"]["rows"][0]["ideal_tokens"] == 16
+
+
+def test_a_receipt_says_who_applied_and_who_was_waited_out() -> None:
+    """Epochs, how long it took, each holder, and the head of the audit log."""
+    receipt = {
+        "action": "retire_template",
+        "scope": "template:helper",
+        "requested_by": "root@here",
+        "requested_at": 100.0,
+        "unreachable_at": 102.5,
+        "old_epoch": 1,
+        "new_epoch": 2,
+        "audit_head": "ff00",
+        "acknowledgements": [
+            {"holder_kind": "node", "holder_id": "a", "after_s": 0.002, "waited_out": False},
+            {"holder_kind": "router", "holder_id": "b", "after_s": 2.5, "waited_out": True},
+        ],
+    }
+    assert receipt_lines(receipt) == [
+        "retire_template of template:helper, requested by root@here",
+        "epoch 1 -> 2, in force everywhere after 2500.0 ms",
+        "node a: applied after 2.0 ms",
+        "router b: waited out",
+        "audit head ff00",
+    ]
 
 
 class _Terminal(io.StringIO):
