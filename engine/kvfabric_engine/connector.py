@@ -31,7 +31,7 @@ from kvfabric.protocol.messages import Role
 from kvfabric.types import BlockKey, BlockLayout, GrantState, MissReason, TierName
 from kvfabric_engine.audit import PartAudit
 from kvfabric_engine.boundary import Boundary, reason_of
-from kvfabric_engine.node_link import NodeLink
+from kvfabric_engine.node_link import LinkCalls, NodeLink
 from kvfabric_engine.pool_events import PoolEvents
 from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
 from kvfabric_engine.staging import Fence, Mover, Pages
@@ -169,13 +169,13 @@ class Connector:
             self._hello(),
             boundary=self._boundary,
             session=options.session,
-            on_connect=self._connected,
-            tick=self._tick,
+            calls=LinkCalls(connected=self._connected, gone=self._unpin, tick=self._tick),
         )
         self._control = ThreadPoolExecutor(CONTROL_THREADS, "kvf-control")
         self._loading = ThreadPoolExecutor(1, "kvf-load")
         self._saving = ThreadPoolExecutor(1, "kvf-save")
         self._staging: list[memoryview] = []
+        self._pinned: memoryview | None = None  # the window, on the link's thread
         self._lock = threading.Lock()  # guards all below
         self._requests: dict[str, _Request] = {}
         self._to_release: list[str] = []
@@ -561,15 +561,27 @@ class Connector:
 
     def _connected(self, client: NodeClient) -> None:
         """A new connection: the node knows nothing of our pool, and of no request."""
-        window = client.window
-        if (whole := window.allocate(window.num_bytes) if window.num_bytes else None) is not None:
-            self._mover.pin(window.view(whole, window.num_bytes))
-            window.free(whole)
+        self._pin(client.window)
         with self._lock:
             self._needs_snapshot = True
             self._to_release.clear()
             for request in self._requests.values():
                 request.leased_keys = ()
+
+    def _pin(self, window: Window) -> None:
+        if window.num_bytes == 0:
+            return
+        whole = self._allocate(window, window.num_bytes)
+        self._pinned = window.view(
+            whole, window.num_bytes
+        )  # held: it must not be unmapped while pinned
+        window.free(whole)
+        self._mover.pin(self._pinned)
+
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            self._mover.unpin(self._pinned)
+        self._pinned = None
 
     def _tick(self, client: NodeClient) -> None:
         self._send_releases(client)

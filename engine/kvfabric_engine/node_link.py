@@ -15,6 +15,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from kvfabric.client import EngineHello, NodeClient
 from kvfabric.errors import DeadlineExceeded, NotFound, PeerClosed, ProtocolError
@@ -29,8 +30,22 @@ BATCH_S = 0.02
 BACKOFF_S = (0.1, 5.0)
 
 
+@dataclass(frozen=True, slots=True)
+class LinkCalls:
+    """What the link calls on its thread. They may raise: that ends what was tried."""
+
+    connected: Callable[[NodeClient], None]
+    """Before the first use of a client."""
+
+    gone: Callable[[], None]
+    """After the last use of a client and before its memory is unmapped. May come more than once."""
+
+    tick: Callable[[NodeClient], None]
+    """From time to time while UP, and soon after `wake`."""
+
+
 class NodeLink:
-    """`use()` gives the client to callers; `tick` is called with it, from the link's thread, while UP."""
+    """`use()` gives the client to whoever calls the node."""
 
     def __init__(
         self,
@@ -39,16 +54,14 @@ class NodeLink:
         *,
         boundary: Boundary,
         session: bytes = b"",
-        on_connect: Callable[[NodeClient], None],
-        tick: Callable[[NodeClient], None],
+        calls: LinkCalls,
     ) -> None:
         """`session`: the instance to join, when another process of this engine opened it."""
         self._socket_path = socket_path
         self._hello = hello
         self._boundary = boundary
         self._joined = session
-        self._on_connect = on_connect
-        self._tick = tick
+        self._calls = calls
         self._condition = threading.Condition()  # guards all below
         self._client: NodeClient | None = None
         self._previous: NodeClient | None = None  # lost; its session is to be resumed
@@ -121,6 +134,7 @@ class NodeLink:
             self._condition.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        self._boundary.run("close", self._calls.gone, lambda _: None)
         for client in (self._client, self._previous):
             if client is not None:
                 self._boundary.run("close", client.close, lambda _: None)
@@ -163,6 +177,7 @@ class NodeLink:
             ):
                 return False
             previous = self._previous
+        self._calls.gone()
         try:
             client = NodeClient.connect(
                 self._socket_path,
@@ -177,7 +192,11 @@ class NodeLink:
                 previous.close()
                 self._previous = None
             raise
-        self._on_connect(client)
+        try:
+            self._calls.connected(client)
+        except BaseException:
+            client.close()
+            raise
         with self._condition:
             self._client, self._previous = client, None
             self._is_stalled = False
@@ -189,7 +208,7 @@ class NodeLink:
         """One round: is it alive, and whatever the connector has to send."""
         alive = self._boundary.run("ping", lambda: self._ping(client), lambda _: False)
         if alive:
-            self._boundary.run("tick", lambda: self._tick(client), lambda _: None)
+            self._boundary.run("tick", lambda: self._calls.tick(client), lambda _: None)
         with self._condition:
             self._is_stalled = not alive
             self._condition.notify_all()

@@ -19,11 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvfabric.errors import ConfigError
+from kvfabric.errors import ConfigError, TransferError
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 
 Pages = Sequence[int]
 """The pages of one fabric block, in the order of their tokens: `pages_per_block` indexes into the pool."""
+
+
+PROBE_BYTES = 64
 
 
 class Fence(ABC):
@@ -64,7 +67,16 @@ class Mover(ABC):
 
     @abstractmethod
     def pin(self, memory: memoryview) -> None:
-        """Page-lock memory of somebody else, such as a window. Best effort; nothing to do on CPU."""
+        """Page-lock memory of somebody else, such as a window, so that gathers into it are fast.
+
+        Must be undone by `unpin` before the memory is unmapped: the driver goes by address, and would
+        write into the old pages when something else is mapped there. Raises TransferError if what the
+        device writes there does not show; nothing to do on CPU.
+        """
+
+    @abstractmethod
+    def unpin(self, memory: memoryview) -> None:
+        """Undo `pin`. Idempotent."""
 
 
 def mover_for(pool: torch.Tensor, shape: PoolShape) -> Mover:
@@ -123,6 +135,9 @@ class HostMover(Mover):
     def pin(self, memory: memoryview) -> None:
         return
 
+    def unpin(self, memory: memoryview) -> None:
+        return
+
 
 class _Event(Fence):
     def __init__(self, event: torch.cuda.Event) -> None:
@@ -143,6 +158,7 @@ class CudaMover(Mover):
         self._to_host = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # untyped in torch
         self._to_device = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # untyped in torch
         # A stream is an order: two threads interleaving on one would wait for each other's copies.
+        self._pinned: set[int] = set()  # addresses
         self._gathering = threading.Lock()
         self._scattering = threading.Lock()
 
@@ -180,6 +196,30 @@ class CudaMover(Mover):
         return pinned.numpy().data
 
     def pin(self, memory: memoryview) -> None:
-        address = np.frombuffer(memory, np.uint8).ctypes.data
+        address = _address(memory)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
-        runtime.cudaHostRegister(address, memory.nbytes, 0)
+        if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0:
+            self._pinned.add(address)
+        self._probe(memory)
+
+    def unpin(self, memory: memoryview) -> None:
+        address = _address(memory)
+        if address in self._pinned:
+            self._pinned.remove(address)
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
+            runtime.cudaHostUnregister(address)
+
+    def _probe(self, memory: memoryview) -> None:
+        """Does what the device writes to both ends of `memory` show there? Leaves them overwritten."""
+        size = min(PROBE_BYTES, memory.nbytes)
+        for end in (memory[:size], memory[memory.nbytes - size :]):
+            written = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self._device)
+            torch.frombuffer(end, dtype=torch.uint8).copy_(written, non_blocking=True)
+            torch.cuda.current_stream(self._device).synchronize()
+            if bytes(end) != written.cpu().numpy().tobytes():
+                raise TransferError("the device writes to other pages than are mapped here")
+
+
+def _address(memory: memoryview) -> int:
+    address: int = np.frombuffer(memory, np.uint8).ctypes.data
+    return address

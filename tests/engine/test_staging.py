@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+
+import numpy as np
 import pytest
 import torch
 from kvfabric_engine.layout import PoolShape, default_block_tokens
 from kvfabric_engine.staging import HostMover, mover_for, prove_layout
 
-from kvfabric.errors import ConfigError
+from kvfabric.errors import ConfigError, TransferError
 
 SHAPE = PoolShape(16, 2, 8, 2, 16, torch.float32, block_tokens=24)
 DEVICES = [
@@ -72,3 +76,48 @@ def test_sizes() -> None:
     assert [default_block_tokens(n) for n in (16, 48, 64, 128)] == [64, 96, 64, 128]
     with pytest.raises(ConfigError, match="no multiple"):
         PoolShape(16, 2, 8, 2, 16, torch.float32, block_tokens=20)
+
+
+class _Memory:
+    """`size` bytes of a file in memory, mapped; another may be mapped at the same address."""
+
+    def __init__(self, size: int) -> None:
+        self._descriptor = os.memfd_create("test")
+        os.truncate(self._descriptor, size)
+        self._map = mmap.mmap(self._descriptor, size)
+        self.view = memoryview(self._map)
+        self.address = np.frombuffer(self.view, np.uint8).ctypes.data
+
+    def close(self) -> None:
+        self.view.release()
+        self._map.close()
+        os.close(self._descriptor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_unpinned", [True, False])
+def test_memory_mapped_where_pinned_memory_was(device: str, is_unpinned: bool) -> None:
+    """A new window at the old one's address gets the bytes, since the old one was unpinned first.
+
+    With that guard removed, the device writes into the old pages: the probe finds it and refuses.
+    """
+    pool = SHAPE.create(torch.device(device))
+    pool.copy_(torch.randn(pool.shape))
+    mover = mover_for(pool, SHAPE)
+    old = _Memory(1 << 20)
+    mover.pin(old.view)
+    if is_unpinned or device == "cpu":
+        mover.unpin(old.view)
+    old.close()
+    new = _Memory(1 << 20)
+    assert new.address == old.address
+    if not is_unpinned and device != "cpu":
+        with pytest.raises((TransferError, RuntimeError)):
+            mover.pin(new.view)
+    else:
+        mover.pin(new.view)
+        with new.view[: SHAPE.part_bytes] as part:
+            mover.gather([(1, 2, 3)], [part], after=mover.fence())
+            assert bytes(part) == pool[1:4].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+        mover.unpin(new.view)
+    new.close()

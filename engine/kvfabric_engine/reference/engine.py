@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -275,17 +276,32 @@ class Engine:
         if self.connector is None or not sequence.in_fabric or not keys:
             self._start(sequence, 0)
             return
-        if len(sequence.cached) == len(keys):
-            self._start(sequence, 0)  # nothing to fetch, but perhaps something to save again
-        sequence.is_matching = True
         matched = self.connector.match(sequence.request_id, keys)
-        self._when_done(matched, partial(self._matched, sequence))
+        if len(sequence.cached) < len(keys):
+            self._when_done(matched, partial(self._matched, sequence))
+            return
+        # Nothing to fetch, so nothing to wait for; but perhaps something to save again.
+        held = list(sequence.cached)
+        self._blocks.reference(held)
+        sequence.is_matching = True
+        self._when_done(matched, partial(self._matched_late, sequence, held))
+        self._start(sequence, 0)
+
+    def _matched_late(
+        self, sequence: Sequence, held: list[CachedBlock], match: PrefixMatch
+    ) -> None:
+        missing = self._missing(sequence, held, match)
+        self._blocks.unreference(held[: len(held) - len(missing)])
+        self._hand_over(sequence, missing)
+        sequence.is_matching = False
+        if sequence.phase is Phase.FINISHED:
+            self._leave_fabric(sequence)
 
     def _matched(self, sequence: Sequence, match: PrefixMatch) -> None:
-        sequence.is_matching = False
-        self._save_missing(sequence, match)
         if sequence.phase is not Phase.FETCHING:
-            return
+            return  # the engine stopped
+        sequence.unsaved = self._missing(sequence, sequence.cached, match)
+        self._blocks.reference(sequence.unsaved)
         keys = sequence.usable_keys()
         plan = plan_fetch(match, num_cached=len(sequence.cached), num_usable=len(keys))
         if plan.num_blocks == 0 or sequence.is_aborted:
@@ -326,16 +342,14 @@ class Engine:
             r, total = sequence.reused, self._reused
             self._reused = Reused(total.hbm + r.hbm, total.host + r.host, total.ssd + r.ssd)
 
-    def _save_missing(self, sequence: Sequence, match: PrefixMatch) -> None:
-        """Blocks that this pool holds and the node does not (it restarted, or evicted them)."""
-        is_known = match.reason in (MissReason.NONE, MissReason.ABSENT, MissReason.EVICTED)
-        if not sequence.in_fabric or sequence.is_aborted or not is_known:
-            return
-        assert sequence.keys is not None
-        if not sequence.keys.no_store:
-            missing = sequence.cached[match.num_blocks :]
-            self._blocks.reference(missing)
-            sequence.unsaved[:0] = missing
+    def _missing(
+        self, sequence: Sequence, cached: list[CachedBlock], match: PrefixMatch
+    ) -> list[CachedBlock]:
+        """Of the leading blocks `cached` here those that the node does not hold: it restarted, or
+        evicted them. None if it does not say so."""
+        is_told = match.reason in (MissReason.NONE, MissReason.ABSENT, MissReason.EVICTED)
+        may_store = sequence.keys is not None and not sequence.keys.no_store
+        return cached[match.num_blocks :] if is_told and may_store else []
 
     def _step(self, work: list[Work]) -> None:
         if self.is_deterministic:
@@ -356,8 +370,9 @@ class Engine:
         self._scheduler.computed(item)
         is_ready = len(sequence.unsaved) * self.shape.block_tokens >= SAVE_TOKENS
         if is_ready or not sequence.is_prefilling:
-            self._save(sequence)
-        if self.is_deterministic and not sequence.is_prefilling and not sequence.is_matching:
+            unsaved, sequence.unsaved = sequence.unsaved, []
+            self._hand_over(sequence, unsaved)
+        if self.is_deterministic and sequence.in_fabric and not sequence.is_prefilling:
             self._leave_fabric(sequence)  # answered tokens are not cached in this mode
         if not item.span.sample:
             return
@@ -375,12 +390,13 @@ class Engine:
             return Finish.STOP
         return Finish.LENGTH if sequence.num_answered >= params.max_tokens else None
 
-    def _save(self, sequence: Sequence) -> None:
-        """Hand over what is unsaved, run by run: a reservation is of consecutive blocks."""
-        while sequence.unsaved:
-            run = [sequence.unsaved.pop(0)]
-            while sequence.unsaved and sequence.unsaved[0].identity.parent == run[-1].key:
-                run.append(sequence.unsaved.pop(0))
+    def _hand_over(self, sequence: Sequence, blocks: list[CachedBlock]) -> None:
+        """Save `blocks`, each referenced for it, run by run: a reservation is of consecutive ones."""
+        rest = deque(blocks)
+        while rest:
+            run = [rest.popleft()]
+            while rest and rest[0].identity.parent == run[-1].key:
+                run.append(rest.popleft())
             assert self.connector is not None
             saved = self.connector.save(
                 sequence.request_id,
@@ -395,10 +411,10 @@ class Engine:
         self._blocks.unreference(run)
 
     def _leave_fabric(self, sequence: Sequence) -> None:
-        """Nothing more will be loaded or saved for this request."""
-        if sequence.in_fabric and self.connector is not None:
+        """Nothing more will be loaded or saved for this request, but what is being asked for still."""
+        if self.connector is not None and not sequence.is_matching:
             self.connector.release(sequence.request_id)
-        sequence.in_fabric = False
+            sequence.in_fabric = False
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         self._forget(sequence)
@@ -407,5 +423,4 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.name]
         self._scheduler.remove(sequence)
-        if self.connector is not None:
-            self.connector.release(sequence.request_id)
+        self._leave_fabric(sequence)

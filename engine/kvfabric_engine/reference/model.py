@@ -15,6 +15,7 @@ from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvfabric.config import EngineConfig
 
@@ -22,6 +23,9 @@ ROPE_THETA = 10_000.0
 RMS_EPSILON = 1e-6
 LINEAR_GAIN = 2.0
 """Standard deviation of a linear layer's weights times the root of its fan-in."""
+
+# Without cuDNN's: it builds a plan for each new length of context, which costs more than the attention.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,16 +103,19 @@ class Model:
         page_of_row, offset_of_row = self._slots(spans, page_tokens=pool.shape[3])
         cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
         hidden = self.embedding[tokens]  # [T, H]
-        for number, layer in enumerate(self.layers):
-            q, k, v = self._project(layer, hidden, cos, sin)
-            pages = pool[:, number]  # [num_pages, 2, page_tokens, K, D]
-            pages[page_of_row, 0, offset_of_row] = k
-            pages[page_of_row, 1, offset_of_row] = v
-            mixed = [self._attend(q[index.rows], pages, index) for index in indexes]
-            attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-            hidden = hidden + F.linear(attended, layer.output)
-            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+        with sdpa_kernel(_ATTENTION):
+            for number, layer in enumerate(self.layers):
+                q, k, v = self._project(layer, hidden, cos, sin)
+                pages = pool[:, number]  # [num_pages, 2, page_tokens, K, D]
+                pages[page_of_row, 0, offset_of_row] = k
+                pages[page_of_row, 1, offset_of_row] = v
+                mixed = [self._attend(q[index.rows], pages, index) for index in indexes]
+                attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+                hidden = hidden + F.linear(attended, layer.output)
+                gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(
+                    2, dim=-1
+                )
+                hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
         last = [index.rows.stop - 1 for index, s in zip(indexes, spans, strict=True) if s.sample]
         chosen = self._norm(hidden[last], self.final_norm)
         return F.linear(chosen, self.head).float()
