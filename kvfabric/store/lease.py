@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -218,16 +219,32 @@ class LeaseBook:
 
     def affordable(self, rows: Rows) -> int:
         """How many leading blocks the budgets of leased bytes allow."""
+        host, share = self._residency.host, self._lease_share
+        most: dict[int, int] = {}
+        for tenant, num_bytes in self._totals(rows):
+            most[tenant] = most.get(tenant, 0) + num_bytes
+        rooms = {tenant: host.room_to_lease(tenant, share) for tenant in most}
+        if all(most[tenant] <= room for tenant, room in rooms.items()):
+            return len(rows)  # even if none of them is under a lease already
         fresh = (self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)
         costs = self._index.block_bytes_of(rows) * fresh
         tenants = self._index.tenants_of(rows)
         allowed = len(rows)
-        for tenant in distinct_values(tenants):
-            room = self._residency.host.room_to_lease(tenant, self._lease_share)
-            own = costs * (tenants == tenant)
-            if int(own.sum()) > room:
-                allowed = min(allowed, int(np.searchsorted(np.cumsum(own), room, side="right")))
+        for tenant, room in rooms.items():
+            spent = np.cumsum(costs * (tenants == tenant))
+            allowed = min(allowed, int(np.searchsorted(spent, room, side="right")))
         return allowed
+
+    def _totals(self, rows: Rows) -> Iterator[tuple[int, int]]:
+        """(tenant slot, bytes of its whole blocks) for each lineage among `rows`: mostly one."""
+        lineages = self._index.lineage.array[rows]
+        numbers = distinct_values(lineages)
+        for number in numbers:
+            count = len(rows) if len(numbers) == 1 else int(np.count_nonzero(lineages == number))
+            yield (
+                self._index.lineage_tenant.cell[number],
+                count * self._index.lineage_bytes.cell[number],
+            )
 
     def lease(self, request: Request, rows: Rows) -> Rows:
         """Hold `rows` for the request, renew all it has; returns those it did not have before."""
@@ -306,12 +323,9 @@ class LeaseBook:
         idle = (self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)
         self._count("lapsed", rows[idle], -1)
 
-    def _count(self, what: str, rows: Rows, sign: int) -> None:
-        if not len(rows):
-            return
-        host, index = self._residency.host, self._index
-        amounts = sign * index.block_bytes_of(rows)
-        host.add("leased" if what == "leased" else "lapsed", index.tenants_of(rows), amounts)
+    def _count(self, what: Literal["leased", "lapsed"], rows: Rows, sign: int) -> None:
+        for tenant, num_bytes in self._totals(rows):
+            self._residency.host.add_one(what, tenant, sign * num_bytes)
 
     # -- reservations --------------------------------------------------------------------------------
 

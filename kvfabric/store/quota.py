@@ -74,17 +74,21 @@ class TierAccounts:
 
     def slot(self, tenant: TenantId) -> int:
         """The slot number of a tenant, with an account from now on."""
-        slot = self._slots.setdefault(tenant, len(self.accounts))
-        if slot == len(self.accounts):
-            self.accounts.append(Account(tenant))
+        if tenant not in self._slots:
+            self._add_account(tenant)
             self._apply_quotas()
-        return slot
+        return self._slots[tenant]
+
+    def _add_account(self, tenant: TenantId) -> None:
+        if tenant not in self._slots:
+            self._slots[tenant] = len(self.accounts)
+            self.accounts.append(Account(tenant))
 
     def configure(self, tenants: Mapping[TenantId, Tenant]) -> None:
         """The registry's tenants, from now on. Over-long floors are scaled to 90 % together."""
         self._tenants = tenants
         for tenant in tenants:
-            self.slot(tenant)
+            self._add_account(tenant)
         self._apply_quotas()
 
     def resize(self, capacity_bytes: int) -> None:
@@ -113,11 +117,12 @@ class TierAccounts:
         for slot in present:
             own = slots == slot if len(present) > 1 else ...
             if isinstance(num_bytes, int):
-                self._add(field, slot, num_bytes * len(slots[own]))
+                self.add_one(field, slot, num_bytes * len(slots[own]))
             else:
-                self._add(field, slot, int(num_bytes[own].sum()))
+                self.add_one(field, slot, int(num_bytes[own].sum()))
 
-    def _add(self, field: Field, slot: int, num_bytes: int) -> None:
+    def add_one(self, field: Field, slot: int, num_bytes: int) -> None:
+        """As `add`, for one tenant."""
         account = self.accounts[slot]
         value = getattr(account, field) + num_bytes
         assert value >= 0, f"{field} bytes of {account.tenant} would be {value}"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 
 from kvfabric.errors import Overloaded, RemoteProtocolError
 from kvfabric.protocol.messages import Located
+from kvfabric.registry.state import RegistryState, TemplateVersion
 from kvfabric.store import lease
 from kvfabric.store.lease import LeaseBook, Request
 from kvfabric.store.store import StoreLimits
@@ -19,7 +23,7 @@ from kvfabric.testing.store import (
     make_layout,
     part_bytes,
 )
-from kvfabric.types import SessionId
+from kvfabric.types import Incarnation, Segment, SessionId
 
 KEYS = make_keys(4)
 
@@ -197,3 +201,14 @@ async def test_draining_bytes_use_up_the_budget_of_leased_ones() -> None:
         assert rig.match("next", make_keys(2, seed=1)) == (0, "lease_budget")
         rig.store.release(SESSION, ["reader"])
         assert rig.match("next", make_keys(2, seed=1))[0] == 2
+
+
+async def test_the_budget_is_the_tenants_however_many_templates_its_prompt_has() -> None:
+    limits = StoreLimits(host_bytes=40 * PART_BYTES, max_blocks=64, lease_share=0.1)
+    async with StoreRig(limits=limits) as rig:
+        version = TemplateVersion("t", "1", Incarnation(bytes(16)), b"")
+        rig.state = RegistryState(templates=MappingProxyType({("t", "1"): version}))
+        grant = replace(GRANT, segments=(Segment("t", "1", version.incarnation, 3 * 64),))
+        keys = make_keys(6, seed=1)
+        assert await rig.put(keys, grant=grant) == 6
+        assert rig.match("r", keys, grant) == (4, "lease_budget")
