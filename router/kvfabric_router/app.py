@@ -146,10 +146,10 @@ class Router:
     async def decision(self, request: web.Request) -> web.Response:
         """Why a recent request of this tenant went where it went."""
         tenant = self.registry.authenticate(request.headers.get("Authorization"))
-        plan = self.planner.decision(request.match_info["request_id"], tenant.tenant_id)
-        if plan is None:
+        found = self.planner.decision(request.match_info["request_id"], tenant.tenant_id)
+        if found is None:
             raise ApiError(404, "No recent request of yours has this id.", code="unknown_request")
-        return _json(explain(plan))
+        return _json(explain(found))
 
     # ------------------------------------------------------------------ for operators
 

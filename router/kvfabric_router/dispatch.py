@@ -22,6 +22,7 @@ from kvfabric.events.index import FleetIndex, Holder, Present
 from kvfabric.handle import PARAMS_FIELD
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RegistryState, Tenant
+from kvfabric.types import TenantId
 from kvfabric_router import policy
 from kvfabric_router.api import ApiError, ModelRequest
 from kvfabric_router.fleet import Fleet
@@ -55,21 +56,32 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Where a call goes now. `ranked[0]` is the choice; the others are kept to explain it.
+class Decision:
+    """Where a call goes and why: `ranked[0]` is the choice. Holds nothing of the prompt.
 
-    `version` is that of the registry state that it was made by.
+    `reason`: why nothing may be reused; empty if it may.
     """
 
+    tenant: TenantId
     ranked: tuple[Ranked, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to send where, now. `version` is that of the registry state that it was made by."""
+
+    decision: Decision
     body: Mapping[str, Any]
     version: int
-    reason: str
-    """Why nothing may be reused; empty if it may."""
+
+    @property
+    def choice(self) -> Candidate:
+        return self.decision.ranked[0].candidate
 
     @property
     def engine(self) -> EngineView:
-        return self.ranked[0].candidate.engine
+        return self.choice.engine
 
 
 class Planner:
@@ -93,7 +105,7 @@ class Planner:
         self._keyring = KeyringReader(config.state_dir)
         self._rng = rng or random.Random()
         self._turn = 0
-        self._decisions: OrderedDict[str, tuple[str, Plan]] = OrderedDict()
+        self._decisions: OrderedDict[str, Decision] = OrderedDict()
 
     def plan(self, call: Call) -> Plan:
         """Choose an engine and make what it needs. Raises ApiError 400, 404 or 503."""
@@ -105,16 +117,18 @@ class Planner:
         candidates = [self._candidate(call, engine, identities, matches) for engine in engines]
         ranked = self._rank(call, candidates)
         body, reason = self._body(call, ranked[0].candidate.engine, identities)
-        plan = Plan(ranked, body, state.version if state else 0, reason)
-        self._remember(call, plan)
-        self._count(call, plan, identities)
+        plan = Plan(
+            Decision(call.tenant.tenant_id, ranked, reason), body, state.version if state else 0
+        )
+        self._remember(call.request_id, plan.decision)
+        self._count(plan, identities)
         self._metrics.decision.observe(time.perf_counter() - began)
         return plan
 
-    def decision(self, request_id: str, tenant: str) -> Plan | None:
-        """The last plan of a tenant's own request, while it is remembered."""
-        owner, plan = self._decisions.get(request_id, ("", None))
-        return plan if owner == tenant else None
+    def decision(self, request_id: str, tenant: TenantId) -> Decision | None:
+        """The last decision on a tenant's own request, while it is remembered."""
+        found = self._decisions.get(request_id)
+        return found if found is not None and found.tenant == tenant else None
 
     # ------------------------------------------------------------------ who could
 
@@ -205,24 +219,20 @@ class Planner:
 
     # ------------------------------------------------------------------ what is told of it
 
-    def _remember(self, call: Call, plan: Plan) -> None:
-        self._decisions[call.request_id] = (call.tenant.tenant_id, plan)
+    def _remember(self, request_id: str, decision: Decision) -> None:
+        self._decisions[request_id] = decision
         while len(self._decisions) > KEPT_DECISIONS:
             self._decisions.popitem(last=False)
-        _log.debug(
-            "request %s of %s: %s",
-            call.request_id,
-            call.tenant.tenant_id,
-            [(r.candidate.engine.engine_id, r.candidate.reuse, r.terms) for r in plan.ranked],
-        )
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("request %s of %s: %s", request_id, decision.tenant, explain(decision))
 
-    def _count(self, call: Call, plan: Plan, identities: _Identities) -> None:
-        if plan.reason:
-            self._metrics.one_time_salts.labels(reason=plan.reason).inc()
-        reuse = plan.ranked[0].candidate.reuse
+    def _count(self, plan: Plan, identities: _Identities) -> None:
+        decision = plan.decision
+        if decision.reason:
+            self._metrics.one_time_salts.labels(reason=decision.reason).inc()
         for tier in ("hbm", "host", "ssd"):
-            self._metrics.predicted_tokens.labels(tenant=call.tenant.tenant_id, tier=tier).inc(
-                getattr(reuse, f"{tier}_tokens")
+            self._metrics.predicted_tokens.labels(tenant=decision.tenant, tier=tier).inc(
+                getattr(plan.choice.reuse, f"{tier}_tokens")
             )
         identity = identities.of(plan.engine.tokenizer)
         if identity is not None:
@@ -230,10 +240,10 @@ class Planner:
                 self._metrics.templates.labels(template=segment.template, result="used").inc()
 
 
-def explain(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON: each candidate with its reuse in tokens and its cost terms in milliseconds."""
+def explain(decision: Decision) -> dict[str, Any]:
+    """A decision as JSON: each candidate with its reuse in tokens and its cost terms in milliseconds."""
     return {
-        "reason": plan.reason,
+        "reason": decision.reason,
         "candidates": [
             {
                 "engine": ranked.candidate.engine.engine_id,
@@ -252,7 +262,7 @@ def explain(plan: Plan) -> dict[str, Any]:
                     "total": round(ranked.terms.total, 3),
                 },
             }
-            for ranked in plan.ranked
+            for ranked in decision.ranked
         ],
     }
 

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from statistics import median
 from types import TracebackType
 from typing import Self
 
@@ -82,7 +83,7 @@ class _Engine:
     def model_names(self) -> set[str]:
         return {report.model_name for report in (self.announced, self.probed) if report is not None}
 
-    def view(self, now: float) -> EngineView:
+    def view(self, now: float, rates: Rates) -> EngineView:
         announced, probed = self.announced, self.probed
         assert probed is not None, "only probed engines are shown"
         waiting = [flight for flight in self.flights.values() if flight.first_byte_at is None]
@@ -96,7 +97,7 @@ class _Engine:
             block_bytes=announced.block_bytes if announced else 0,
             tokenizer=probed.tokenizer,
             max_model_tokens=probed.max_model_tokens,
-            rates=self.rates,
+            rates=rates,
             waiting_ms=self._waiting_ms(waiting, now),
             num_waiting=len(waiting),
             num_decoding=len(self.flights) - len(waiting),
@@ -325,7 +326,18 @@ class Fleet:
     def view(self) -> FleetView:
         """The engines that take requests now."""
         now = self._clock()
-        return FleetView(tuple(e.view(now) for e in self._engines.values() if e.takes_requests))
+        taking = [engine for engine in self._engines.values() if engine.takes_requests]
+        measured = [engine.rates for engine in taking if engine.measured]
+        # An engine that was not seen at work yet counts as one of the others, not as a faster one.
+        typical = (
+            Rates(
+                median(rates.prefill_ms_per_token for rates in measured),
+                median(rates.decode_ms for rates in measured),
+            )
+            if measured
+            else Rates()
+        )
+        return FleetView(tuple(e.view(now, e.rates if e.measured else typical) for e in taking))
 
     def flight(self, endpoint: str, *, work_ms: float, computed_tokens: int) -> Flight:
         """A request about to be sent; enter it before sending."""
@@ -346,5 +358,6 @@ class Fleet:
         return {"taking": taking, "excluded": len(self._engines) - taking}
 
     def knows_model(self, name: str) -> bool:
-        """Whether an engine of it is known, taking requests or not."""
-        return any(name in engine.model_names for engine in self._engines.values())
+        """Whether an engine serves it or, not having said yet what it serves, may do so."""
+        names = [engine.model_names for engine in self._engines.values()]
+        return any(name in some or not some for some in names)

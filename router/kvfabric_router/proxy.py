@@ -143,11 +143,11 @@ class _Attempt:
         self._usage: Usage | None = None
 
     async def run(self) -> web.StreamResponse:
-        choice = self._plan.ranked[0]
+        choice = self._plan.choice
         flight = self._proxy.fleet.flight(
             self._plan.engine.endpoint,
-            work_ms=policy.cost(choice.candidate).own_work,
-            computed_tokens=choice.candidate.prompt_tokens - choice.candidate.reuse.tokens,
+            work_ms=policy.cost(choice).own_work,
+            computed_tokens=choice.prompt_tokens - choice.reuse.tokens,
         )
         with flight:
             async with self._ask(flight) as answer:

@@ -156,7 +156,6 @@ def test_what_nobody_names_and_does_not_answer_is_forgotten(fleet: Fleet, clock:
     clock.now += FORGET_S + 1
     assert fleet.due() == ("http://127.0.0.1:8200",)
     assert fleet.counts() == {"taking": 0, "excluded": 1}
-    assert not fleet.knows_model("m")
 
 
 def test_flights_are_counted_while_their_block_runs(fleet: Fleet, clock: Clock) -> None:
@@ -209,11 +208,32 @@ def test_time_in_the_queue_is_not_taken_for_slowness(fleet: Fleet, clock: Clock)
     assert only(fleet).rates.prefill_ms_per_token == pytest.approx(0.2)
 
 
+def test_a_new_engine_counts_as_slow_as_the_others(fleet: Fleet, clock: Clock) -> None:
+    """Otherwise it would get everything until it was measured."""
+    other = "http://127.0.0.1:8200"
+    fleet.configure([URL, other])
+    probed(fleet)
+    probed(fleet, other)
+    with fleet.flight(URL, work_ms=1, computed_tokens=100) as flight:
+        clock.now += 1.0
+        flight.stream_event()
+    assert [e.rates.prefill_ms_per_token for e in fleet.view().engines] == [10.0, 10.0]
+
+
+def test_an_engine_that_said_nothing_yet_may_serve_any_model(fleet: Fleet) -> None:
+    """Until it did, an unknown model is no reason for a 404."""
+    fleet.configure([URL])
+    assert fleet.knows_model("anything")
+    probed(fleet)
+    assert fleet.knows_model("m")
+    assert not fleet.knows_model("anything")
+
+
 def test_the_decode_rate_is_learned_from_the_events_after(fleet: Fleet, clock: Clock) -> None:
     fleet.configure([URL])
     probed(fleet)
     for _ in range(50):
-        with fleet.flight(URL, work_ms=1, computed_tokens=0) as flight:
+        with fleet.flight(URL, work_ms=1, computed_tokens=16) as flight:
             for _ in range(3):
                 flight.stream_event()
                 clock.now += 0.005

@@ -36,7 +36,9 @@ HOST = Holder(NodeId("n1"), TierName.HOST)
 class NodePart:
     """What a router sees of a node: the real admin server over a real registry and event stream."""
 
-    def __init__(self, directory: Path, registry: EmbeddedRegistry, boot: bytes) -> None:
+    def __init__(
+        self, directory: Path, registry: EmbeddedRegistry, boot: bytes, lease_s: float
+    ) -> None:
         self.registry = registry
         self.events = EventStream(boot_id=boot * 16)
         self.host: list[tuple[bytes, bytes, bytes]] = []
@@ -47,9 +49,15 @@ class NodePart:
             lambda sealed_keys: pb.NodeStatus(),
             self._resident,
         )
+        ahead = 0.0
         self.server = AdminServer(
-            directory / "admin.sock", sources, node_id="n1", epoch_lease_s=0.2, clock=boottime
+            directory / "admin.sock",
+            sources,
+            node_id="n1",
+            epoch_lease_s=lease_s,
+            clock=lambda: boottime() + ahead,
         )
+        ahead = 10.0  # the leases of a life before this one are over
 
     def _resident(self, tier: TierName) -> Runs:
         yield self.host
@@ -70,9 +78,11 @@ class NodePart:
 
 
 @asynccontextmanager
-async def node_part(directory: Path, *, boot: bytes = b"a") -> AsyncIterator[NodePart]:
+async def node_part(
+    directory: Path, *, boot: bytes = b"a", lease_s: float = 2.0
+) -> AsyncIterator[NodePart]:
     async with EmbeddedRegistry(directory / "registry") as registry:
-        part = NodePart(directory, registry, boot)
+        part = NodePart(directory, registry, boot, lease_s)
         async with part.server:
             yield part
 
@@ -126,7 +136,7 @@ async def test_a_node_that_comes_back_is_learned_anew(
 ) -> None:
     """Another life holds other blocks; engines serve on meanwhile, without their sessions."""
     async with running(config(tmp_path)) as router:
-        async with node_part(tmp_path) as node:
+        async with node_part(tmp_path, lease_s=0.2) as node:
             node.host = [(TAG, b"", PREFIXES)]
             node.join(engine)
             await until(lambda: len(router.fleet.view().engines) == 1)
@@ -144,7 +154,6 @@ async def test_a_node_that_comes_back_is_learned_anew(
             await until(lambda: router.fleet.view().engines[0].node_id == "n1")
 
 
-@pytest.mark.slow
 async def test_a_withdrawal_is_acknowledged_once_it_is_in_force(tmp_path: Path) -> None:
     """When the receipt comes back, this router already follows the new state."""
     async with node_part(tmp_path) as node, running(config(tmp_path)) as router:
@@ -160,7 +169,6 @@ async def test_a_withdrawal_is_acknowledged_once_it_is_in_force(tmp_path: Path) 
         assert acks["router"] is False
 
 
-@pytest.mark.slow
 async def test_no_withdrawal_succeeds_while_an_older_request_may_still_be_sent(
     tmp_path: Path,
 ) -> None:
@@ -173,16 +181,15 @@ async def test_no_withdrawal_succeeds_while_an_older_request_may_still_be_sent(
             with router.registry.sending(before) as sent:
                 asking = stub.Invalidate(pb.InvalidateRequest(scope="template", name="t"))
                 await until(lambda: _version(router.registry.state) > before)
-                renewed = router.registry.lease._ends
-                await until(lambda: router.registry.usable() is None)
+                await asyncio.sleep(
+                    0.1
+                )  # nothing happens; the test below shows that it otherwise would
                 assert not asking.done()
-                assert router.registry.lease._ends == renewed
                 sent()
-                await until(lambda: router.registry.usable() is not None)
-            await asking
+                receipt = await asking
+        assert [ack.waited_out for ack in receipt.acknowledgements] == [False, False]
 
 
-@pytest.mark.slow
 async def test_acknowledging_at_once_would_let_it_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +236,7 @@ async def test_a_node_that_falls_silent_ends_the_lease(tmp_path: Path) -> None:
     """No renewal is answered any more, the connection stays: only the clock can tell."""
     async with node_part(tmp_path) as node, running(config(tmp_path)) as router:
         await until(lambda: router.registry.usable() is not None)
-        late = router.registry.lease.now() + 0.2
+        late = router.registry.lease.now() + 2.0
         router.registry.lease._clock = lambda: late
         assert router.registry.usable() is None
         assert router.links[0].connected
