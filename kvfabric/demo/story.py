@@ -214,27 +214,10 @@ class Story:
 
     async def _lose_the_node(self, step: Step) -> None:
         sealed = {key.hex() for key in (await self._fleet.settled()).sealed_keys}
-        third = asyncio.Event()
-        seen = 0
-
-        def count(_: Answer) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == len(self._jobs) // 3:
-                third.set()
-
-        async def crash() -> None:
-            await third.wait()
-            await self._fleet.kill_node()
-            await self._fleet.start_node()
-
-        self._progress.stage("the slice again; SIGKILL to the node in its midst", len(self._jobs))
-        async with asyncio.TaskGroup() as group:
-            load = group.create_task(self._closed(self._jobs, count))
-            group.create_task(crash())
-        self._progress.end()
-        answers = load.result()
-        self._check(step, checks.all_succeeded("answered while the node was gone", answers))
+        answers, meanwhile = await self._crash_node_under_load()
+        self._check(step, checks.all_succeeded("answered across the node's crash", answers))
+        seen = f"{meanwhile} requests answered between the kill and the restart"
+        self._check(step, Check("while the node was gone", meanwhile > 0, seen))
         self._check_answers(step, answers)
         status = await self._fleet.adopted()
         adopted = "adopted" if status.arena_adopted else "not adopted"
@@ -243,6 +226,33 @@ class Story:
         self._check(step, checks.all_still_sealed("sealed blocks after the crash", sealed, after))
         step.figures["sealed_blocks"] = len(sealed)
         await self._read_sealed(step, sealed)
+
+    async def _crash_node_under_load(self) -> tuple[list[Answer], int]:
+        """The answers, and how many of them came while there was no node."""
+        answered = 0
+        third_answered = asyncio.Event()
+        meanwhile = 0
+
+        def count(_: Answer) -> None:
+            nonlocal answered
+            answered += 1
+            if answered == len(self._jobs) // 3:
+                third_answered.set()
+
+        async def crash() -> None:
+            nonlocal meanwhile
+            await third_answered.wait()
+            await self._fleet.kill_node()
+            before = answered
+            await self._fleet.start_node()
+            meanwhile = answered - before
+
+        self._progress.stage("the slice again; SIGKILL to the node in its midst", len(self._jobs))
+        async with asyncio.TaskGroup() as group:
+            load = group.create_task(self._closed(self._jobs, count))
+            group.create_task(crash())
+        self._progress.end()
+        return load.result(), meanwhile
 
     async def _read_sealed(self, step: Step, sealed: set[str]) -> None:
         """With both engines' memory empty, every sealed block must come from the node."""

@@ -19,7 +19,7 @@ async def test_a_child_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> No
     """Waiting for a process that ended raises at once, with its last words."""
     async with Children(tmp_path) as children:
         child = await children.start("router", ["router", "--no-such-key", "1"])
-        with pytest.raises(DemoError, match=r"(?s)exited 2 before it was ready.*no-such-key"):
+        with pytest.raises(DemoError, match=r"(?s)exited 2> before it was ready.*no-such-key"):
             await child.wait_ready(_never, deadline_s=30)
 
 
