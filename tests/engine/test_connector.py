@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import grpc
 import pytest
 from kvfabric_engine.connector import ConnectorStatistics
 from kvfabric_engine.reference.engine import Engine
@@ -19,6 +20,8 @@ from kvfabric_engine.testing import Answer, ask, begin, small_config
 from kvfabric.handle import Handle, from_segments, mint
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.keyring import Keyring
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.testing.processes import NodeProcess
 from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, MissReason
 
@@ -98,7 +101,7 @@ def audit(path: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def test_restarted_engine_is_warm_and_answers_alike(
-    connected: Connect, node: NodeProcess, tmp_path: Path, cold: list[tuple[int, ...]]
+    connected: Connect, tmp_path: Path, cold: list[tuple[int, ...]]
 ) -> None:
     """What one engine stored, another loads bit for bit, and answers token for token as if alone."""
     first = connected(audit_parts=str(tmp_path / "first"))
@@ -118,9 +121,7 @@ def test_restarted_engine_is_warm_and_answers_alike(
     assert set(loads) <= set(stores)
 
 
-def test_swapped_blocks_change_answers(
-    connected: Connect, node: NodeProcess, cold: list[tuple[int, ...]]
-) -> None:
+def test_swapped_blocks_change_answers(connected: Connect, cold: list[tuple[int, ...]]) -> None:
     """The test above has power: another prompt's block in place of a verified one changes answers."""
     first = connected()
     answers(first)
@@ -148,9 +149,7 @@ def _give_each_the_first_ones_block(mover: Mover) -> None:
     mover.scatter = swapped  # type: ignore[method-assign]
 
 
-def test_small_window_saves_in_pieces(
-    connected: Connect, node: NodeProcess, cold: list[tuple[int, ...]]
-) -> None:
+def test_small_window_saves_in_pieces(connected: Connect, cold: list[tuple[int, ...]]) -> None:
     """A window of few parts: a prompt is saved in several reservations, and all of it arrives."""
     first = connected(window_bytes=64 << 10)  # four blocks, two a reservation
     answers(first)
@@ -162,7 +161,7 @@ def test_small_window_saves_in_pieces(
     second.stop()
 
 
-def test_batched_mode_stores_answers_too(connected: Connect, node: NodeProcess) -> None:
+def test_batched_mode_stores_answers_too(connected: Connect) -> None:
     """Out of deterministic mode the blocks of an answer are saved, and another engine loads them."""
     first = connected(deterministic="off")
     prompt = tokens(30)
@@ -204,7 +203,7 @@ def test_node_that_comes_late_is_used(tmp_path: Path) -> None:
 def test_killed_node_fails_no_request(
     connected: Connect, node: NodeProcess, cold: list[tuple[int, ...]]
 ) -> None:
-    """SIGKILL under load: every answer comes and is right; the session resumes and stores again."""
+    """SIGKILL under load: every answer comes and is right; the session resumes, returns the arena, stores."""
     engine = connected()
     assert engine.connector is not None
     session = engine.connector.session
@@ -217,6 +216,7 @@ def test_killed_node_fails_no_request(
     node.start()
     wait_for(lambda: statistics(engine).is_up)
     assert engine.connector.session == session
+    wait_for(lambda: any("adopted the earlier arena" in line for line in node.log))
     again = answers(engine)  # in HBM, and missing in the node: handed over again
     assert [a.token_ids for a in again] == cold
     wait_for(lambda: statistics(engine).saved_blocks >= 9)
@@ -297,7 +297,7 @@ def test_no_store_leaves_nothing_behind(connected: Connect, node: NodeProcess) -
     assert ask(engine, PROMPTS[0]).reused.total == 0
 
 
-def test_salt_without_handle_stays_local(connected: Connect, node: NodeProcess) -> None:
+def test_salt_without_handle_stays_local(connected: Connect) -> None:
     """A router that may not vouch sends a salt and no handle: the node's default tenant is not used."""
     engine = connected()
     ask(engine, PROMPTS[0])
@@ -306,7 +306,33 @@ def test_salt_without_handle_stays_local(connected: Connect, node: NodeProcess) 
     assert statistics(engine).misses.get(MissReason.NODE_DOWN, 0) == 0
 
 
-def test_aborted_while_loading(connected: Connect, node: NodeProcess) -> None:
+def hbm_keys(node: NodeProcess, session: bytes) -> bytes:
+    """8-byte prefixes of what the node says the engine's HBM pool holds, one chain after another."""
+    with grpc.insecure_channel(f"unix:{node.state_dir / 'admin.sock'}") as channel:
+        stub = pb_grpc.NodeEventsStub(channel)  # type: ignore[no-untyped-call]
+        batches = stub.Snapshot(pb.SnapshotRequest(), timeout=WAIT_S)
+        runs = [run for batch in batches for run in batch.runs]
+    return b"".join(run.keys for run in runs if run.tier == pb.HBM and run.engine == session)
+
+
+def test_node_knows_what_hbm_holds(connected: Connect, node: NodeProcess) -> None:
+    """Cached and evicted blocks reach the node; a restarted node is told everything again."""
+    engine = connected(hbm_blocks=16)  # eight blocks
+    assert engine.connector is not None
+    session = engine.connector.session
+    answers(engine, [tokens(64, seed=1)])
+    wait_for(lambda: len(hbm_keys(node, session)) == 4 * 8)
+    answers(engine, [tokens(100, seed=2)])
+    wait_for(lambda: engine.statistics().pool.idle == len(hbm_keys(node, session)) // 4)
+    held = hbm_keys(node, session)
+    node.kill()
+    wait_for(lambda: not statistics(engine).is_up)
+    node.start()
+    wait_for(lambda: statistics(engine).is_up)
+    wait_for(lambda: sorted(hbm_keys(node, session)) == sorted(held))
+
+
+def test_aborted_while_loading(connected: Connect) -> None:
     """Aborting at any moment of a fetch frees the pages, and the next request is served."""
     first = connected()
     answers(first)
