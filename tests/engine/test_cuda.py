@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-PROMPTS = [random.Random(n).choices(range(3, 259), k=n) for n in (70, 100, 37, 515)]
+PROMPTS = [random.Random(n).choices(range(3, 259), k=n) for n in (70, 100, 37, 450)]
 WAIT_S = 30.0
 
 
