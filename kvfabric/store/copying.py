@@ -61,15 +61,15 @@ def _copy(source: Bytes, target: Bytes) -> bytes:
 
 
 def corrupt_parts(
-    arena: memoryview, pages: list[int], lengths: list[int], checksums: list[bytes]
+    arena: memoryview, pages: list[int], lengths: list[int], checksums: bytes
 ) -> list[int]:
-    """Positions of those parts whose bytes do not have their checksum any more."""
+    """Positions of those parts whose bytes do not have their checksum (16 B each, packed) any more."""
+    digest = xxhash.xxh3_128_digest
     return [
         position
-        for position, (page, length, expected) in enumerate(
-            zip(pages, lengths, checksums, strict=True)
-        )
-        if checksum(arena[page * PAGE_BYTES : page * PAGE_BYTES + length]) != expected
+        for position, (page, length) in enumerate(zip(pages, lengths, strict=True))
+        if digest(arena[page * PAGE_BYTES : page * PAGE_BYTES + length])
+        != checksums[16 * position : 16 * position + 16]
     ]
 
 

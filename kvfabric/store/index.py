@@ -25,7 +25,6 @@ used, so nothing is ever grown or rehashed. Row 0 means "none" everywhere.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -33,10 +32,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
+from kvfabric.store.table import Rows as Rows
+from kvfabric.store.table import RowTable
 from kvfabric.tiers.arena import slot_bytes
 from kvfabric.types import KEY_BYTES, BlockKey, BlockLayout, PartSpec, TenantId
 
-Rows = npt.NDArray[np.uint32]
 Array = npt.NDArray[Any]
 
 NO_ROW = 0
@@ -146,13 +146,8 @@ class BlockIndex:
 
         self._rows = _FreeList(self._flat(np.uint32, max_blocks), max_blocks)
         self._parts = _FreeList(self._flat(np.uint32, max_blocks), max_blocks)
-        bits = max(4, (max_blocks * 8 // 5).bit_length())
-        table = self._flat(np.uint32, 1 << bits)
-        self._table = Column(table, table.data)
-        self._mask = (1 << bits) - 1
-        self._shift = 64 - bits
-        # Keys are digests, but engines send them: a secret multiplier keeps probe sequences unguessable.
-        self._multiplier = secrets.randbits(64) | 1
+        self._table = RowTable(self.keys.array, max_blocks)
+        self._arrays.append(self._table.places)
 
         self._make_lineages()
 
@@ -210,32 +205,14 @@ class BlockIndex:
 
     def lookup(self, wanted: npt.NDArray[np.uint64]) -> Rows:
         """Rows of a (n, 4) key vector; NO_ROW where there is none."""
-        position = self._homes(wanted[:, 0])
-        table, keys = self._table.array, self.keys.array
-        rows: Rows = table[position]
-        pending = np.flatnonzero((rows != NO_ROW) & ~(keys[rows] == wanted).all(axis=1))
-        while pending.size:
-            position[pending] = (position[pending] + np.uint64(1)) & np.uint64(self._mask)
-            candidates = table[position[pending]]
-            rows[pending] = candidates
-            same = (keys[candidates] == wanted[pending]).all(axis=1)
-            pending = pending[(candidates != NO_ROW) & ~same]
-        return rows
+        return self._table.lookup(wanted)
 
     def insert(self, new: npt.NDArray[np.uint64]) -> Rows:
         """Stub rows for keys that are distinct and not there; the caller checked `free_rows`."""
         rows = self._rows.take(len(new))
         self.keys.array[rows] = new
         self.flags.array[rows] = LIVE
-        table = self._table.array
-        position = self._homes(new[:, 0])
-        pending = rows
-        while pending.size:
-            empty = table[position] == NO_ROW
-            table[position[empty]] = pending[empty]  # of several at one place the last wins
-            left = table[position] != pending
-            pending = pending[left]
-            position = (position[left] + np.uint64(1)) & np.uint64(self._mask)
+        self._table.insert(rows)
         return rows
 
     def adopt(self, rows: Rows, parents: Rows, lineages: Rows, indexes: Rows) -> None:
@@ -274,9 +251,7 @@ class BlockIndex:
 
     def _forget(self, gone: list[int]) -> None:
         rows = np.array(gone, dtype=np.uint32)
-        homes = self._homes(self.keys.array[rows, 0]).tolist()
-        for row, home in zip(gone, homes, strict=True):
-            self._table_delete(row, home)
+        self._table.delete(rows)
         parts = self.first_part.array[rows]
         while (parts := parts[parts != 0]).size:
             following = self.part_next.array[parts]
@@ -292,31 +267,6 @@ class BlockIndex:
         self._rows.give(rows)
         for lineage in set(lineages.tolist()):
             self._free_lineage_if_unused(lineage)
-
-    def _homes(self, first_words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Where the probe sequence of each key starts."""
-        return (first_words * np.uint64(self._multiplier)) >> np.uint64(self._shift)
-
-    def _home(self, row: int) -> int:
-        product: int = self.keys.cell[4 * row] * self._multiplier
-        return (product & 0xFFFFFFFFFFFFFFFF) >> self._shift
-
-    def _table_delete(self, row: int, home: int) -> None:
-        """Linear probing with backshift: no tombstones, so the table never needs rebuilding."""
-        table, mask = self._table.cell, self._mask
-        hole = home
-        while table[hole] != row:
-            hole = (hole + 1) & mask
-        probe = hole
-        while True:
-            probe = (probe + 1) & mask
-            other = table[probe]
-            if other == NO_ROW:
-                break
-            if (probe - self._home(other)) & mask >= (probe - hole) & mask:
-                table[hole] = other
-                hole = probe
-        table[hole] = NO_ROW
 
     # -- parts ---------------------------------------------------------------------------------------
 

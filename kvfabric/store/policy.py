@@ -148,9 +148,11 @@ class EvictionPolicy:
                 break
             self._unlink(row, queue)
             if not freq[row] or not chances:
-                victims.append(row)
-                num_bytes -= sizes[lineages[row]]
-                self._free_parent(row)
+                while row:
+                    victims.append(row)
+                    num_bytes -= sizes[lineages[row]]
+                    more = num_bytes > 0 and len(victims) < limit
+                    row = self._free_parent(row, follow=more)
                 continue
             chances -= 1
             if from_small:
@@ -174,13 +176,26 @@ class EvictionPolicy:
         self._index.host_children.cell[parent] += 1
         self.withdraw([parent])
 
-    def _free_parent(self, row: int) -> None:
+    def _free_parent(self, row: int, *, follow: bool) -> int:
+        """`row` goes: its parent is offered at the front if it can go now; or, with `follow`, returned
+        unqueued if it would be the very next victim. So a chain goes without passing the queue."""
         index = self._index
-        parent = index.parent.cell[row]
+        parent, flags = index.parent.cell[row], index.flags.cell
         left = index.host_children.cell[parent] - 1
         index.host_children.cell[parent] = left
-        if parent and not left:
-            self.offer_first(parent)
+        if left or not parent:
+            return 0
+        if (
+            follow
+            and index.lineage.cell[parent] == index.lineage.cell[row]  # so of the same tenant
+            and not index.freq.cell[parent]
+            and not (flags[parent] ^ flags[row]) & MAIN
+            and index.host_parts.cell[parent]
+            and not index.holds.cell[parent]
+        ):
+            return parent
+        self.offer_first(parent)
+        return 0
 
     # -- links ---------------------------------------------------------------------------------------
 

@@ -27,8 +27,11 @@ from kvfabric.types import TenantId, TierName
 MAX_EVICTIONS = 512
 """Blocks one call evicts at most, which bounds its stay on the event loop to a few milliseconds."""
 
-_ROUND = 64
+_ROUND = 256
 """Blocks taken from one tenant before the tenants are ranked anew."""
+
+_ROWS_ROUND = 16
+"""Blocks evicted for their rows before counting again: a block may give several parts, or stay on SSD."""
 
 
 class EventSink(Protocol):
@@ -156,10 +159,12 @@ class Residency:
 
     def free_rows(self, tenant: int, wanted_rows: int) -> None:
         """Evict until the index has room for so many rows and parts, if evicting can give it."""
-        for _ in range(MAX_EVICTIONS // _ROUND):
+        looked_at, took = 0, 1
+        while took and looked_at < MAX_EVICTIONS:
             if min(self.index.free_rows, self.index.free_parts) >= wanted_rows:
                 return
-            self._evict(1, self.host.by_excess, tenant, at_least=_ROUND)
+            took = self._evict(self.host.capacity_bytes, self.host.by_excess, tenant, _ROWS_ROUND)
+            looked_at += took
 
     def allocate(self, tenant: int, count: int, num_bytes: int) -> Slots | None:
         """Slots for bytes that are charged already. Splinters cost evictions, within bounds."""
@@ -180,14 +185,15 @@ class Residency:
         num_bytes: int,
         victims: Callable[[], list[int]],
         requester: int,
-        *,
-        at_least: int = 0,
-    ) -> None:
+        limit: int = MAX_EVICTIONS,
+    ) -> int:
+        """Evict `num_bytes`, or until `limit` blocks were looked at; how many were."""
         removal, freed, blocks = _Removal(), 0, 0
-        while (freed < num_bytes or blocks < at_least) and blocks < MAX_EVICTIONS:
+        while freed < num_bytes and blocks < limit:
             took = 0
             for tenant in victims():
-                got, took = self._evict_from(tenant, num_bytes - freed, requester, removal)
+                most = min(_ROUND, limit - blocks)
+                got, took = self._evict_from(tenant, num_bytes - freed, most, requester, removal)
                 freed += got
                 if took:
                     break
@@ -195,24 +201,32 @@ class Residency:
                 break
             blocks += took
         self._finish(removal)
+        return blocks
 
     def _evict_from(
-        self, tenant: int, num_bytes: int, requester: int, removal: _Removal
+        self, tenant: int, num_bytes: int, most: int, requester: int, removal: _Removal
     ) -> tuple[int, int]:
-        """(bytes freed, blocks looked at), one round at most."""
+        """(bytes freed, blocks looked at), `most` at most."""
         if tenant != requester:
             # The last block taken may pass the aim by less than the largest block there is.
             largest = int(
                 self.index.lineage_bytes.array[self.index.lineage_tenant.array == tenant].max()
             )
             num_bytes = min(num_bytes, self.host.above_floor(tenant) - largest + 1)
-        victims = self.policy.take_victims(tenant, num_bytes, _ROUND)
-        going = [row for row in victims if not self._stays(row)]
-        if going:
-            self.evictions += len(going)
-            rows = np.array(going, dtype=np.uint32)
-            return self._remove(rows, tenant, removal, ghosts=True), len(victims)
-        return 0, len(victims)
+        victims = self.policy.take_victims(tenant, num_bytes, most)
+        rows = self._going(np.array(victims, dtype=np.uint32))
+        self.evictions += len(rows)
+        freed = self._remove(rows, tenant, removal, ghosts=True) if len(rows) else 0
+        return freed, len(victims)
+
+    def _going(self, victims: Rows) -> Rows:
+        """Those that do not stay. Only one that was hit may, and then so do the ancestors after it."""
+        hit = np.flatnonzero(self.index.flags.array[victims] & HIT)
+        if not len(hit):
+            return victims
+        first = int(hit[0])
+        later = [row for row in victims[first:].tolist() if not self._stays(row)]
+        return np.concatenate([victims[:first], np.array(later, dtype=np.uint32)])
 
     def _stays(self, row: int) -> bool:
         """Whether a victim is being written to SSD now, or waits for a child that is."""

@@ -9,6 +9,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     lease      sessions, leases, reservations  access   what a request may do
     reading    match, load, confirm            writing  reserve, commit, abort
     copying    window -> slot with checksum    ssd      promotion, spilling, breaker
+    scrub      the arena's bytes, checked anew
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Committed, Confirmed, Located, Matched, Reserved
 from kvfabric.registry.state import RegistryState
 from kvfabric.store.access import Access
-from kvfabric.store.copying import corrupt_parts
-from kvfabric.store.index import HOST, MAX_PARTS, BlockIndex, Rows
+from kvfabric.store.index import MAX_PARTS, BlockIndex, Rows
 from kvfabric.store.lease import LeaseBook, RequestGrant
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import Reader
 from kvfabric.store.residency import EventSink, Residency, Run
+from kvfabric.store.scrub import Scrubber
 from kvfabric.store.ssd import SsdTraffic
 from kvfabric.store.writing import Writer
 from kvfabric.tiers.arena import Arena
@@ -168,8 +169,7 @@ class BlockStore:
         self._ssd: SsdTraffic | None = None
         self._group = asyncio.TaskGroup()
         self._background: list[asyncio.Task[None]] = []
-        self._scrubbed_row = 0
-        self._corrupt = 0
+        self._scrubber = Scrubber(self._residency, self._pool, self._drop)
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -356,49 +356,9 @@ class BlockStore:
             await self._ssd.drain()
 
     async def scrub(self, num_bytes: int) -> int:
-        """Re-check the next `num_bytes` of the arena, from where the last call ended; corrupt blocks
-        are taken out. Returns how many there were."""
-        rows = self._next_to_scrub(num_bytes)
-        if not len(rows):
-            return 0
-        checked = [
-            (row, part, ordinal)
-            for row in rows.tolist()
-            for ordinal, part in enumerate(self._index.parts_of(row))
-            if self._index.part_state.cell[part] & HOST
-        ]
-        self._residency.hold(rows)
-        try:
-            corrupt = await self._pool.run(self._check_of(checked))
-            for position in corrupt:
-                self._corrupt += 1
-                self._drop(checked[position][0])
-        finally:
-            self._residency.unhold(rows)
-        return len(corrupt)
-
-    def _check_of(self, checked: list[tuple[int, int, int]]) -> Callable[[], list[int]]:
-        index, arena = self._index, self._residency.arena
-        assert arena is not None
-        pages = [index.part_page.cell[part] for _, part, _ in checked]
-        lengths = [index.layout_at(row).specs[ordinal].num_bytes for row, _, ordinal in checked]
-        sums = [index.part_checksum[part].tobytes() for _, part, _ in checked]
-        return lambda: corrupt_parts(arena.view, pages, lengths, sums)
-
-    def _next_to_scrub(self, num_bytes: int) -> Rows:
-        start = self._scrubbed_row + 1
-        rows = np.arange(
-            start, min(start + _SLICE_ROWS, self._index.highest_row + 1), dtype=np.uint32
-        )
-        present = rows[self._index.host_parts.array[rows] > 0]
-        sizes = np.cumsum(self._index.block_bytes_of(present))
-        count = int(np.searchsorted(sizes, num_bytes)) + 1
-        if count < len(present):
-            self._scrubbed_row = int(present[count - 1])
-            return present[:count]
-        at_end = not len(rows) or int(rows[-1]) == self._index.highest_row
-        self._scrubbed_row = 0 if at_end else int(rows[-1])
-        return present
+        """Re-check about the next `num_bytes` of the arena, from where the last call ended; corrupt
+        blocks are taken out. Returns how many parts were corrupt."""
+        return await self._scrubber.scrub(num_bytes)
 
     # -- background ----------------------------------------------------------------------------------
 
@@ -455,7 +415,7 @@ class BlockStore:
             stored_bytes=self._writer.stored_bytes,
             refusals=dict(+self._writer.refusals),
             evictions=residency.evictions,
-            corrupt=self._corrupt + counts.get("corrupt", 0),
+            corrupt=self._scrubber.corrupt + counts.get("corrupt", 0),
             promotions=counts.get("promotions", 0),
             ssd_writes=counts.get("writes", 0),
             ssd_errors=counts.get("errors", 0),

@@ -337,7 +337,7 @@ async def test_scrubbing_goes_round_in_bounded_steps() -> None:
         seen = []
         for _ in range(6):
             await rig.store.scrub(2 * PART_BYTES)
-            seen.append(rig.store._scrubbed_row)
+            seen.append(rig.store._scrubber._last_row)
         assert seen == [2, 4, 0, 2, 4, 0]
 
 
