@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -32,10 +33,23 @@ def _run(args: argparse.Namespace) -> int:
     import asyncio
 
     from kvfabric.demo.progress import Progress
+    from kvfabric.demo.report import Report
     from kvfabric.demo.story import tell
 
     progress = Progress(sys.stdout)
-    report = asyncio.run(tell(progress, quick=args.quick))
+
+    async def main() -> Report:
+        # A demo that is told to end takes its processes with it, as it does for SIGINT.
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await tell(progress, quick=args.quick)
+
+    try:
+        report = asyncio.run(main())
+    except asyncio.CancelledError:
+        progress.title("stopped")
+        return 128 + signal.SIGTERM
     args.report.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     progress.title(f"{'All of it held' if report.passed else 'FAILED'}; report: {args.report}")
     return 0 if report.passed else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,18 +83,42 @@ def test_the_report_has_every_figure(
     assert report["steps"][2]["figures"]["receipt_withdrawn"]["audit_head"]
 
 
-def test_no_process_outlives_the_demo(
-    quick_demo: Demo,
-) -> None:
+def test_no_process_outlives_the_demo(quick_demo: Demo) -> None:
     """Killed and restarted children included: none is left."""
-    directory = os.fsencode(quick_demo[1]["directory"])
-    left = []
+    assert _processes_that_name(quick_demo[1]["directory"]) == []
+
+
+def test_a_demo_that_is_stopped_takes_its_processes_with_it(tmp_path: Path) -> None:
+    """SIGTERM in the middle: children and files are gone when it is."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvfabric", "demo", "--quick"],
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            if "creating tenants" in line:  # the node runs
+                break
+        assert len(_processes_that_name(tmp_path)) > 0
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert _processes_that_name(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def _processes_that_name(directory: Path) -> list[list[bytes]]:
+    """Command lines that mention it."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 command = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
-                continue
-            if any(part.startswith(directory) for part in command):
-                left.append(command)
-    assert left == []
+                continue  # ended meanwhile
+            if any(part.startswith(os.fsencode(directory)) for part in command):
+                found.append(command)
+    return found
