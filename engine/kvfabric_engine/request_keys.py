@@ -65,7 +65,12 @@ class RequestKeys:
         return len(self._keys)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """`tokens` is the whole sequence so far; what is new since the last call is hashed."""
+        """`tokens` is the whole sequence so far; what is new since the last call is hashed.
+
+        A preempted sequence comes again with fewer tokens than it had: those have their keys.
+        """
+        if len(tokens) <= self._num_tokens:
+            return
         self._keys += self._hasher.extend(tokens[self._num_tokens :])
         self._num_tokens = len(tokens)
         if self._max_blocks is not None:

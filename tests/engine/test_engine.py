@@ -6,11 +6,13 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
+from kvfabric_engine.reference import scheduler
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.reference.sequence import Finish
 from kvfabric_engine.testing import Answer, ask, begin, small_config
 
-from kvfabric.errors import CapacityError, ClosedError
+from kvfabric.errors import CapacityError, ClosedError, ConfigError
+from kvfabric.hashing import block_keys
 
 
 def tokens(count: int, *, seed: int = 1) -> list[int]:
@@ -82,6 +84,34 @@ def test_preemption_changes_no_token() -> None:
     assert [a.token_ids for a in got] == [a.token_ids for a in expected]
     assert statistics.scheduler.preemptions > 0
     assert statistics.pool.used == 0
+
+
+def test_preemption_in_batched_mode_caches_under_the_right_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sequence that replays its answer in chunks names no block by other tokens than its own."""
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS_A_STEP", 16)
+    prompts = [tokens(40, seed=n) for n in range(4)]
+    with Engine(small_config(hbm_blocks=32, deterministic="off")) as engine:
+        pending = [begin(engine, prompt, max_tokens=70) for prompt in prompts]
+        got = [p.answer() for p in pending]
+        preemptions = engine.statistics().scheduler.preemptions
+        local = engine._local.open("")
+        cached = set(engine._blocks._cached)
+    assert preemptions > 0
+    expected = set()
+    for prompt, answer in zip(prompts, got, strict=True):
+        expected |= set(block_keys([*prompt, *answer.token_ids], 16, local.namespace_key))
+    assert cached <= expected
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_the_coldest_sampling_is_greedy(engine: Engine, temperature: float) -> None:
+    """No temperature takes the logits out of their range, and the engine with them."""
+    prompt = tokens(20)
+    cold, greedy = ask(engine, prompt, temperature=temperature), ask(engine, prompt)
+    assert cold.token_ids == greedy.token_ids
+    assert engine.is_healthy
 
 
 def test_batched_mode_reuses_answers() -> None:
@@ -170,3 +200,9 @@ def test_seeded_sampling_repeats(engine: Engine) -> None:
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("device", ["gpu9", "cuda:99"])
+def test_a_device_that_is_not_there_names_its_key(device: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.device"):
+        Engine(small_config(device=device))

@@ -26,6 +26,15 @@ def test_keys_are_the_makers_however_they_grow() -> None:
     assert keys.num_blocks == 6
 
 
+def test_what_was_hashed_is_not_hashed_again() -> None:
+    """A preempted sequence replays from its start: its keys stay those of its tokens."""
+    keys = RequestKeys(OPENED, 16)
+    for end in (80, 33, 50, 100):
+        keys.extend(TOKENS[:end])
+    assert keys.first(100) == block_keys(TOKENS, 16, KEY)
+    assert keys.num_blocks == 6
+
+
 def test_cacheable_tokens_cut_the_chain() -> None:
     """Only blocks that end at or before the limit have keys, whenever they come."""
     keys = RequestKeys(msgspec.structs.replace(OPENED, cacheable_tokens=40), 16)

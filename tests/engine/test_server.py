@@ -153,7 +153,9 @@ async def test_stop_string_cuts_the_answer(http: ClientSession) -> None:
         ({"prompt": "x", "max_tokens": True}, 400, "max_tokens"),
         ({"prompt": "x", "temperature": "hot"}, 400, "temperature"),
         ({"prompt": "x", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "x", "temperature": 10**400}, 400, "temperature"),
         ({"prompt": "x", "top_p": 0}, 400, "top_p"),
+        ({"prompt": "x", "cache_salt": "\ud800"}, 400, "cache_salt"),
         ({"prompt": "x", "seed": 2**70}, 400, "seed"),
         ({"prompt": "x", "n": 2}, 400, "n"),
         ({"prompt": "x", "stop": [1]}, 400, "stop"),
@@ -211,3 +213,40 @@ async def test_health_and_metrics(http: ClientSession) -> None:
     async with http.get("/metrics") as response:
         text = await response.text()
     assert 'kvfabric_engine_reused_tokens_total{tier="hbm"}' in text
+
+
+async def test_seeded_sampling_repeats(http: ClientSession) -> None:
+    """`seed` makes a sampled answer repeat; without one, or with another, it is another."""
+    body = {"prompt": "once", "max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
+
+    async def sample(**fields: Any) -> str:
+        _, document = await post(http, "/v1/completions", body | fields)
+        return str(document["choices"][0]["text"])
+
+    assert await sample(seed=7) == await sample(seed=7)
+    assert len({await sample(seed=7), await sample(seed=8), await sample()}) == 3
+
+
+async def test_a_request_id_that_is_no_text_is_replaced(http: ClientSession) -> None:
+    """It goes to the node and into the answer: what is no plain text gets one of ours."""
+    for given, kept in (("req-1", True), ("req-\xe4", False)):
+        body = {"prompt": "x", "max_tokens": 1}
+        headers = {"X-Request-Id": given}
+        async with http.post("/v1/completions", json=body, headers=headers) as response:
+            answer = (await response.json())["id"]
+        assert (answer == f"cmpl-{given}") is kept
+        assert answer.isascii()
+
+
+async def test_a_stopped_engine_says_so_to_who_probes_it() -> None:
+    """Routers ask for the models: an engine that computes nothing any more must not attract requests."""
+    with Engine(small_config()) as stopped:
+        runner = web.AppRunner(create_app(stopped))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with ClientSession(base_url=f"http://127.0.0.1:{runner.addresses[0][1]}") as http:
+            assert (await http.get("/v1/models")).status == 200
+            await asyncio.to_thread(stopped.stop)
+            for path in ("/v1/models", "/healthz"):
+                assert (await http.get(path)).status == 503
+        await runner.cleanup()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvfabric.config import EngineConfig
+from kvfabric.errors import ConfigError
 
 ROPE_THETA = 10_000.0
 RMS_EPSILON = 1e-6
@@ -70,12 +71,23 @@ class _SpanIndex:
     mask: torch.Tensor | None
 
 
+def device_of(name: str) -> torch.device:
+    """Raises ConfigError if this machine has none of that name, or torch cannot use it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise ConfigError(f"engine.device is {name!r}; it must be cpu or cuda") from exc
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"engine.device is {name!r}, which torch does not find here")
+    return device
+
+
 class Model:
     """Weights on one device. `forward` is the only thing that runs; it writes the KV of its tokens."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.device = torch.device(config.device)
+        self.device = device_of(config.device)
         self.dtype = DTYPES[config.dtype]
         draw = _Weights(config)
         self.embedding = draw.normal(config.vocab_size, config.hidden_size, std=1.0)

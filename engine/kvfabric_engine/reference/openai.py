@@ -68,8 +68,11 @@ def parse(body: bytes, *, model: str, vocab_size: int, is_chat: bool) -> Call:
     options = fields.get("stream_options", dict, {})
     transfer = fields.get("kv_transfer_params", dict, {})
     handle = transfer.get(PARAMS_FIELD, "")
-    if not isinstance(handle, str):
-        raise BadRequest(f"kv_transfer_params.{PARAMS_FIELD} must be a string")
+    if not isinstance(handle, str) or not handle.isascii():
+        raise BadRequest(f"kv_transfer_params.{PARAMS_FIELD} must be a string of ASCII")
+    salt = fields.get("cache_salt", str, "")
+    if not salt.isascii():
+        raise BadRequest("cache_salt must be ASCII", param="cache_salt")
     return Call(
         prompts=prompts,
         params=_sampling(fields),
@@ -78,7 +81,7 @@ def parse(body: bytes, *, model: str, vocab_size: int, is_chat: bool) -> Call:
         include_usage=bool(options.get("include_usage")),
         return_token_ids=fields.get("return_token_ids", bool, False),
         handle=handle,
-        salt=fields.get("cache_salt", str, ""),
+        salt=salt,
         is_chat=is_chat,
     )
 
@@ -100,13 +103,20 @@ class _Fields:
         if value is None:
             return default
         if kind is float and type(value) is int:
-            return float(value)
+            value = _to_float(value, name)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise BadRequest(f"{name} must be {kind.__name__}", param=name)
         return value
 
     def raw(self, name: str) -> Any:
         return self._fields.get(name)
+
+
+def _to_float(value: int, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError as exc:
+        raise BadRequest(f"{name} is too large a number", param=name) from exc
 
 
 def _sampling(fields: _Fields) -> SamplingParams:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below count as 0: logits divided by less may leave float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -33,7 +36,7 @@ class Sampler:
 
     def pick(self, logits: torch.Tensor) -> int:
         """The next token id. `logits`: float32 [vocab] on CPU. Ties go to the lowest id."""
-        if self._params.temperature == 0:
+        if self._params.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         probabilities = torch.softmax(logits / self._params.temperature, dim=-1)
         ordered, ids = probabilities.sort(descending=True, stable=True)

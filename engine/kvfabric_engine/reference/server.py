@@ -71,6 +71,8 @@ def _error(message: str, status: int, param: str | None = None) -> web.Response:
 
 async def _models(request: web.Request) -> web.Response:
     engine = request.app[_ENGINE]
+    if not engine.is_healthy:  # routers ask here whether to send requests
+        raise ClosedError("the engine is not running")
     session = engine.connector.session if engine.connector is not None else b""
     model = {
         "id": engine.config.model,
@@ -151,8 +153,9 @@ async def _answer(request: web.Request, *, is_chat: bool) -> web.StreamResponse:
 
 
 def _request_id(request: web.Request) -> str:
-    given = request.headers.get(REQUEST_ID_HEADER, "")
-    return given[:MAX_REQUEST_ID_CHARS] or secrets.token_hex(16)
+    given = request.headers.get(REQUEST_ID_HEADER, "")[:MAX_REQUEST_ID_CHARS]
+    # What is no text could be sent to no node, and would stand in the way of what is sent with it.
+    return given if given.isascii() and given.isprintable() and given else secrets.token_hex(16)
 
 
 class _Answer:
