@@ -23,7 +23,6 @@ from aiohttp import web
 from kvfabric.config import RouterConfig, split_address
 from kvfabric.errors import ConfigError, KVFabricError
 from kvfabric.events.index import FleetIndex
-from kvfabric.registry.state import Tenant
 from kvfabric_router import api
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner, explain
@@ -104,9 +103,8 @@ class Router:
         request_id = f"req-{secrets.token_hex(16)}"
         tenant, call = "", None
         try:
-            who = self.registry.authenticate(request.headers.get("Authorization"))
-            tenant = who.tenant_id
-            call = await self._call(request, request_id, who)
+            tenant = self.registry.authenticate(request.headers.get("Authorization")).tenant_id
+            call = await self._call(request, request_id)
             response = await self.proxy.serve(request, call)
         except ApiError as exc:
             response = _error(exc)
@@ -121,13 +119,15 @@ class Router:
         self._count(tenant, (call.result if call else "") or str(response.status))
         return response
 
-    async def _call(self, request: web.Request, request_id: str, tenant: Tenant) -> Call:
+    async def _call(self, request: web.Request, request_id: str) -> Call:
+        """Raises ApiError 400, 401, 429. The key is asked again: it may be revoked while a body comes."""
         if self.fleet.num_flights >= MAX_IN_FLIGHT:
             raise ApiError(429, "The router has as many requests as it takes.", code="overloaded")
+        raw = await request.read()
         return Call(
             request_id=request_id,
-            tenant=tenant,
-            request=api.parse(request.path, await request.read()),
+            tenant=self.registry.authenticate(request.headers.get("Authorization")),
+            request=api.parse(request.path, raw),
             no_store="no-store" in request.headers.get("Cache-Control", "").lower(),
         )
 

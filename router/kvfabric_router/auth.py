@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 from kvfabric.registry.state import RegistryState, Tenant
-from kvfabric.types import DEFAULT_TENANT
+from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT
 from kvfabric_router.api import ApiError
 
 _SCHEME = "bearer "
@@ -15,19 +15,21 @@ _SCHEME = "bearer "
 class TenantDirectory:
     """Who may use the router under one registry state.
 
-    As long as no tenant has a key, requests belong to the tenant `default`, key or no key: a first try
-    needs no set-up. From the first key on, every request needs one.
+    As long as there is no tenant but those of every registry and none of them has a key, requests belong
+    to the tenant `default`, key or no key: a first try needs no set-up. After that every request needs
+    a key, also when the last one was revoked.
     """
 
     def __init__(self, state: RegistryState) -> None:
         self._tenants: Mapping[bytes, Tenant] = {
             digest: tenant for tenant in state.tenants.values() for digest in tenant.api_key_digests
         }
+        self._is_open = not self._tenants and set(state.tenants) <= {DEFAULT_TENANT, PUBLIC_TENANT}
         self._default = state.tenants.get(DEFAULT_TENANT) or Tenant(DEFAULT_TENANT, DEFAULT_TENANT)
 
     def authenticate(self, authorization: str | None) -> Tenant:
         """The tenant of an `Authorization` header. Raises ApiError 401."""
-        if not self._tenants:
+        if self._is_open:
             return self._default
         if not authorization or not authorization.lower().startswith(_SCHEME):
             raise ApiError(

@@ -195,7 +195,8 @@ class Planner:
         keys = identities.keys(engine)
         if keys is None:
             return {**body, "cache_salt": one_time_salt()}, identities.reason(engine)
-        body["cache_salt"] = keys.salt
+        # Without its node an engine keeps what it computed under the salt: for nobody, if it must not.
+        body["cache_salt"] = one_time_salt() if call.no_store else keys.salt
         if engine.session:
             try:
                 handle = self._mint(call, engine, identities)

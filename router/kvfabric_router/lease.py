@@ -26,6 +26,7 @@ class EpochLease:
         self._clock = clock
         self._registry_id: bytes | None = None
         self._version = 0
+        self._ttl_s = 0.0
         self._ends = float("-inf")
         self._quiet_until = float("-inf")
 
@@ -34,9 +35,11 @@ class EpochLease:
 
     def renewed(self, *, sent_at: float, registry_id: bytes, ttl_s: float, version: int) -> None:
         """An answer to a renewal sent at `sent_at` (this lease's clock)."""
+        # A renewal that is behind grants 0 s: what runs out are leases as long as those granted before.
+        self._ttl_s = max(self._ttl_s, ttl_s)
         if self._registry_id is not None and registry_id != self._registry_id:
             # Another store than the one trusted so far: what it forgot must first run out everywhere.
-            self._quiet_until = self._clock() + 2 * ttl_s
+            self._quiet_until = self._clock() + 2 * self._ttl_s
             self._version = 0
             self._ends = float("-inf")
         self._registry_id = registry_id

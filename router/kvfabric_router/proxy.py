@@ -221,7 +221,7 @@ class _Attempt:
             while chunk:
                 flight.stream_event()
                 events = splitter.feed(chunk)
-                finished = finished or b"[DONE]" in events
+                finished = finished or _is_end(events)
                 await response.write(self._usage_taken(events))
                 async with _faults():
                     chunk = await answer.content.readany()
@@ -285,6 +285,11 @@ def trace_config() -> aiohttp.TraceConfig:
     config = aiohttp.TraceConfig()
     config.on_request_headers_sent.append(sent)
     return config
+
+
+def _is_end(events: bytes) -> bool:
+    """Whether the end of the stream is among `events`; an answer may hold its text too."""
+    return b"[DONE]" in events and b"[DONE]" in events_of(events)
 
 
 @contextlib.asynccontextmanager

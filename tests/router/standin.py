@@ -51,6 +51,8 @@ class StandInEngine:
         self.arrived = asyncio.Event()
         self.status = 200
         self.break_after: int | None = None
+        self.texts: tuple[str, ...] = ("a", "b")
+        self.says_done = True
         self.gate = asyncio.Event()
         self.gate.set()
         self._port = 0
@@ -113,14 +115,15 @@ class StandInEngine:
         if self.break_after == 0:
             return _break(request)
         await response.prepare(request)
-        for number, text in enumerate("ab"):
+        for number, text in enumerate(self.texts):
             if number == self.break_after:
                 return _break(request)
             await response.write(_event({"choices": [{"index": 0, "text": text}]}))
             await self.gate.wait()
         if body.get("stream_options", {}).get("include_usage"):
             await response.write(_event({"choices": [], "usage": USAGE}))
-        await response.write(b"data: [DONE]\n\n")
+        if self.says_done:
+            await response.write(b"data: [DONE]\n\n")
         return response
 
 

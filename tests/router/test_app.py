@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import msgspec
 import pytest
 from kvfabric_router.api import MAX_BODY_BYTES
 from kvfabric_router.app import running
@@ -34,6 +38,7 @@ def is_openai_error(body: Any) -> bool:
         ([tenant("default")], {}, 200),
         ([tenant("default")], {"Authorization": "Bearer anything"}, 200),
         ([], {}, 200),
+        ([tenant("default"), tenant("t-1")], {}, 401),
         ([tenant("default"), tenant("t-1", KEY)], {}, 401),
         ([tenant("t-1", KEY)], {"Authorization": f"Bearer {KEY}"}, 200),
         ([tenant("t-1", KEY)], {"Authorization": f"bearer   {KEY} "}, 200),
@@ -78,6 +83,44 @@ async def test_a_revoked_key_ends_at_once(tmp_path: Path) -> None:
         others = registry_state([tenant("t-1", "kvf-new")], version=2)
         client.router.registry.apply(others)
         assert (await client.post(ASK, key=KEY))[0] == 401
+
+
+async def test_revoking_the_last_key_opens_no_door(tmp_path: Path) -> None:
+    """A router whose tenants have no key left does not take the revoked one, nor none, for `default`."""
+    everybody = [tenant("default"), tenant("t-1", KEY)]
+    async with (
+        engines() as (engine,),
+        client_of(config_for(tmp_path, [engine.url]), registry_state(everybody)) as client,
+    ):
+        keyless = [tenant("default"), tenant("t-1")]
+        client.router.registry.apply(registry_state(keyless, version=2))
+        assert (await client.post(ASK, key=KEY))[0] == 401
+        assert (await client.post(ASK))[0] == 401
+        assert engine.requests == []
+
+
+async def test_a_key_revoked_while_a_body_comes_is_not_taken(tmp_path: Path) -> None:
+    """Whoever revoked a key was told that no router takes it: slow clients are no exception."""
+    async with (
+        engines() as (engine,),
+        client_of(
+            config_for(tmp_path, [engine.url]), registry_state([tenant("t-1", KEY)])
+        ) as client,
+        aiohttp.ClientSession() as http,
+    ):
+        others = registry_state([tenant("t-1", "kvf-new")], version=2)
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield b" "
+            await asyncio.sleep(0.02)  # the router has read the head, and waits for the rest
+            client.router.registry.apply(others)
+            yield msgspec.json.encode(ASK)
+
+        headers = {"Authorization": f"Bearer {KEY}"}
+        url = client.router.url + "/v1/completions"
+        async with http.post(url, data=slowly(), headers=headers) as answer:
+            assert answer.status == 401
+        assert engine.requests == []
 
 
 @pytest.mark.parametrize(

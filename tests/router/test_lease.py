@@ -93,5 +93,20 @@ def test_another_registry_is_not_trusted_for_two_lease_times(
     assert lease.allows(other)
 
 
+def test_another_registry_that_grants_nothing_yet_is_not_trusted_earlier(
+    lease: EpochLease, clock: Clock
+) -> None:
+    """The first renewal there is behind, so it grants 0 s: the old registry's leases run all the same."""
+    other = replace(STATE, registry_id=b"x" * 16, version=6)
+    renew(lease, 1000.0)
+    lease.renewed(sent_at=1000.0, registry_id=b"x" * 16, ttl_s=0.0, version=6)
+    clock.now = 1000.1
+    renew(lease, 1000.1, version=6, who=b"x" * 16)
+    assert not lease.allows(other)
+    clock.now = 1004.0
+    renew(lease, 1004.0, version=6, who=b"x" * 16)
+    assert lease.allows(other)
+
+
 def test_the_clock_runs_on_while_the_machine_sleeps() -> None:
     assert boottime() > 0

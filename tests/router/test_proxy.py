@@ -168,6 +168,17 @@ async def test_an_engine_that_breaks_after_the_first_byte_is_not_replaced(
         assert client.router.fleet.num_flights == 0
 
 
+async def test_an_answer_that_only_names_the_end_has_not_ended(
+    tmp_path: Path, pair: list[StandInEngine]
+) -> None:
+    """A stream that just stops after the text `[DONE]` is broken off, and says so."""
+    pair[0].texts = ("data: [DONE]",)
+    pair[0].says_done = False
+    async with served(tmp_path, pair[:1]) as client:
+        _, raw, _ = await client.post(STREAM)
+        assert list(events(raw))[-1]["error"]["code"] == "engine_lost"
+
+
 async def test_replaying_after_the_first_byte_would_be_seen(
     tmp_path: Path, pair: list[StandInEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
