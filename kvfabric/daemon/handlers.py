@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from kvfabric import handle as handles
 from kvfabric.daemon.sessions import Session
-from kvfabric.errors import BadHandle, RemoteProtocolError
+from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError
 from kvfabric.hashing import namespace_key, namespace_tag
 from kvfabric.keyring import Keyring
 from kvfabric.protocol.messages import (
@@ -44,6 +44,7 @@ from kvfabric.types import (
     DEFAULT_TENANT,
     KEY_BYTES,
     PUBLIC_TENANT,
+    MissReason,
     Segment,
     TenantId,
     fabric_scope,
@@ -94,8 +95,8 @@ class _Terms:
 
 
 def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
-    """Verify the handle and open the request. Raises BadHandle, UnknownTenant."""
-    terms = _terms_of(caller, message.handle) if message.handle else _default_terms(caller)
+    """Verify the handle and open the request. Raises BadHandle, Fenced, UnknownTenant."""
+    terms = _terms_of(caller, message) if message.handle else _default_terms(caller)
     key = _namespace_key(caller, terms.tenant)
     public_key = _namespace_key(caller, PUBLIC_TENANT) if terms.public_tokens else b""
     block_tokens = caller.session.layout.block_tokens
@@ -210,14 +211,16 @@ CONCURRENT: Mapping[type[Request], Callable[[Caller, Any], Awaitable[Reply]]] = 
 }
 
 
-def _terms_of(caller: Caller, text: str) -> _Terms:
+def _terms_of(caller: Caller, message: OpenHandle) -> _Terms:
     services, session = caller.services, caller.session
     opened = handles.open_handle(
-        text,
+        message.handle,
         services.keyring.handle_keys(),
         audience=session.id,
         now=services.wall_clock(),
     )
+    if opened.request_id != message.request_id:
+        raise BadHandle("handle was made for another request")
     hello = session.hello
     if opened.model_revision != hello.model_revision:
         raise BadHandle(f"handle for model {opened.model_revision}, not {hello.model_revision}")
@@ -225,6 +228,12 @@ def _terms_of(caller: Caller, text: str) -> _Terms:
         raise BadHandle(f"handle for adapter {opened.adapter!r}, not {hello.adapter!r}")
     if opened.layout_fingerprint != session.fingerprint:
         raise BadHandle("handle for another layout than this session's")
+    # The store would refuse each call; refused here, the engine's own HBM serves nothing by it either.
+    state = services.registry()
+    if state is not None:
+        reason = state.fence_reason(opened.epochs, opened.to_segments())
+        if reason is not MissReason.NONE:
+            raise Fenced(f"what the handle was made under has changed since: {reason.value}")
     return _Terms(
         tenant=TenantId(opened.tenant),
         segments=opened.to_segments(),

@@ -19,19 +19,20 @@ import pytest
 from kvfabric.client import AsyncNodeClient, NodeClient
 from kvfabric.errors import (
     BadHandle,
+    Fenced,
     LocalProtocolError,
     NotFound,
     PeerClosed,
     RemoteProtocolError,
 )
-from kvfabric.handle import Handle, mint
+from kvfabric.handle import Handle, from_segments, mint
 from kvfabric.hashing import ROOT_PARENT, block_keys, layout_fingerprint
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import messages as m
 from kvfabric.protocol.codec import HEADER, MAGIC, MAX_BODY_BYTES, FrameReader, decode_reply, encode
 from kvfabric.testing.engine import DEADLINE_S, TinyEngine, tiny_hello, wrong_blocks
 from kvfabric.testing.processes import NodeProcess
-from kvfabric.types import DEFAULT_TENANT, GrantState
+from kvfabric.types import DEFAULT_TENANT, GrantState, Incarnation, Segment
 
 pytestmark = pytest.mark.fleet
 _names = itertools.count()
@@ -210,6 +211,7 @@ def test_valid_handle_opens_the_request(node: NodeProcess, engine: TinyEngine) -
         {"model_revision": "other"},
         {"adapter": "other"},
         {"layout_fingerprint": bytes(32)},
+        {"request_id": "another"},
         {"expires_at": 1},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -232,22 +234,27 @@ def test_forged_handle_is_refused(node: NodeProcess, engine: TinyEngine) -> None
 
 def test_no_store_and_no_read_are_kept(node: NodeProcess, engine: TinyEngine) -> None:
     """What the handle forbids does not happen, and is no error."""
-    keys = engine.open("r1", "prompt", 3, handle_for(node, engine, no_store=True))
+    keys = engine.open("r1", "prompt", 3, handle_for(node, engine, request_id="r1", no_store=True))
     assert engine.store("r1", keys) == 0
-    engine.open("r2", "prompt", 3, handle_for(node, engine))
+    engine.open("r2", "prompt", 3, handle_for(node, engine, request_id="r2"))
     assert engine.store("r2", keys) == 3
-    engine.open("r3", "prompt", 3, handle_for(node, engine, no_read=True))
+    engine.open("r3", "prompt", 3, handle_for(node, engine, request_id="r3", no_read=True))
     matched = engine.client.match("r3", keys, deadline_s=DEADLINE_S)
     assert (matched.num_blocks, matched.reason) == (0, "no_read")
 
 
 def test_moved_epoch_fences_the_request(node: NodeProcess, engine: TinyEngine) -> None:
-    """A handle that saw other epochs than the node misses and stores nothing."""
-    keys = engine.open("r1", "prompt", 3, handle_for(node, engine))
-    engine.store("r1", keys)
-    engine.open("r2", "prompt", 3, handle_for(node, engine, epochs=(("fabric", 7),)))
-    assert engine.client.match("r2", keys, deadline_s=DEADLINE_S).reason == "fenced"
-    assert engine.store("r2", keys) == 0
+    """A handle that saw other epochs than the node is not opened: no key, so nothing in HBM either."""
+    keys = engine.open("r", "prompt", 3, handle_for(node, engine))
+    engine.store("r", keys)
+    engine.release("r")
+    with pytest.raises(Fenced):
+        engine.open("r", "prompt", 3, handle_for(node, engine, epochs=(("fabric", 7),)))
+    withdrawn = from_segments((Segment("t", "1", Incarnation(bytes(16)), 0),))
+    with pytest.raises(Fenced):
+        engine.open("r", "prompt", 3, handle_for(node, engine, segments=withdrawn))
+    assert engine.client.match("r", keys, deadline_s=DEADLINE_S).num_blocks == 0
+    assert engine.store("r", keys) == 0
 
 
 def test_request_that_was_not_opened_misses(engine: TinyEngine) -> None:
