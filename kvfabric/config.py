@@ -69,6 +69,7 @@ class NodeConfig:
     def __post_init__(self) -> None:
         _positive(self, "host_bytes", "max_blocks", "window_bytes", "lease_s", "reservation_s")
         _positive(self, "epoch_lease_s", "sessions_return_s")
+        _not_negative(self, "ssd_bytes")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 
     @property
@@ -152,6 +153,7 @@ class EngineConfig:
         _positive(self, "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim")
         _positive(self, "intermediate_size", "num_threads", "engine_block_tokens", "hbm_blocks")
         _positive(self, "max_batch", "max_model_tokens", "window_bytes")
+        _not_negative(self, "block_tokens")
         _one_of(self, "role", "prefill", "decode", "both")
         _one_of(self, "dtype", "float32", "bfloat16", "float16")
         _one_of(self, "deterministic", "auto", "on", "off")
@@ -216,7 +218,10 @@ def parse_size(text: str, key: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     if not found:
         raise ConfigError(f"{key} is {text!r}; it must be a size such as 4096, 512MiB or 4GiB")
-    return int(found[1]) * _UNITS[(found[2] or "").upper()]
+    size = int(found[1]) * _UNITS[(found[2] or "").upper()]
+    if size >= 1 << 63:
+        raise ConfigError(f"{key} is {text!r}; no size is above 8 EiB")
+    return size
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -308,10 +313,17 @@ def _parse_number(text: str, hint: Any, key: str) -> int | float:
 
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < float("inf"):
             raise ConfigError(
                 f"{config.section}.{name} is {getattr(config, name)}; it must be more than 0"
             )
+
+
+def _not_negative(config: Any, name: str) -> None:
+    if getattr(config, name) < 0:
+        raise ConfigError(
+            f"{config.section}.{name} is {getattr(config, name)}; it must be 0 or more"
+        )
 
 
 def _one_of(config: Any, name: str, *allowed: str) -> None:

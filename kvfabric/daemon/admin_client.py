@@ -61,7 +61,7 @@ class AdminClient:
 
     def call(self, method: Any, request: Message) -> Any:
         """One unary call of a stub's `method`."""
-        who = f"{getpass.getuser()}@{socket.gethostname()}".encode("ascii", "replace").decode()
+        who = f"{_user()}@{socket.gethostname()}".encode("ascii", "replace").decode()
         try:
             return method(request, timeout=self._deadline_s, metadata=((REQUESTED_BY, who),))
         except grpc.RpcError as exc:
@@ -99,7 +99,18 @@ class AdminClient:
                 f"the node at {self._path} did not answer within {self._deadline_s:.0f} s: "
                 "what was asked may still be done; `kvfabric status` shows whether the node lives"
             )
-        return KVFabricError(f"the node at {self._path} failed: {status.name}: {details}")
+        return KVFabricError(f"the node at {self._path} failed: {status.name}: {_line(details)}")
+
+
+def _line(details: str) -> str:
+    return details.splitlines()[0] if details else details
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as containers have
+        return f"uid-{os.getuid()}"
 
 
 def to_plain(message: Message) -> dict[str, Any]:

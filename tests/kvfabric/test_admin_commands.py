@@ -242,3 +242,26 @@ def test_admin_socket_comes_from_the_configuration(
     file.write_text('[node]\nadmin_socket = "/tmp/elsewhere.sock"\n')
     assert cli.main(["status", "--config", str(file)]) == 1
     assert "/tmp/elsewhere.sock" in capsys.readouterr().err
+
+
+def test_sizes_beyond_any_tier_are_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tenant", "create", "x", "--host-max", "99999999TiB"]) == 2
+    err = capsys.readouterr().err
+    assert "--host-max" in err
+    assert err.count("\n") == 1
+
+
+def test_too_long_a_socket_path_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--admin-socket", "/tmp/" + "a" * 200]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_user_without_a_name_may_ask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's user id often has no entry in the password file, and no variable names it."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 123_456_789)
+    assert cli.main(["status", "--admin-socket", str(tmp_path / "admin.sock")]) == 1
+    assert "no node answers" in capsys.readouterr().err

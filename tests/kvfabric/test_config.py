@@ -102,6 +102,7 @@ def test_missing_file_names_itself(tmp_path: Path) -> None:
         ({"vocab_size": 100}, "vocab_size"),
         ({"num_heads": 3, "num_kv_heads": 2}, "num_heads"),
         ({"block_tokens": 40}, "block_tokens"),
+        ({"block_tokens": -16}, "block_tokens"),
         ({"dtype": "int8"}, "dtype"),
         ({"nothing": 1}, "engine.nothing"),
     ],
@@ -109,6 +110,16 @@ def test_missing_file_names_itself(tmp_path: Path) -> None:
 def test_engine_shape_that_cannot_be_is_refused(flags: dict[str, object], names: str) -> None:
     with pytest.raises(ConfigError, match=names):
         config.load(EngineConfig, file=None, flags=flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"lease_s": "nan"}, {"lease_s": "inf"}, {"ssd_bytes": "-5"}, {"host_bytes": "8388608TiB"}],
+)
+def test_number_that_cannot_be_names_its_key(flags: dict[str, object]) -> None:
+    (name,) = flags
+    with pytest.raises(ConfigError, match=name.replace("_", "[-_]")):
+        config.load(NodeConfig, file=None, flags=flags)
 
 
 @pytest.mark.parametrize(
