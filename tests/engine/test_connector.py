@@ -17,6 +17,7 @@ from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.staging import Mover, Pages
 from kvfabric_engine.testing import Answer, ask, begin, small_config
 
+from kvfabric.daemon.admin_client import AdminClient
 from kvfabric.handle import Handle, from_segments, mint
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.keyring import Keyring
@@ -284,7 +285,25 @@ def test_handles_decide_what_is_shared(connected: Connect, node: NodeProcess) ->
     assert reused("f", no_read=True) == 0
     assert reused("g", expires_at=1) == 0
     assert reused("h", audience=bytes(16)) == 0
+    assert reused("i", epochs=(("fabric", 9),)) == 0  # what HBM holds is no exception
     assert ask(engine, PROMPTS[0], handle="forged").reused.total == 0
+
+
+def test_over_quota_is_a_refused_store_and_no_failed_request(
+    connected: Connect, node: NodeProcess, cold: list[tuple[int, ...]]
+) -> None:
+    """A tenant that may store nothing gets its answers; what is refused is counted."""
+    engine = connected()
+    with AdminClient(node.state_dir / "admin.sock") as client:
+        request = pb.SetTenantRequest(name=DEFAULT_TENANT, host=pb.TierQuota(max_bytes=1))
+        client.call(client.registry.SetTenant, request)
+    assert [a.token_ids for a in answers(engine)] == cold
+    assert statistics(engine).saved_blocks == 0
+    with AdminClient(node.state_dir / "admin.sock") as client:
+        request = pb.SetTenantRequest(name=DEFAULT_TENANT, host=pb.TierQuota())
+        client.call(client.registry.SetTenant, request)
+    answers(engine)
+    assert statistics(engine).saved_blocks == 12
 
 
 def test_no_store_leaves_nothing_behind(connected: Connect, node: NodeProcess) -> None:
