@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 
-DEADLINE_S = 170
+DEADLINE_S = 300
 
 Demo = tuple[subprocess.CompletedProcess[str], dict[str, Any]]
 """The finished process and its report."""

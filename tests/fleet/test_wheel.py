@@ -153,7 +153,7 @@ def test_doctor_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
 
 def test_the_demo_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
     """The whole fleet, started by the installed package alone."""
-    done = _run(python.with_name("kvfabric"), "demo", "--quick", cwd=tmp_path, timeout=170)
+    done = _run(python.with_name("kvfabric"), "demo", "--quick", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "demo-report.json").read_text())["passed"]
 
