@@ -16,6 +16,7 @@ parts whose copy is under way are settled by the commit that runs.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,6 +33,9 @@ from kvfabric.types import PUBLIC_TENANT, Segment, SessionId, TenantId
 
 MAX_REQUESTS = 65_536
 """Of one session that were neither released nor ended."""
+
+SWEEP_RIGHTS = 64
+"""Looked at by one sweep; ending the right to 256 blocks takes about 30 us."""
 
 _NO_ROWS: Rows = np.empty(0, dtype=np.uint32)
 
@@ -84,12 +88,14 @@ class RequestGrant:
 
 @dataclass(slots=True)
 class Request:
-    """`rows`: blocks held for it, ascending and distinct. `deadline`: of the right, in clock seconds."""
+    """`rows`: blocks held for it, ascending and distinct. `deadline`: of the right, in clock seconds.
+    `due`: whether the sweep will come by."""
 
     grant: RequestGrant
     rows: Rows = field(default_factory=lambda: _NO_ROWS)
     deadline: float = 0.0
     lapsed: bool = False
+    due: bool = False
 
 
 @dataclass(slots=True)
@@ -147,7 +153,10 @@ class LeaseBook:
         self._lease_share = lease_share
         self._rights = residency.index.column(np.uint32)
         self._lapsed = residency.index.column(np.uint32)
-        self._next_due = float("inf")
+        # (deadline as it was when queued, number, whose). A lease that was renewed is queued anew when
+        # its turn comes, so renewing costs nothing; one that ended meanwhile is passed over.
+        self._due: list[tuple[float, int, Request | Reservation]] = []
+        self._num_due = 0
 
     # -- sessions ------------------------------------------------------------------------------------
 
@@ -257,8 +266,14 @@ class LeaseBook:
             self._gain(fresh)
             request.rows = np.sort(np.concatenate([request.rows, fresh]))
         request.deadline = self._clock() + self._lease_s
-        self._next_due = min(self._next_due, request.deadline)
+        if not request.due:
+            request.due = True
+            self._queue(request)
         return fresh
+
+    def _queue(self, right: Request | Reservation) -> None:
+        self._num_due += 1  # rights themselves have no order
+        heapq.heappush(self._due, (right.deadline, self._num_due, right))
 
     def release(self, number: SessionId, request_ids: Iterable[str]) -> None:
         """The session reads nothing of these requests any more. Unknown ones are ignored."""
@@ -270,28 +285,26 @@ class LeaseBook:
             if request is not None and len(request.rows):
                 (self._drop_lapsed if request.lapsed else self._drop_right)(request.rows)
                 self._residency.unhold(request.rows)
+                request.rows = _NO_ROWS
         self._forget_if_gone(session)
 
-    def sweep(self) -> None:
-        """End every right whose deadline has passed. Cheap when none has."""
+    def sweep(self) -> bool:
+        """End rights whose deadline has passed, a bounded number; True if there may be more. A right
+        that is late to be swept is no right: whoever asks for it looks at the clock."""
         now = self._clock()
-        if now < self._next_due:
-            return
-        for session in list(self.sessions.values()):
-            for request in session.requests.values():
-                self.is_lapsed(request)
-            for reservation in list(session.reservations.values()):
-                if reservation.deadline <= now:
-                    self.end_reservation(reservation)
-        self._next_due = min(self._deadlines(), default=float("inf"))
-
-    def _deadlines(self) -> Iterator[float]:
-        for session in self.sessions.values():
-            for request in session.requests.values():
-                if len(request.rows) and not request.lapsed:
-                    yield request.deadline
-            for reservation in session.reservations.values():
-                yield reservation.deadline
+        for _ in range(SWEEP_RIGHTS):
+            if not self._due or self._due[0][0] > now:
+                return False
+            right = heapq.heappop(self._due)[2]
+            if isinstance(right, Reservation):
+                if not right.ended:
+                    self.end_reservation(right)
+            elif len(right.rows) and not right.lapsed and right.deadline > now:
+                self._queue(right)
+            else:
+                right.due = False
+                self._lapse(right)
+        return True
 
     # -- bytes under rights: each physical byte once -------------------------------------------------
 
@@ -346,7 +359,7 @@ class LeaseBook:
             deadline=self._clock() + self.reservation_s,
         )
         session.reservations[reservation.number] = reservation
-        self._next_due = min(self._next_due, reservation.deadline)
+        self._queue(reservation)
         return reservation
 
     def find_reservation(self, number: SessionId, reservation: int) -> Reservation | None:

@@ -7,14 +7,16 @@ moved by pool threads.
     Arena           descriptor, mapping, allocate / free with generations, background touching
     SlotAllocator   pages: one stack of free slots per size class over a sorted list of free runs. Pure
 
-Slots of one size never fragment. When another size asks and only splinters are free, the stacks are
-merged back into runs; nothing is ever moved, so with several sizes a request may fail although its
-bytes are free somewhere.
+Slots of one size never fragment. When another size asks and the runs have nothing left for it, the stacks
+are merged back into runs, what was carved ahead included; nothing is ever moved, so with several sizes a
+request may fail although its bytes are free somewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -31,6 +33,13 @@ PAGE_BYTES = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _REFILL_PAGES = 4096
 """Carving from the runs takes up to this many pages more than asked (16 MiB), so that it is rare."""
+
+_MERGE_SHARE = 8
+"""A merge walks all free slots: worth it once a page has changed for every so many of them."""
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
+_LIBC = ctypes.CDLL(None, use_errno=True)  # unlike mmap.madvise, its calls release the interpreter lock
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 Pages = npt.NDArray[np.uint32]
 
@@ -54,7 +63,7 @@ class SlotAllocator:
         self._stacks: dict[int, array[int]] = {}
         self._run_starts = np.zeros(1, dtype=np.int64)
         self._run_pages = np.full(1, num_pages, dtype=np.int64)
-        self._freed_since_merge = 0
+        self._changed_pages = 0  # freed or carved since the last merge
 
     def allocate(self, num_slots: int, pages: int) -> Pages | None:
         """First pages of `num_slots` slots, ascending and neighbouring where possible; all or none."""
@@ -76,13 +85,14 @@ class SlotAllocator:
         # Descending, so that the next batch takes the lowest of them first and in one run.
         stack.frombytes(np.sort(first_pages)[::-1].astype(np.uint32).tobytes())
         self.free_pages += len(first_pages) * pages
-        self._freed_since_merge += len(first_pages) * pages
+        self._changed_pages += len(first_pages) * pages
 
     def _refill(self, stack: array[int], num_slots: int, pages: int) -> bool:
         missing = num_slots - len(stack)
         if self._carve(stack, missing, pages):
             return True
-        if self._freed_since_merge < missing * pages:
+        stacked = sum(map(len, self._stacks.values()))
+        if not self._changed_pages or self._changed_pages * _MERGE_SHARE < stacked:
             return False
         self._merge()
         return self._carve(stack, num_slots - len(stack), pages)
@@ -102,6 +112,7 @@ class SlotAllocator:
             cut.append(start + pages * np.arange(count, dtype=np.int64))
             self._run_starts[run] += count * pages
             self._run_pages[run] -= count * pages
+            self._changed_pages += count * pages
             wanted -= count
         kept = self._run_pages > 0
         self._run_starts, self._run_pages = self._run_starts[kept], self._run_pages[kept]
@@ -126,7 +137,7 @@ class SlotAllocator:
         group = np.cumsum(head) - 1
         self._run_starts = start[head]
         self._run_pages = np.bincount(group, weights=length).astype(np.int64)
-        self._freed_since_merge = 0
+        self._changed_pages = 0  # freed or carved since the last merge
 
 
 class Slots(NamedTuple):
@@ -222,10 +233,20 @@ class Arena:
         return self.view[offset : offset + num_bytes]
 
     def touch(self, offset: int, num_bytes: int) -> None:
-        """Have the kernel provide these pages now; keeps their contents. Blocks: run it in a pool.
+        """Have the kernel provide and map these pages now; keeps their contents. Blocks: run it in a pool.
 
         Raises ConfigError if there is no memory, instead of SIGBUS at the first write to it.
         """
+        start = np.frombuffer(self.view, dtype=np.uint8).ctypes.data + offset
+        if not _LIBC.madvise(start, num_bytes, _MADV_POPULATE_WRITE):
+            return
+        code = ctypes.get_errno()
+        if code != errno.EINVAL:
+            raise ConfigError(f"the machine has no memory for the arena: {os.strerror(code)}")
+        self._provide(offset, num_bytes)
+
+    def _provide(self, offset: int, num_bytes: int) -> None:
+        """On a kernel before 5.14: provided, not mapped, so each first write to a page still faults."""
         try:
             os.posix_fallocate(self._fd, offset, num_bytes)
         except OSError as exc:

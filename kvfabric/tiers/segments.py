@@ -48,7 +48,7 @@ from kvfabric.tiers.records import (
     verify_payload,
 )
 from kvfabric.tiers.segment_accounts import Busy, Segment
-from kvfabric.tiers.segment_file import Appended, SegmentFile
+from kvfabric.tiers.segment_file import Appended, SegmentFile, numbers_in
 from kvfabric.tiers.segment_index import Change, Extent, Forget, Put, SegmentIndex
 from kvfabric.tiers.segment_recovery import recover
 from kvfabric.types import Part, TenantId
@@ -61,6 +61,8 @@ RUN_BYTES = 8 << 20
 """Neighbouring records written by one call to the kernel."""
 
 _RUN_RECORDS = 256
+_DROPPED = 256
+"""Parts of a reclaimed segment told of at once; a segment of small parts has very many."""
 _THREADS = 6
 _WRITE_LANES = 2  # threads that write; the rest are for reads
 
@@ -134,8 +136,8 @@ class SegmentTier(Tier):
 
     `capacity_bytes` is a hard bound on the segment files and must hold at least two of them; the index
     beside them takes about 1 KiB a record. `on_dropped` gets the parts that went with a reclaimed
-    segment, on the event loop, before their space is used again; it must not raise or block. Entering
-    raises ConfigError (capacity, directory, or another daemon is using it), NoSpace or TransferError.
+    segment, in slices, on the event loop, before their space is used again; it must not raise or block.
+    Entering raises ConfigError (capacity, directory, another daemon using it), NoSpace or TransferError.
     """
 
     def __init__(
@@ -528,9 +530,9 @@ class SegmentTier(Tier):
 
     def _create_file(self) -> SegmentFile:
         """Blocking: a new file, in the index too."""
-        file = SegmentFile.create(
-            self._directory, self._index.next_number(), self._segment_bytes, direct=self._direct
-        )
+        # A file that could not be removed keeps its number.
+        number = max(self._index.next_number(), *(n + 1 for n in numbers_in(self._directory)), 1)
+        file = SegmentFile.create(self._directory, number, self._segment_bytes, direct=self._direct)
         try:
             self._index.add_segment(file.header)
         except KVFabricError:
@@ -548,8 +550,9 @@ class SegmentTier(Tier):
         number = oldest.file.header.number
         # Out of the index first: what is gone must not come back after a crash.
         parts = await self._pool.run(partial(self._index.drop_segment, number))
-        if parts:
-            self._on_dropped(parts)
+        for first in range(0, len(parts), _DROPPED):
+            self._on_dropped(parts[first : first + _DROPPED])
+            await asyncio.sleep(0)
         await self._pool.run(oldest.file.unlink)
         oldest.file.retire()
         del self._segments[number]
