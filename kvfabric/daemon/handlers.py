@@ -219,7 +219,8 @@ def _terms_of(caller: Caller, message: OpenHandle) -> _Terms:
         audience=session.id,
         now=services.wall_clock(),
     )
-    if opened.request_id != message.request_id:
+    # Engines decorate the id that the router gave a request (vLLM: `cmpl-ID-0`); none invents another.
+    if opened.request_id not in message.request_id:
         raise BadHandle("handle was made for another request")
     hello = session.hello
     if opened.model_revision != hello.model_revision:

@@ -159,6 +159,7 @@ async def test_stop_string_cuts_the_answer(http: ClientSession) -> None:
         ({"prompt": "x", "seed": 2**70}, 400, "seed"),
         ({"prompt": "x", "n": 2}, 400, "n"),
         ({"prompt": "x", "stop": [1]}, 400, "stop"),
+        ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop"),
         ({"prompt": "x", "kv_transfer_params": {"kvfabric": 1}}, 400, None),
     ],
 )

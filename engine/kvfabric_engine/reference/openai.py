@@ -20,6 +20,8 @@ from kvfabric_engine.reference.sampler import SamplingParams
 from kvfabric_engine.reference.sequence import Reused
 
 MAX_PROMPTS = 64
+MAX_STOPS = 16
+"""Each is looked for at every token."""
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -149,6 +151,8 @@ def _stop(fields: _Fields) -> tuple[str, ...]:
         stop = [stop]
     if not isinstance(stop, list) or not all(isinstance(item, str) and item for item in stop):
         raise BadRequest("stop must be a string or a list of strings", param="stop")
+    if len(stop) > MAX_STOPS:
+        raise BadRequest(f"stop has at most {MAX_STOPS} strings", param="stop")
     return tuple(stop)
 
 
