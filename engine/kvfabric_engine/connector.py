@@ -4,6 +4,7 @@
     match    keys -> leased prefix                 control thread
     plan     fetch or recompute                    pure
     load     arena -> staging -> pool              load thread; the pool gets verified, confirmed bytes
+             (on a GPU by DMA from the arena, `direct_load`; elsewhere and meanwhile by the CPU)
     save     pool -> window -> commit              save thread; in the order of the chain
     release  after loads and saves of the request  link thread, batched
 
@@ -27,11 +28,14 @@ from typing import TypeVar
 from kvfabric.client import EngineHello, NodeClient, Window
 from kvfabric.errors import KVFabricError, NoSpace, TransferError
 from kvfabric.hashing import layout_fingerprint
-from kvfabric.protocol.messages import Role
+from kvfabric.protocol.messages import Confirmed, Located, Role
 from kvfabric.types import BlockKey, BlockLayout, GrantState, MissReason, TierName
 from kvfabric_engine.audit import PartAudit
 from kvfabric_engine.boundary import Boundary, reason_of
+from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
 from kvfabric_engine.node_link import LinkCalls, NodeLink
+from kvfabric_engine.pinning import Pinning
+from kvfabric_engine.plan import FetchPlan, PrefixMatch, plan_fetch
 from kvfabric_engine.pool_events import PoolEvents
 from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
 from kvfabric_engine.staging import Fence, Mover, Pages
@@ -82,28 +86,13 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """The node leases the first `num_blocks` blocks to us; `tiers` has one name for each."""
-
-    num_blocks: int
-    tiers: tuple[TierName, ...]
-    reason: MissReason
-
-
-@dataclass(frozen=True, slots=True)
-class FetchPlan:
-    """Blocks [first, first + num_blocks) of the chain are loaded, what follows is computed."""
-
-    first: int
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
     """The first `num_blocks` blocks asked for are in the pool; what else was asked for is untouched."""
 
     num_blocks: int
     reason: MissReason
+    seconds: float = 0.0
+    """From when the load's turn came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +123,9 @@ class _Request:
 
     num_pending: int = 0
     is_released: bool = False
+    is_ours: bool = True
     leased_keys: tuple[BlockKey, ...] = ()
     renew_at: float = 0.0
-
-
-def plan_fetch(match: PrefixMatch, *, num_cached: int, num_usable: int) -> FetchPlan:
-    """Fetch whatever the fabric has beyond `num_cached` blocks in HBM, up to `num_usable` blocks."""
-    last = min(match.num_blocks, num_usable)
-    return FetchPlan(num_cached, max(0, last - num_cached))
 
 
 class Connector:
@@ -155,7 +139,9 @@ class Connector:
         mover: Mover,
         events: PoolEvents,
         clock: Callable[[], float] = time.monotonic,
+        on_thread: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_thread` runs first on each thread that moves bytes."""
         self._options = options
         self._layout = layout
         self._mover = mover
@@ -172,10 +158,11 @@ class Connector:
             calls=LinkCalls(connected=self._connected, gone=self._unpin, tick=self._tick),
         )
         self._control = ThreadPoolExecutor(CONTROL_THREADS, "kvf-control")
-        self._loading = ThreadPoolExecutor(1, "kvf-load")
-        self._saving = ThreadPoolExecutor(1, "kvf-save")
+        self._loading = ThreadPoolExecutor(1, "kvf-load", on_thread)
+        self._saving = ThreadPoolExecutor(1, "kvf-save", on_thread)
         self._staging: list[memoryview] = []
-        self._pinned: memoryview | None = None  # the window, on the link's thread
+        self._pinning: Pinning | None = None  # of this connection; changes while nobody uses the client
+        self._direct: DirectLoads | None = None  # likewise
         self._lock = threading.Lock()  # guards all below
         self._requests: dict[str, _Request] = {}
         self._to_release: list[str] = []
@@ -257,11 +244,12 @@ class Connector:
     ) -> Future[Loaded]:
         """Bring matched `keys` into the pool's `blocks`. What fails is left to be computed."""
         progress = [0]
+        fence = self._mover.fence()  # the pages may be in use still by what had them before
         return self._submit(
             self._loading,
             "load",
             request_id,
-            lambda: self._load(request_id, keys, blocks, progress),
+            lambda: self._load(request_id, keys, blocks, progress, fence),
             lambda error: Loaded(progress[0], reason_of(error)),
         )
 
@@ -272,11 +260,14 @@ class Connector:
         keys: Sequence[BlockKey],
         blocks: Sequence[Pages],
         fence: Fence,
+        *,
+        handle: str | None = None,
     ) -> Future[Saved]:
         """Store consecutive blocks of a chain; `parent` is the key before the first, or 32 zeros.
 
         `fence` (`Mover.fence`) stands behind the computation of the blocks. When more than two windows
         of bytes are being saved already, the blocks are not stored: the cache is slower than the engine.
+        `handle`: open the request with it first, for a process that did not open it itself.
         """
         num_bytes = len(keys) * self._mover.part_bytes
         with self._lock:
@@ -292,7 +283,7 @@ class Connector:
             self._saving,
             "save",
             request_id,
-            lambda: self._save(request_id, parent, keys, blocks, fence),
+            lambda: self._open_and_save(request_id, parent, keys, blocks, fence, handle),
             lambda error: Saved(0, 0, reason_of(error)),
         )
         future.add_done_callback(lambda _: self._add_saving(-num_bytes))
@@ -309,6 +300,13 @@ class Connector:
                 return
             self._drop(request_id)
         self._link.wake()
+
+    def forget(self, request_id: str) -> None:
+        """As `release`, of a request that another process of the session opened and will release."""
+        with self._lock:
+            if (request := self._requests.get(request_id)) is not None:
+                request.is_ours = False
+        self.release(request_id)
 
     def statistics(self) -> ConnectorStatistics:
         with self._lock:
@@ -357,8 +355,8 @@ class Connector:
 
     def _drop(self, request_id: str) -> None:
         """Under the lock."""
-        del self._requests[request_id]
-        self._to_release.append(request_id)
+        if self._requests.pop(request_id).is_ours:
+            self._to_release.append(request_id)
 
     def _add_saving(self, num_bytes: int) -> None:
         with self._lock:
@@ -403,25 +401,91 @@ class Connector:
         keys: Sequence[BlockKey],
         blocks: Sequence[Pages],
         progress: list[int],
+        fence: Fence,
     ) -> Loaded:
-        deadline = time.monotonic() + self._options.deadlines.load_s
-        reason = MissReason.NONE
+        begun = time.monotonic()
+        deadline = begun + self._options.deadlines.load_s
         with self._link.use() as client:
-            staging = self._staging_buffers()
-            while progress[0] < len(keys):
-                done = progress[0]
-                chunk = keys[done : done + len(staging)]
-                usable, reason = self._fetch(client, request_id, chunk, deadline)
-                self._mover.scatter(staging[:usable], blocks[done : done + usable])
-                self._record_load(client, chunk[:usable], blocks[done : done + usable])
-                progress[0] += usable
-                if usable < len(chunk):
+            fence.wait()
+            if self._direct is not None:
+                calls = self._node_calls(client, request_id, keys, blocks, progress, deadline)
+                reason = self._direct.run(calls, blocks, self._mover.part_bytes)
+                if progress[0] < len(keys):
                     self._boundary.count(reason)
-                    break
+            else:
+                reason = self._load_copied(client, request_id, keys, blocks, progress, deadline)
         with self._lock:
             self._moved[0] += progress[0]
             self._requests[request_id].leased_keys = ()
-        return Loaded(progress[0], reason)
+        return Loaded(progress[0], reason, time.monotonic() - begun)
+
+    def _load_copied(
+        self,
+        client: NodeClient,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        progress: list[int],
+        deadline: float,
+    ) -> MissReason:
+        reason = MissReason.NONE
+        staging = self._staging_buffers()
+        while progress[0] < len(keys):
+            done = progress[0]
+            chunk = keys[done : done + len(staging)]
+            usable, reason = self._fetch(client, request_id, chunk, deadline)
+            self._mover.scatter(staging[:usable], blocks[done : done + usable])
+            self._record_load(client, chunk[:usable], blocks[done : done + usable])
+            progress[0] += usable
+            if usable < len(chunk):
+                self._boundary.count(reason)
+                break
+        return reason
+
+    def _node_calls(
+        self,
+        client: NodeClient,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        progress: list[int],
+        deadline: float,
+    ) -> NodeCalls:
+        """What a direct load asks of the node, and what it tells us."""
+        shard = self._options.shard
+
+        def locate(first: int, count: int) -> Located:
+            wanted = keys[first : first + count]
+            return client.load(
+                request_id, wanted, group=GROUP, shard=shard, deadline_s=_left(deadline)
+            )
+
+        def confirm(first: int, located: Located) -> Confirmed:
+            read = keys[first : first + located.num_blocks]
+            return client.confirm(
+                request_id, read, located, group=GROUP, shard=shard, deadline_s=_left(deadline)
+            )
+
+        def read(first: int, located: Located) -> tuple[int, MissReason]:
+            staging = self._staging_buffers()
+            for start in range(0, located.num_blocks, len(staging)):
+                part = parts_of(located, start, min(start + len(staging), located.num_blocks))
+                begin = first + start
+                wanted = keys[begin : begin + part.num_blocks]
+                usable, reason = self._take(client, request_id, wanted, part, deadline)
+                self._mover.scatter(staging[:usable], blocks[begin : begin + usable])
+                if usable < part.num_blocks:
+                    return start + usable, reason
+            return located.num_blocks, MissReason.NONE
+
+        def landed(first: int, count: int) -> None:
+            progress[0] = first + count
+            if self._audit is not None and self._direct is not None:
+                self._direct.landing.wait()
+                stop = first + count
+                self._record_load(client, keys[first:stop], blocks[first:stop])
+
+        return NodeCalls(locate, confirm, read, landed)
 
     def _staging_buffers(self) -> list[memoryview]:
         """Host buffers of one part each, used by the load thread alone."""
@@ -440,6 +504,17 @@ class Connector:
         located = client.load(
             request_id, keys, group=GROUP, shard=shard, deadline_s=_left(deadline)
         )
+        return self._take(client, request_id, keys, located, deadline)
+
+    def _take(
+        self,
+        client: NodeClient,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        located: Located,
+        deadline: float,
+    ) -> tuple[int, MissReason]:
+        """Located parts -> staging, as `_fetch`."""
         reason = MissReason(located.reason or MissReason.NONE)
         good = client.read(located, self._staging) if located.num_blocks else 0
         if good < located.num_blocks:
@@ -451,7 +526,7 @@ class Connector:
             keys[:good],
             located,
             group=GROUP,
-            shard=shard,
+            shard=self._options.shard,
             deadline_s=_left(deadline),
         )
         if confirmed.num_blocks < good:
@@ -465,6 +540,19 @@ class Connector:
             digests = self._audit.digests(blocks, after=self._mover.fence())
             self._audit.write("load", client.session, keys, self._options.shard, digests)
 
+    def _open_and_save(
+        self,
+        request_id: str,
+        parent: BlockKey,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        fence: Fence,
+        handle: str | None,
+    ) -> Saved:
+        if handle is not None:
+            self._open(request_id, handle, ())
+        return self._save(request_id, parent, keys, blocks, fence)
+
     def _save(
         self,
         request_id: str,
@@ -476,6 +564,8 @@ class Connector:
         stored = present = 0
         reason = MissReason.NONE
         with self._link.use() as client:
+            if self._pinning is not None:
+                self._pinning.wait_window(self._options.deadlines.save_s)
             # Half a window at most: the other half may be quarantined behind a commit that hangs.
             step = max(1, client.window.num_bytes // 2 // self._mover.part_bytes)
             for start in range(0, len(keys), step):
@@ -561,27 +651,34 @@ class Connector:
 
     def _connected(self, client: NodeClient) -> None:
         """A new connection: the node knows nothing of our pool, and of no request."""
-        self._pin(client.window)
+        self._pin(client)
         with self._lock:
             self._needs_snapshot = True
             self._to_release.clear()
             for request in self._requests.values():
                 request.leased_keys = ()
 
-    def _pin(self, window: Window) -> None:
-        if window.num_bytes == 0:
+    def _pin(self, client: NodeClient) -> None:
+        """Begin to page-lock the connection's memory; it is used meanwhile."""
+        if not self._mover.pins_memory:
             return
-        whole = self._allocate(window, window.num_bytes)
-        self._pinned = window.view(
-            whole, window.num_bytes
-        )  # held: it must not be unmapped while pinned
-        window.free(whole)
-        self._mover.pin(self._pinned)
+        arena = client.arena
+        landing = self._mover.landing(arena) if len(arena) else None
+        self._direct = DirectLoads(landing, arena) if landing is not None else None
+        self._pinning = Pinning(self._mover, client.window, landing, len(arena))
+        self._pinning.start(self._boundary)
 
     def _unpin(self) -> None:
-        if self._pinned is not None:
-            self._mover.unpin(self._pinned)
-        self._pinned = None
+        """Before the memory is unmapped; the link lets nobody use the client now."""
+        if self._pinning is not None:
+            self._pinning.stop()
+        if self._direct is not None:
+            self._direct.close()
+        self._pinning = self._direct = None
+
+    def wait_pinned(self, timeout_s: float) -> bool:
+        """Wait until all is page-locked that this connection will page-lock: for measuring."""
+        return self._pinning is None or self._pinning.wait(timeout_s)
 
     def _tick(self, client: NodeClient) -> None:
         self._send_releases(client)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from kvfabric.hashing import ROOT_PARENT, BlockHasher, namespace_key, namespace_tag
+from kvfabric.hashing import ROOT_PARENT, BlockHasher, namespace_key, namespace_tag, salt
 from kvfabric.protocol.messages import HandleOpened
 from kvfabric.types import BlockKey, Incarnation, Namespace, Segment, TenantId
 from kvfabric_engine.pool_events import CachedKey
@@ -32,6 +32,7 @@ class RequestKeys:
         "block_tokens",
         "no_read",
         "no_store",
+        "salt",
     )
 
     def __init__(self, opened: HandleOpened, block_tokens: int) -> None:
@@ -42,6 +43,8 @@ class RequestKeys:
             Segment(s.template, s.version, Incarnation(s.incarnation), s.first_token)
             for s in opened.segments
         )
+        self.salt = salt(opened.namespace_key, segments)
+        """What separates an engine's own cache as these keys do (design 3)."""
         self._hasher = BlockHasher(
             opened.namespace_key,
             block_tokens,
