@@ -54,16 +54,17 @@ class Keyring:
         if keyring._path.exists():
             keyring.reload()
             return keyring
-        keyring._contents = _Contents(
-            generation=1,
-            tenant_secrets={
-                DEFAULT_TENANT: secrets.token_bytes(SECRET_BYTES),
-                PUBLIC_TENANT: secrets.token_bytes(SECRET_BYTES),
-            },
-            handle_keys={1: secrets.token_bytes(SECRET_BYTES)},
-            current_handle_key=1,
+        keyring._save(
+            _Contents(
+                generation=1,
+                tenant_secrets={
+                    DEFAULT_TENANT: secrets.token_bytes(SECRET_BYTES),
+                    PUBLIC_TENANT: secrets.token_bytes(SECRET_BYTES),
+                },
+                handle_keys={1: secrets.token_bytes(SECRET_BYTES)},
+                current_handle_key=1,
+            )
         )
-        keyring._save()
         return keyring
 
     @classmethod
@@ -86,10 +87,10 @@ class Keyring:
 
     def reload(self) -> None:
         """Read the file again. Raises ConfigError if it is missing, exposed or not ours."""
-        root = _read_private(self._root_key_path)
+        root = self._root_key()
         raw = _read_private(self._path)
         head = len(_MAGIC) + _NONCE_BYTES
-        if raw[: len(_MAGIC)] != _MAGIC:
+        if raw[: len(_MAGIC)] != _MAGIC or len(raw) < head:
             raise ConfigError(f"{self._path} is not a keyring of this version")
         nonce = raw[len(_MAGIC) : head]
         try:
@@ -115,29 +116,35 @@ class Keyring:
 
     def add_tenant(self, tenant: TenantId) -> None:
         """Give a tenant a random secret, durably. A tenant that has one keeps it."""
-        if tenant not in self._contents.tenant_secrets:
-            self._contents.tenant_secrets[tenant] = secrets.token_bytes(SECRET_BYTES)
-            self._save()
+        known = self._contents.tenant_secrets
+        if tenant not in known:
+            added = {**known, tenant: secrets.token_bytes(SECRET_BYTES)}
+            self._save(msgspec.structs.replace(self._contents, tenant_secrets=added))
 
     def rotate_handle_key(self) -> int:
         """A new current handle key; the one before stays valid, older ones end. Returns its id."""
-        previous = self._contents.current_handle_key
-        fresh = previous + 1
-        self._contents.handle_keys = {
-            previous: self._contents.handle_keys[previous],
+        known = self._contents
+        fresh = known.current_handle_key + 1
+        keys = {
+            known.current_handle_key: known.handle_keys[known.current_handle_key],
             fresh: secrets.token_bytes(SECRET_BYTES),
         }
-        self._contents.current_handle_key = fresh
-        self._save()
+        self._save(msgspec.structs.replace(known, handle_keys=keys, current_handle_key=fresh))
         return fresh
 
-    def _save(self) -> None:
-        self._contents.generation += 1
+    def _root_key(self) -> bytes:
+        root = _read_private(self._root_key_path)
+        if len(root) != SECRET_BYTES:
+            raise ConfigError(f"{self._root_key_path} is no root key: it has {len(root)} bytes")
+        return root
+
+    def _save(self, contents: _Contents) -> None:
+        """Durable first, in force then: nobody gets a secret that a restart would lose."""
+        contents.generation += 1
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        sealed = AESGCM(_read_private(self._root_key_path)).encrypt(
-            nonce, msgspec.msgpack.encode(self._contents), _MAGIC
-        )
+        sealed = AESGCM(self._root_key()).encrypt(nonce, msgspec.msgpack.encode(contents), _MAGIC)
         _write_private(self._path, _MAGIC + nonce + sealed)
+        self._contents = contents
 
 
 def _read_private(path: Path) -> bytes:
@@ -156,13 +163,16 @@ def _read_private(path: Path) -> bytes:
 def _write_private(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    with open(os.open(temporary, flags, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        with open(os.open(temporary, flags, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc

@@ -28,12 +28,13 @@ from kvfabric.errors import (
     ConnectError,
     DeadlineExceeded,
     KVFabricError,
+    Overloaded,
     PeerClosed,
     ProtocolError,
     from_wire,
 )
 from kvfabric.protocol import descriptors
-from kvfabric.protocol.codec import FrameReader, decode_reply, encode
+from kvfabric.protocol.codec import MAX_BODY_BYTES, FrameReader, decode_reply, encode
 from kvfabric.protocol.messages import (
     Abort,
     Bye,
@@ -58,6 +59,9 @@ from kvfabric.protocol.messages import (
     Reserved,
 )
 from kvfabric.types import BlockKey
+
+MAX_UNSENT_BYTES = 2 * MAX_BODY_BYTES
+"""Of requests that wait for the node to read: a late call's own stays among them."""
 
 
 @dataclass(slots=True)
@@ -138,7 +142,12 @@ class AsyncNodeClient(Client):
             discard(sock, received)
             raise
         client = cls(attached)
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: client._calls, sock)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: client._calls, sock)
+        except BaseException:
+            sock.close()
+            client._drop_memory()
+            raise
         return client
 
     async def __aenter__(self) -> AsyncNodeClient:
@@ -234,6 +243,8 @@ class AsyncNodeClient(Client):
         if calls.broken is not None:
             raise again(calls.broken)
         assert calls.transport is not None
+        if calls.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            raise Overloaded("the node does not read what was sent before")
         waiter: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         correlation, frame = self._exchange.start(message)
         calls.waiting[correlation] = waiter

@@ -53,9 +53,15 @@ class PartReader:
         if self._helper is None:
             self._helper = ThreadPoolExecutor(1, thread_name_prefix="kvfabric-read")
         other = self._helper.submit(self._read_some, located, offsets, destinations, order, count)
-        mine = self._read_some(located, offsets, destinations, order, count)
-        # Busy elsewhere (another load): everything was done here.
-        return mine if other.cancel() else min(mine, other.result())
+        theirs = count
+        try:
+            mine = self._read_some(located, offsets, destinations, order, count)
+        finally:
+            # Cancelled: busy elsewhere (another load), so everything was done here. Whatever failed
+            # here, nobody writes the buffers after this returns.
+            if not other.cancel():
+                theirs = other.result()
+        return min(mine, theirs)
 
     def _checked_offsets(self, located: Located) -> list[int]:
         count = located.num_blocks

@@ -164,8 +164,9 @@ class ArenaKeeper:
             return None
         if identity_of(descriptor) != self._earlier.arena:
             return None
+        arena = self._set(Arena.adopt(descriptor))
         self.adopted = True
-        return self._set(Arena.adopt(descriptor))
+        return arena
 
     def save(self, processes: set[ProcessId]) -> None:
         """Note who has the arena now, before they get it; earlier ones that still map it stay listed."""
@@ -189,6 +190,10 @@ class ArenaKeeper:
             self.arena.close()
 
     def _set(self, arena: Arena) -> Arena:
+        try:
+            self.descriptor = arena.read_only_fd()
+        except OSError:
+            arena.close()
+            raise
         self.arena = arena
-        self.descriptor = arena.read_only_fd()
         return arena

@@ -26,7 +26,7 @@ from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
 from kvfabric.daemon.status import node_samples, node_status
-from kvfabric.errors import ConfigError
+from kvfabric.errors import ConfigError, NoSpace, TransferError
 from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
@@ -90,23 +90,27 @@ class Node:
         self.sessions = Sessions(self.store, self)
         stack.push_async_callback(self.store.seal)  # after the engines' socket is closed, below
         self.engines = await stack.enter_async_context(self._make_server())
+        await stack.enter_async_context(self._make_admin())
+        await self._open_http(stack)
+        # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
         waiting = group.create_task(self._await_arena())
         stack.callback(waiting.cancel)
-        await stack.enter_async_context(self._make_admin())
-        await self._open_http(stack)
 
     async def _open_store(self, stack: contextlib.AsyncExitStack) -> BlockStore:
         config = self.config
         if config.ssd_bytes:
-            self.ssd = await stack.enter_async_context(
-                SegmentTier(
-                    config.ssd_path,
-                    capacity_bytes=config.ssd_bytes,
-                    clock=time.monotonic,
-                    on_dropped=lambda parts: self.store.ssd_dropped(parts),
-                )
+            tier = SegmentTier(
+                config.ssd_path,
+                capacity_bytes=config.ssd_bytes,
+                clock=time.monotonic,
+                on_dropped=lambda parts: self.store.ssd_dropped(parts),
             )
+            try:
+                self.ssd = await stack.enter_async_context(tier)
+            except (NoSpace, TransferError) as exc:
+                # The other tiers serve: a disk that is full or broken is no reason to be down.
+                log.error("no SSD tier until the next start: %s", exc)  # noqa: TRY400
         limits = StoreLimits(
             host_bytes=config.host_bytes,
             ssd_bytes=config.ssd_bytes,
@@ -153,6 +157,7 @@ class Node:
             events=self.events,
             status=lambda sealed_keys: node_status(self, sealed_keys=sealed_keys),
             resident=self._resident,
+            purge=self.store.purge,
         )
         return AdminServer(
             self.config.admin_socket_path,

@@ -18,6 +18,7 @@ import fcntl
 import logging
 import mmap
 import os
+import select
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -127,6 +128,8 @@ class EngineServer:
             connection.close()
         await self._group.__aexit__(None, None, None)
         self.sessions.close()
+        for connection in list(self._connections):
+            connection.abort()  # its engine reads nothing: what waits for it is lost
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run a request of a connection; `work` raises nothing."""
@@ -172,6 +175,11 @@ class EngineServer:
             log.warning("engine refused: %s", str(exc) or "no hello in time")
             _send_error(sock, exc)
             sock.close()
+        except Exception as exc:  # Hello is a request too: whatever it meets, the daemon lives on
+            self.counts.refused_connections += 1
+            log.exception("engine refused")
+            _send_error(sock, KVFabricError(f"internal error: {exc!r}"))
+            sock.close()
         except BaseException:
             sock.close()
             raise
@@ -187,6 +195,8 @@ class EngineServer:
             correlation, hello = await _receive_hello(sock, reader, received)
             if received:
                 self.options.take_back(received.pop())
+            if hello.resumed:
+                self._drop_lost(hello.session)
             session, process = self.sessions.join(hello, peer)
         except BaseException:
             os.close(peer.pidfd)
@@ -204,6 +214,13 @@ class EngineServer:
             raise
         caller = Caller(self.services, session, window)
         return Connection(self, caller, process, has_arena=bool(welcome.arena_bytes))
+
+    def _drop_lost(self, session: bytes) -> None:
+        """A session comes back: end those of its connections that are over, though nobody has read their
+        end yet because it comes after requests that wait."""
+        for connection in list(self._connections):
+            if connection.is_of(session) and connection.is_hung_up():
+                connection.abort()
 
     def _window_bytes(self, hello: Hello) -> int:
         if not hello.role & Role.WORKER:
@@ -250,6 +267,7 @@ class Connection(asyncio.Protocol):
         self._output_full = False
         self._turn_due = False
         self._said_bye = False
+        self._has_left = False
 
     def __repr__(self) -> str:
         name = self._caller.session.id.hex()[:8]
@@ -262,6 +280,23 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def abort(self) -> None:
+        """End now, without sending what is waiting. Idempotent."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._leave()
+
+    def is_of(self, session: bytes) -> bool:
+        return self._caller.session.id == session
+
+    def is_hung_up(self) -> bool:
+        """Whether the other end is closed, read or not."""
+        if self._transport is None:
+            return True
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
@@ -270,6 +305,12 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._has_left:
+            return
+        self._has_left = True
         self._frames.clear()
         self._server.ended(self)
         clean = self._said_bye and not self._running

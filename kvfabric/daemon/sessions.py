@@ -32,6 +32,9 @@ from kvfabric.types import BlockLayout, PartSpec, SessionId
 log = logging.getLogger(__name__)
 
 SESSION_BYTES = 16
+MAX_NUMBER = 1 << 31
+"""Of layers, heads, tokens and the like: what any format that they go into can hold."""
+MAX_BLOCK_BYTES = 1 << 40
 _SO_PEERPIDFD = 77
 _CREDENTIALS = struct.Struct("=iII")
 
@@ -65,7 +68,6 @@ class Process:
     pidfd: int
     num_open: int = 0
     num_unclean: int = 0  # connections that ended without Bye
-    num_disowned: int = 0  # open ones that a later, resumed hello of the process declared quiet
     exited: bool = False
 
     @property
@@ -94,6 +96,13 @@ def to_layout(wire: WireLayout) -> BlockLayout:
         raise RemoteProtocolError("a layout has block tokens, and parts with bytes")
     if len({(p.group, p.shard) for p in wire.parts}) != len(wire.parts):
         raise RemoteProtocolError("a layout declares each (group, shard) once")
+    shape = (wire.num_layers, wire.num_kv_heads, wire.head_dim)
+    tokens = (wire.block_tokens, wire.engine_block_tokens)
+    numbers = (*shape, *tokens, *(number for p in wire.parts for number in (p.group, p.shard)))
+    if min(numbers) < 0 or max(numbers) > MAX_NUMBER:
+        raise RemoteProtocolError(f"the numbers of a layout are at most {MAX_NUMBER}")
+    if sum(p.num_bytes for p in wire.parts) > MAX_BLOCK_BYTES:
+        raise RemoteProtocolError(f"a block has at most {MAX_BLOCK_BYTES} bytes")
     return BlockLayout(
         num_layers=wire.num_layers,
         num_kv_heads=wire.num_kv_heads,
@@ -176,17 +185,17 @@ class Sessions:
         else:
             os.close(peer.pidfd)
         if hello.resumed:
-            process.num_disowned = process.num_open  # their end of file has not come yet
+            process.num_unclean = 0  # it says itself that nothing of those is under way
         process.num_open += 1
         self._observer.processes_changed()
         return session, process
 
     def leave(self, session: Session, process: Process, *, said_bye: bool) -> None:
-        """A connection ended."""
+        """A connection ended. After `close` that changes nothing: what was noted of it stays."""
+        if self._sessions.get(session.id) is not session:
+            return
         process.num_open -= 1
-        if process.num_disowned:
-            process.num_disowned -= 1
-        elif not said_bye:
+        if not said_bye:
             process.num_unclean += 1
         if session.num_open == 0:
             self._end(session)

@@ -43,7 +43,7 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
     store = node.store.statistics()
     states = {
         TierName.HOST: "adopting" if node.keeper.arena is None else "serving",
-        TierName.SSD: "off" if node.ssd is None else "serving" if store.ssd_up else "degraded",
+        TierName.SSD: _ssd_state(node, store),
     }
     tiers = [
         pb.TierStatus(
@@ -75,6 +75,12 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
         counters=_counters(node, store),
         sealed_keys=sorted(keys),
     )
+
+
+def _ssd_state(node: Node, store: StoreStatistics) -> str:
+    if not node.config.ssd_bytes:
+        return "off"
+    return "serving" if store.ssd_up else "degraded"
 
 
 def _counters(node: Node, store: StoreStatistics) -> dict[str, int]:

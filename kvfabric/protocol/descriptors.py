@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Sequence
 
-from kvfabric.errors import PeerClosed
+from kvfabric.errors import PeerClosed, RemoteProtocolError
 from kvfabric.protocol.codec import FrameReader
 
 MAX_DESCRIPTORS = 2
@@ -40,7 +40,8 @@ def receive(
     """One read: frames that are whole now; what came beside them is appended to `descriptors`.
 
     The caller owns `descriptors`, also when this raises BlockingIOError, PeerClosed or
-    RemoteProtocolError. More than `MAX_DESCRIPTORS` are closed by the kernel.
+    RemoteProtocolError. More than `MAX_DESCRIPTORS` beside one read are closed by the kernel, and more
+    of them in all are an error: a frame that trickles in would bring some with each byte.
     """
     try:
         data, received, _, _ = socket.recv_fds(
@@ -51,6 +52,8 @@ def receive(
     except OSError as exc:
         raise PeerClosed(f"connection lost: {exc.strerror}") from exc
     descriptors.extend(received)
+    if len(descriptors) > MAX_DESCRIPTORS:
+        raise RemoteProtocolError(f"more than {MAX_DESCRIPTORS} descriptors beside one frame")
     if not data:
         raise PeerClosed("the other side closed the connection before it answered")
     return reader.feed(data)

@@ -5,6 +5,9 @@ of fixed-size things are packed bytes: keys 32 B each, indexes and generations u
 u64, checksums 16 B (XXH3-128, big-endian), states and tiers one byte; integers little-endian. Times are
 seconds relative to the receipt of the message, so the two clocks need not agree.
 
+A node looks at the first `MAX_KEYS` keys of a Match, Load or Confirm and the first `MAX_RESERVED` of a
+Reserve, so that no message keeps others waiting; the rest misses or is refused with reason `too_many`.
+
 Flow of one request:
 
     OpenHandle -> HandleOpened          once, the engine's scheduler
@@ -20,10 +23,17 @@ Flow of one request:
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
 import msgspec
 
 PROTOCOL_VERSION = 1
+
+MAX_KEYS = 8192
+MAX_RESERVED = 1024
+
+RequestId = Annotated[str, msgspec.Meta(max_length=1024)]
+RequestIds = Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=1 << 16)]
 
 
 class Role(enum.IntFlag):
@@ -83,21 +93,21 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1):
 class OpenHandle(msgspec.Struct, array_like=True, frozen=True, tag=2):
     """`handle` empty: the request came without one (default tenant, if the node allows it)."""
 
-    request_id: str
+    request_id: RequestId
     handle: str
 
 
 class Match(msgspec.Struct, array_like=True, frozen=True, tag=3):
     """Longest leased prefix of `keys`. Idempotent per (session, request): asking again renews."""
 
-    request_id: str
+    request_id: RequestId
     keys: bytes
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True, tag=4):
     """Where the parts (`group`, `shard`) of matched `keys` lie in the arena, in their order."""
 
-    request_id: str
+    request_id: RequestId
     keys: bytes
     group: int
     shard: int
@@ -106,7 +116,7 @@ class Load(msgspec.Struct, array_like=True, frozen=True, tag=4):
 class Confirm(msgspec.Struct, array_like=True, frozen=True, tag=5):
     """The copies of everything located for this request have ended: did every right hold throughout?"""
 
-    request_id: str
+    request_id: RequestId
     keys: bytes
     generations: bytes
     group: int
@@ -116,7 +126,7 @@ class Confirm(msgspec.Struct, array_like=True, frozen=True, tag=5):
 class Reserve(msgspec.Struct, array_like=True, frozen=True, tag=6):
     """Ask to store consecutive blocks of a chain; `parent` is the key before the first, or 32 zeros."""
 
-    request_id: str
+    request_id: RequestId
     parent: bytes
     keys: bytes
     group: int
@@ -140,7 +150,7 @@ class Abort(msgspec.Struct, array_like=True, frozen=True, tag=8):
 class Release(msgspec.Struct, array_like=True, frozen=True, tag=9):
     """No process of the session reads anything of these requests any more. Idempotent."""
 
-    request_ids: tuple[str, ...]
+    request_ids: RequestIds
 
 
 class BlockRun(msgspec.Struct, array_like=True, frozen=True):
@@ -151,11 +161,14 @@ class BlockRun(msgspec.Struct, array_like=True, frozen=True):
     keys: bytes
 
 
+BlockRuns = Annotated[tuple[BlockRun, ...], msgspec.Meta(max_length=1 << 17)]
+
+
 class EngineEvents(msgspec.Struct, array_like=True, frozen=True, tag=10):
     """What changed in the engine's own HBM pool. `cleared`: all was dropped before `stored`."""
 
-    stored: tuple[BlockRun, ...]
-    removed: tuple[BlockRun, ...]
+    stored: BlockRuns
+    removed: BlockRuns
     cleared: bool
 
 

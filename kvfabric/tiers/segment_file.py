@@ -45,9 +45,14 @@ def path_of(directory: Path, number: int) -> Path:
 
 
 def numbers_in(directory: Path) -> list[int]:
-    """Numbers of the segment files there, ascending: the order in which they were made."""
+    """Numbers of the segment files there, ascending: the order in which they were made.
+
+    Raises TransferError.
+    """
     found = []
-    for path in directory.glob(_PATTERN):
+    with direct_io.translated(f"list {directory}"):
+        paths = list(directory.glob(_PATTERN))
+    for path in paths:
         try:
             number = int(path.stem.removeprefix("seg-"), 16)
         except ValueError:

@@ -6,21 +6,23 @@ made anew from the records that are found.
 
 from __future__ import annotations
 
+import errno
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from kvfabric.errors import CorruptBlock
-from kvfabric.tiers import direct_io
+from kvfabric.errors import CorruptBlock, TransferError
 from kvfabric.tiers.base import Location
-from kvfabric.tiers.records import PAGE_BYTES
+from kvfabric.tiers.records import PAGE_BYTES, RecordHeader
 from kvfabric.tiers.segment_accounts import Segment
 from kvfabric.tiers.segment_file import SegmentFile, numbers_in, path_of
 from kvfabric.tiers.segment_index import Put, SegmentIndex
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 1024
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,22 @@ def _load(
     """Open the files that the index knows; forget the ones that are missing."""
     on_disk = set(numbers_in(directory))
     for header in index.segments():
-        if header.number in on_disk:
-            on_disk.remove(header.number)
+        try:
             segments[header.number] = Segment(SegmentFile.open(directory, header, direct=direct))
-        else:
+            on_disk.remove(header.number)
+        except TransferError as exc:
+            _raise_if_ours(exc)
             parts = index.drop_segment(header.number)
-            _LOG.warning("segment %08x is missing: %d parts lost", header.number, len(parts))
+            _LOG.warning("segment %08x is lost with %d parts: %s", header.number, len(parts), exc)
     for number in on_disk:  # being made or reclaimed when the process died: nothing in it counts
         _remove(directory, number)
+
+
+def _raise_if_ours(error: TransferError) -> None:
+    """Raise again what says nothing about the file: that this process or machine has no more to give."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
+        raise error
 
 
 def _rebuild(
@@ -90,7 +100,9 @@ def _rebuild(
     for number in numbers:
         try:
             file = SegmentFile.open_by_itself(directory, number, direct=direct)
-        except CorruptBlock as exc:
+        except (CorruptBlock, TransferError) as exc:
+            if isinstance(exc, TransferError):
+                _raise_if_ours(exc)
             _LOG.warning("removing segment %08x: %s", number, exc)
             _remove(directory, number)
             continue
@@ -98,13 +110,22 @@ def _rebuild(
         index.add_segment(file.header)
         records = (
             Put(Location(number, header.offset), header.sequence, header.identity)
-            for header in file.scan()
+            for header in _readable(file)
         )
         while batch := list(islice(records, _BATCH)):
             index.apply(batch)
             last = max(last, batch[-1].sequence)
     index.raise_sequence(last)
     index.trust()
+
+
+def _readable(file: SegmentFile) -> Iterator[RecordHeader]:
+    """The records up to the first place where the disk fails."""
+    try:
+        yield from file.scan()
+    except TransferError as exc:
+        _raise_if_ours(exc)
+        _LOG.warning("reading no further: %s", exc)
 
 
 def _excess(
@@ -130,5 +151,7 @@ def _give_up(excess: list[Segment], index: SegmentIndex, segments: dict[int, Seg
 
 def _remove(directory: Path, number: int) -> None:
     path = path_of(directory, number)
-    with direct_io.translated(f"remove {path}"):
+    try:
         path.unlink()
+    except OSError as exc:  # it costs room on the disk and its number, nothing else
+        _LOG.warning("cannot remove %s: %s", path, exc.strerror)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfabric.client import NodeClient, Window
+from kvfabric.client import AsyncNodeClient, NodeClient, Window
 from kvfabric.client.parts import PartReader
 from kvfabric.client.window import WINDOW_ALIGN_BYTES
 from kvfabric.errors import (
@@ -24,6 +26,7 @@ from kvfabric.errors import (
     ConnectError,
     DeadlineExceeded,
     LocalProtocolError,
+    Overloaded,
     PeerClosed,
     RemoteProtocolError,
 )
@@ -324,3 +327,46 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
     with scripted_node(tmp_path / "s", [reply(m.Done())]):
         connect(tmp_path / "s").close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_calls_to_a_node_that_reads_nothing_do_not_pile_up(tmp_path: Path) -> None:
+    """A late call's frame stays unsent; further calls are refused once many bytes are."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+        ThreadPoolExecutor() as pool,
+    ):
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(1)
+
+        def welcome() -> socket.socket:
+            peer, _ = listener.accept()
+            peer.sendall(encode(0, m.Welcome(1, b"s" * 16, b"b" * 16, "n", 0, 0, 1.0, 1.0, False)))
+            return peer
+
+        accepted = pool.submit(welcome)
+        client = await AsyncNodeClient.connect(tmp_path / "s", tiny_hello(), deadline_s=5)
+        with accepted.result():
+            keys = [KEY] * 65_536
+            for _ in range(6):
+                with pytest.raises((DeadlineExceeded, Overloaded)):
+                    await client.match("r", keys, deadline_s=0.01)
+            with pytest.raises(Overloaded):
+                await client.match("r", keys, deadline_s=0.01)
+        await client.close()
+
+
+def test_nobody_writes_the_buffers_after_a_read_that_failed() -> None:
+    """One of the two readers meets a buffer it cannot write; the other is waited for."""
+    size, count = 1 << 20, 24
+    reader = PartReader(memoryview(bytes(size)))
+    sums = xxhash.xxh3_128_digest(bytes(size)) * count
+    located = Located(count, size, bytes(8 * count), bytes(4 * count), sums, "none")
+    for _ in range(5):
+        buffers = [bytearray(b"\xee" * size) for _ in range(count)]
+        views = [memoryview(bytes(size)), *(memoryview(buffer) for buffer in buffers[1:])]
+        with pytest.raises(ValueError, match="read-only"):
+            reader.read(located, views)
+        written = sum(buffer[-1] == 0 for buffer in buffers)
+        time.sleep(0.005)
+        assert sum(buffer[-1] == 0 for buffer in buffers) == written
+    reader.close()

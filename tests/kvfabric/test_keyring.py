@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -104,3 +105,27 @@ def test_lost_root_key_is_not_replaced(tmp_path: Path) -> None:
 def test_missing_keyring_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"root\.key"):
         Keyring.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["keyring", "root.key"])
+@pytest.mark.parametrize("length", [0, 12])
+def test_cut_short_file_is_named(tmp_path: Path, name: str, length: int) -> None:
+    Keyring.create_or_open(tmp_path)
+    os.truncate(tmp_path / name, length)
+    with pytest.raises(ConfigError, match=name):
+        Keyring.open(tmp_path)
+
+
+def test_secret_that_was_not_written_is_nobodys(tmp_path: Path) -> None:
+    """While the file cannot be replaced no tenant gets a secret that a restart would lose."""
+    keyring = Keyring.create_or_open(tmp_path)
+    (tmp_path / "keyring.new").mkdir()
+    for change in (lambda: keyring.add_tenant(ACME), keyring.rotate_handle_key):
+        with pytest.raises(ConfigError, match="cannot write"):
+            change()
+    with pytest.raises(UnknownTenant):
+        keyring.tenant_secret(ACME)
+    assert keyring.current_handle_key() == Keyring.open(tmp_path).current_handle_key()
+    (tmp_path / "keyring.new").rmdir()
+    keyring.add_tenant(ACME)
+    assert Keyring.open(tmp_path).tenant_secret(ACME) == keyring.tenant_secret(ACME)
