@@ -35,7 +35,7 @@ from kvfabric_engine.boundary import Boundary, reason_of
 from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
 from kvfabric_engine.node_link import LinkCalls, NodeLink
 from kvfabric_engine.pinning import Pinning
-from kvfabric_engine.plan import FetchPlan, PrefixMatch, plan_fetch
+from kvfabric_engine.plan import PrefixMatch as PrefixMatch  # part of this interface
 from kvfabric_engine.pool_events import PoolEvents
 from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
 from kvfabric_engine.staging import Fence, Mover, Pages
@@ -161,7 +161,9 @@ class Connector:
         self._loading = ThreadPoolExecutor(1, "kvf-load", on_thread)
         self._saving = ThreadPoolExecutor(1, "kvf-save", on_thread)
         self._staging: list[memoryview] = []
-        self._pinning: Pinning | None = None  # of this connection; changes while nobody uses the client
+        self._pinning: Pinning | None = (
+            None  # of this connection; changes while nobody uses the client
+        )
         self._direct: DirectLoads | None = None  # likewise
         self._lock = threading.Lock()  # guards all below
         self._requests: dict[str, _Request] = {}

@@ -1,53 +1,70 @@
-"""Moves fabric blocks between the paged pool and host memory; the only file that touches CUDA streams.
+"""Moves fabric blocks between paged KV and host memory.
 
 A `Mover` belongs to one pool and is used by the connector's threads: any number of gathers and scatters may
 run at once as long as they name different pages. Both return only when the bytes have landed, so the caller
 may free source or destination at once. Neither allocates in the pool nor knows keys.
 
-On CUDA a gather runs on a stream of its own after the fence (what had been launched when the block was
-handed over): pages -> device buffer (one indexed kernel) -> one DMA into page-locked memory. A scatter goes
-the other way. Windows are page-locked where the driver agrees (`pin`); otherwise copies are only slower.
+On CUDA (`StagedMover`) both go through two buffers in device memory, so that the kernel that gathers or
+scatters one chunk runs beside the DMA of the next. Each direction has a lane for its DMA and one for its
+kernels, ordered by events; the engine's own stream is waited for, never held up:
+
+    gather   pages --kernel--> buffer --DMA a run of neighbouring parts--> window
+    scatter  host --DMA--> buffer --kernel--> pages
+    land     arena --DMA a run of neighbouring slots--> buffer; the caller verifies; buffer --kernel--> pages
+
+The arena is read twice, by DMA and by whoever checks its checksums: both are the same bytes when a confirm
+after both says that the slots were not given away (design 4). DMA reads only what this mover itself
+page-locked: memory that the driver still holds for an earlier mapping of the address would give other bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from abc import ABC, abstractmethod
+from bisect import bisect_right, insort
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kvfabric.errors import ConfigError, TransferError
+from kvfabric_engine.kernels import PagedRuns
+from kvfabric_engine.lanes import Fence, Passed, fence_here, new_lane
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
+
+__all__ = [
+    "Arrival",
+    "Fence",
+    "HostMover",
+    "Landing",
+    "Mover",
+    "Pages",
+    "PinnedMemory",
+    "StagedMover",
+    "address_of",
+    "mover_for",
+    "prove_layout",
+]
 
 Pages = Sequence[int]
 """The pages of one fabric block, in the order of their tokens: `pages_per_block` indexes into the pool."""
 
-
 PROBE_BYTES = 64
-
-
-class Fence(ABC):
-    """A point in the engine's compute order: a gather behind it sees all that was computed before."""
-
-    @abstractmethod
-    def wait(self) -> None:
-        """Block the calling thread until everything before the fence is done."""
-
-
-class _Passed(Fence):
-    """On CPU whoever hands a block over has computed it."""
-
-    def wait(self) -> None:
-        return
+STAGE_BYTES = 64 << 20
+"""Of one of a direction's two buffers: 1.2 ms of DMA, longer than the calls to the node beside it take."""
+REGISTER_READ_ONLY = 8
+"""cudaHostRegisterReadOnly"""
 
 
 class Mover(ABC):
     """Pool <-> host memory in units of parts. Thread-safe for distinct pages."""
 
     part_bytes: int
+    pins_memory: bool = False
+    """Whether `pin` does anything, and so takes time."""
 
     @abstractmethod
     def fence(self) -> Fence:
@@ -78,10 +95,55 @@ class Mover(ABC):
     def unpin(self, memory: memoryview) -> None:
         """Undo `pin`. Idempotent."""
 
+    def landing(self, arena: memoryview) -> Landing | None:
+        """Loads straight from `arena`; None where a copy by the CPU is the fastest way anyhow."""
+        return None
+
+
+class Landing(ABC):
+    """Loads from one mapped arena into a pool, chunk by chunk. For one thread, but `pin` and `unpin`."""
+
+    chunk_parts: int
+    """Most parts of one `begin`."""
+
+    @abstractmethod
+    def pin(self, offset: int, num_bytes: int) -> None:
+        """Page-lock a slice of the arena, whole pages. Raises TransferError if the driver refuses."""
+
+    @abstractmethod
+    def unpin(self) -> None:
+        """Undo every `pin`: before the arena is unmapped. Idempotent."""
+
+    @abstractmethod
+    def covers(self, offsets: Sequence[int]) -> bool:
+        """Whether the parts at these offsets of the arena can be loaded: all of them are page-locked."""
+
+    @abstractmethod
+    def begin(self, offsets: Sequence[int]) -> Arrival:
+        """Start the DMA of parts into the next buffer. At most two arrivals may be open at once."""
+
+    @abstractmethod
+    def land(self, arrival: Arrival, blocks: Sequence[Pages]) -> None:
+        """Write the arrival's leading parts into `blocks`, its buffer is free then. Waits for nothing."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until no DMA reads the arena and everything landed is in the pool."""
+
+
+class Arrival(NamedTuple):
+    """Parts on their way into a buffer. `done`: the arena is not read for them any more."""
+
+    buffer: torch.Tensor
+    number: int
+    done: Fence
+
 
 def mover_for(pool: torch.Tensor, shape: PoolShape) -> Mover:
     """The mover of the device that `pool` lies on. `pool` as `layout` describes it."""
-    return CudaMover(pool, shape) if pool.is_cuda else HostMover(pool, shape)
+    if not pool.is_cuda:
+        return HostMover(pool, shape)
+    return StagedMover(PagedRuns([pages_as_bytes(pool)]), shape.pages_per_block)
 
 
 def prove_layout(pool: torch.Tensor, shape: PoolShape, mover: Mover) -> None:
@@ -114,7 +176,7 @@ class HostMover(Mover):
         self._rows: npt.NDArray[np.uint8] = pages_as_bytes(pool).numpy()
 
     def fence(self) -> Fence:
-        return _Passed()
+        return Passed()
 
     def gather(self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence) -> None:
         after.wait()
@@ -139,78 +201,133 @@ class HostMover(Mover):
         return
 
 
-class _Event(Fence):
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
+class _Direction:
+    """Two buffers, the lane of their DMA and the lane of their kernels. Used under its lock."""
 
-    def wait(self) -> None:
-        self.event.synchronize()
+    def __init__(self, device: torch.device, num_bytes: int) -> None:
+        self.lock = threading.Lock()
+        self.dma = new_lane(device)
+        self.kernels = new_lane(device)
+        self.free: list[Fence] = [Passed(), Passed()]  # when each buffer may be written again
+        self._device = device
+        self._num_bytes = num_bytes
+        self._buffers: list[torch.Tensor] = []
+        self._turn = 0
+
+    def next(self) -> tuple[int, torch.Tensor]:
+        """The buffer whose turn it is, and its number. Made at first use."""
+        if not self._buffers:
+            self._buffers = [
+                torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
+                for _ in range(2)
+            ]
+            fence_here(self._device).wait()  # the memory may be in use still by who had it before
+        self._turn = 1 - self._turn
+        return self._turn, self._buffers[self._turn]
 
 
-class CudaMover(Mover):
-    """Pool in GPU memory. One stream a direction, so a load and a save overlap each other and compute."""
+class StagedMover(Mover):
+    """Paged KV of any number of regions in device memory; on the CPU for tests."""
 
-    def __init__(self, pool: torch.Tensor, shape: PoolShape) -> None:
-        self.part_bytes = shape.part_bytes
-        self._shape = shape
-        self._rows = pages_as_bytes(pool)
-        self._device = pool.device
-        self._to_host = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # untyped in torch
-        self._to_device = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # untyped in torch
-        # A stream is an order: two threads interleaving on one would wait for each other's copies.
-        self._pinned: set[int] = set()  # addresses
-        self._gathering = threading.Lock()
-        self._scattering = threading.Lock()
+    pins_memory = True
+
+    def __init__(
+        self, paged: PagedRuns, pages_per_block: int, *, stage_bytes: int = STAGE_BYTES
+    ) -> None:
+        self.part_bytes = pages_per_block * paged.page_bytes
+        self.chunk_parts = max(1, stage_bytes // self.part_bytes)
+        self._paged = paged
+        self._device = paged.device
+        size = self.chunk_parts * self.part_bytes
+        self._out = _Direction(self._device, size)
+        self._in = _Direction(self._device, size)
+        self._landing_in = _Direction(self._device, size)
+        self._pinned = PinnedMemory(self._device)
 
     def fence(self) -> Fence:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call] # untyped in torch
-        event.record(torch.cuda.current_stream(self._device))
-        return _Event(event)
+        return fence_here(self._device)
 
     def gather(self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence) -> None:
-        with self._gathering, torch.cuda.stream(self._to_host):
-            if isinstance(after, _Event):
-                self._to_host.wait_event(after.event)
-            staged = self._rows.index_select(0, self._index(blocks))
-            staged = staged.view(len(blocks), self.part_bytes)
-            for row, target in zip(staged, out, strict=True):
-                torch.frombuffer(target, dtype=torch.uint8).copy_(row, non_blocking=True)
-            self._to_host.synchronize()
+        side, size = self._out, self.part_bytes
+        addresses = [address_of(view) for view in out]
+        with side.lock:
+            side.kernels.wait_for(after)
+            for start in range(0, len(blocks), self.chunk_parts):
+                chunk = slice(start, start + self.chunk_parts)
+                number, buffer = side.next()
+                with side.kernels.use():
+                    side.kernels.wait_for(side.free[number])
+                    self._paged.gather(
+                        self._index(blocks[chunk]), self._used(buffer, blocks[chunk])
+                    )
+                    side.dma.wait_for(side.kernels.mark())
+                with side.dma.use():
+                    for run in self._pinned.runs(addresses[chunk], size):
+                        run.memory.copy_(run.of(buffer), non_blocking=True)
+                    side.free[number] = side.dma.mark()
+            side.dma.mark().wait()
 
     def scatter(self, data: Sequence[memoryview], blocks: Sequence[Pages]) -> None:
-        with self._scattering, torch.cuda.stream(self._to_device):
-            staged = torch.empty(
-                len(blocks), self.part_bytes, dtype=torch.uint8, device=self._device
-            )
-            for row, source in zip(staged, data, strict=True):
-                row.copy_(torch.frombuffer(source, dtype=torch.uint8), non_blocking=True)
-            self._rows.index_copy_(0, self._index(blocks), staged.view(-1, self._shape.page_bytes))
-            self._to_device.synchronize()
-
-    def _index(self, blocks: Sequence[Pages]) -> torch.Tensor:
-        """int64 [num_blocks * pages_per_block] on the pool's device."""
-        return torch.tensor([page for pages in blocks for page in pages]).to(self._device)
+        side = self._in
+        addresses = [address_of(view) for view in data]
+        with side.lock:
+            for start in range(0, len(blocks), self.chunk_parts):
+                chunk = slice(start, start + self.chunk_parts)
+                number, buffer = side.next()
+                arrived = self.copy_in(side, number, buffer, addresses[chunk])
+                self.spread(side, Arrival(buffer, number, arrived), blocks[chunk])
+            side.kernels.mark().wait()
 
     def host_buffer(self, num_bytes: int) -> memoryview:
-        pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         return pinned.numpy().data
 
     def pin(self, memory: memoryview) -> None:
-        address = _address(memory)
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
-        if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0:
-            self._pinned.add(address)
+        self._pinned.add(address_of(memory), memory.nbytes, is_writable=True)
         self._probe(memory)
 
     def unpin(self, memory: memoryview) -> None:
-        address = _address(memory)
-        if address in self._pinned:
-            self._pinned.remove(address)
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
-            runtime.cudaHostUnregister(address)
+        self._pinned.remove(address_of(memory))
+
+    def landing(self, arena: memoryview) -> Landing:
+        return _StagedLanding(self, self._landing_in, arena)
+
+    def copy_in(
+        self, side: _Direction, number: int, buffer: torch.Tensor, addresses: Sequence[int]
+    ) -> Fence:
+        """Enqueue host -> buffer behind the buffer's last use; the fence is behind the copies."""
+        with side.dma.use():
+            side.dma.wait_for(side.free[number])
+            for run in self._pinned.runs(addresses, self.part_bytes):
+                run.of(buffer).copy_(run.memory, non_blocking=True)
+            return side.dma.mark()
+
+    def spread(self, side: _Direction, arrival: Arrival, blocks: Sequence[Pages]) -> None:
+        """Enqueue buffer -> pages behind the arrival."""
+        with side.kernels.use():
+            side.kernels.wait_for(arrival.done)
+            if blocks:
+                self._paged.scatter(self._used(arrival.buffer, blocks), self._index(blocks))
+            side.free[arrival.number] = side.kernels.mark()
+
+    @property
+    def pinned(self) -> PinnedMemory:
+        return self._pinned
+
+    def _used(self, buffer: torch.Tensor, blocks: Sequence[Pages]) -> torch.Tensor:
+        return buffer[: len(blocks) * self.part_bytes]
+
+    def _index(self, blocks: Sequence[Pages]) -> torch.Tensor:
+        """int64 [num_blocks * pages_per_block] on the pool's device, by the current stream."""
+        pages = torch.tensor([page for pages in blocks for page in pages])
+        if self._device.type == "cuda":
+            return pages.pin_memory().to(self._device, non_blocking=True)
+        return pages
 
     def _probe(self, memory: memoryview) -> None:
         """Does what the device writes to both ends of `memory` show there? Leaves them overwritten."""
+        if self._device.type != "cuda":
+            return
         size = min(PROBE_BYTES, memory.nbytes)
         for end in (memory[:size], memory[memory.nbytes - size :]):
             written = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self._device)
@@ -220,6 +337,135 @@ class CudaMover(Mover):
                 raise TransferError("the device writes to other pages than are mapped here")
 
 
-def _address(memory: memoryview) -> int:
-    address: int = np.frombuffer(memory, np.uint8).ctypes.data
+class _StagedLanding(Landing):
+    def __init__(self, mover: StagedMover, side: _Direction, arena: memoryview) -> None:
+        self.chunk_parts = mover.chunk_parts
+        self._mover = mover
+        self._side = side
+        self._start = address_of(arena)
+        self._arena = arena  # held: it must not be unmapped while it is page-locked
+        self._slices: list[int] = []  # addresses
+
+    def pin(self, offset: int, num_bytes: int) -> None:
+        address = self._start + offset
+        if not self._mover.pinned.add(address, num_bytes, is_writable=False):
+            raise TransferError("the driver does not page-lock the arena; loads are copied twice")
+        self._slices.append(address)
+
+    def unpin(self) -> None:
+        while self._slices:
+            self._mover.pinned.remove(self._slices.pop())
+
+    def covers(self, offsets: Sequence[int]) -> bool:
+        pinned, size = self._mover.pinned, self._mover.part_bytes
+        return all(pinned.holds(self._start + offset, size) for offset in offsets)
+
+    def begin(self, offsets: Sequence[int]) -> Arrival:
+        number, buffer = self._side.next()
+        addresses = [self._start + offset for offset in offsets]
+        done = self._mover.copy_in(self._side, number, buffer, addresses)
+        return Arrival(buffer, number, done)
+
+    def land(self, arrival: Arrival, blocks: Sequence[Pages]) -> None:
+        self._mover.spread(self._side, arrival, blocks)
+
+    def wait(self) -> None:
+        self._side.dma.mark().wait()
+        self._side.kernels.mark().wait()
+
+
+class Run(NamedTuple):
+    """Neighbouring host bytes, and where they belong in a buffer."""
+
+    memory: torch.Tensor  # uint8, over the host's bytes
+    start: int
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[self.start : self.start + len(self.memory)]
+
+
+class PinnedMemory:
+    """What is page-locked for the device, by address. Thread-safe.
+
+    One copy never crosses from one registration into another, nor out of one: the driver refuses that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._lock = threading.Lock()
+        self._starts: list[int] = []
+        self._ends: dict[int, int] = {}
+
+    def add(self, address: int, num_bytes: int, *, is_writable: bool) -> bool:
+        """Page-lock; False if the driver does not. Blocks, and the driver's other calls with it."""
+        if self._is_cuda:
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
+            flags = 0 if is_writable else REGISTER_READ_ONLY
+            if int(runtime.cudaHostRegister(address, num_bytes, flags)) != 0:
+                return False
+        with self._lock:
+            insort(self._starts, address)
+            self._ends[address] = address + num_bytes
+        return True
+
+    def remove(self, address: int) -> None:
+        """Undo `add`. Idempotent."""
+        with self._lock:
+            if address not in self._ends:
+                return
+            del self._ends[address]
+            self._starts.remove(address)
+        if self._is_cuda:
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
+            runtime.cudaHostUnregister(address)
+
+    def holds(self, address: int, num_bytes: int) -> bool:
+        """Whether all these bytes are page-locked, by one registration or by neighbours."""
+        with self._lock:
+            end = address + num_bytes
+            while address < end:
+                _, stop, is_pinned = self._piece(address, end)
+                if not is_pinned:
+                    return False
+                address = stop
+            return True
+
+    def runs(self, addresses: Sequence[int], size: int) -> list[Run]:
+        """As few copies as possible for items of `size` bytes that lie end to end in a buffer."""
+        pieces: list[list[int]] = []  # registration (or -1), address, end
+        with self._lock:
+            for item in addresses:
+                address = item
+                while address < item + size:
+                    owner, stop, is_pinned = self._piece(address, item + size)
+                    last = pieces[-1] if pieces else [-1, 0, 0]
+                    if is_pinned and last[0] == owner and last[2] == address:
+                        last[2] = stop
+                    else:
+                        pieces.append([owner if is_pinned else -1, address, stop])
+                    address = stop
+        runs, start = [], 0
+        for _, address, stop in pieces:
+            runs.append(Run(_bytes_at(address, stop - address), start))
+            start += stop - address
+        return runs
+
+    def _piece(self, address: int, end: int) -> tuple[int, int, bool]:
+        """(registration, end of the piece, is page-locked) of the first bytes of [address, end)."""
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0 and address < self._ends[self._starts[index]]:
+            owner = self._starts[index]
+            return owner, min(end, self._ends[owner]), True
+        if index + 1 < len(self._starts):
+            end = min(end, self._starts[index + 1])
+        return -1, end, False
+
+
+def address_of(memory: memoryview) -> int:
+    address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
     return address
+
+
+def _bytes_at(address: int, num_bytes: int) -> torch.Tensor:
+    """A view of mapped memory, which the caller keeps mapped. Read-only memory must not be written."""
+    return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)

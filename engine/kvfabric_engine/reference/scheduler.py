@@ -29,6 +29,8 @@ from kvfabric_engine.reference.sequence import Phase, Reused, Sequence
 
 PREFILL_TOKENS_A_STEP = 256
 """Prompt tokens computed between two tokens of the sequences that decode."""
+PREFILL_TOKENS_ON_GPU = 8192
+"""Likewise on a GPU, which is not full with fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,19 @@ class Scheduler:
     """Owns the waiting, fetching and running sequences and, through them, every page in use."""
 
     def __init__(
-        self, blocks: BlockManager, shape: PoolShape, *, max_batch: int, deterministic: bool
+        self,
+        blocks: BlockManager,
+        shape: PoolShape,
+        *,
+        max_batch: int,
+        deterministic: bool,
+        prefill_tokens: int = PREFILL_TOKENS_A_STEP,
     ) -> None:
         self._blocks = blocks
         self._shape = shape
         self._max_batch = max_batch
         self._deterministic = deterministic
+        self._prefill_tokens = prefill_tokens
         self._waiting: deque[Sequence] = deque()
         self._fetching: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -97,7 +106,7 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         """What to compute next. In deterministic mode each item is a forward of its own, in order."""
-        budget = PREFILL_TOKENS_A_STEP
+        budget = self._prefill_tokens
         work: list[Work] = []
         for sequence in list(self._running):
             if sequence.phase is not Phase.RUNNING or not self._grow(sequence):

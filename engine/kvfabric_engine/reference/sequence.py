@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvfabric.types import BlockKey
+from kvfabric_engine.plan import Choice
 from kvfabric_engine.reference.block_manager import CachedBlock
 from kvfabric_engine.reference.sampler import Sampler, SamplingParams
 from kvfabric_engine.request_keys import RequestKeys
@@ -95,6 +96,18 @@ class Sequence:
     was_started: bool = False
     in_fabric: bool = False
     """The node knows this request: blocks may be matched, loaded and saved."""
+
+    choice: Choice | None = None
+    """Fetch or recompute, once the fabric answered; `offered` blocks were to be had, at `chosen_at`."""
+
+    offered: int = 0
+    chosen_at: float = 0.0  # monotonic seconds, as the next
+    started_at: float = 0.0
+    started_tokens: int = 0
+    """Computed or loaded when it last began to run."""
+
+    is_alone: bool = False
+    """Nothing else ran when it last began to."""
 
     is_matching: bool = False
     """The node was asked what it holds of the prompt, and has not answered yet."""
