@@ -117,9 +117,24 @@ class RouterConfig:
         return self.nodes or (str(self.state_dir / "admin.sock"),)
 
 
+_OF_RANDOM_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "seed",
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """The reference engine, section [engine]. The model is small and its weights are random."""
+    """The reference engine, section [engine].
+
+    Without `model_path` the model is small and its weights are random; with it the folder says what it is.
+    """
 
     section = "engine"
 
@@ -127,7 +142,14 @@ class EngineConfig:
     engine_id: str = _key("", "name of this engine (default: its address)")
     node_socket: str = _key("", "the node's Unix socket; empty: HBM cache only")
     role: str = _key("both", "prefill, decode or both")
-    model: str = _key("reference", "name under which the model is served")
+    model: str = _key(
+        "", "name under which the model is served (default: its folder, or reference)"
+    )
+    model_path: str = _key(
+        "",
+        "Hugging Face folder of a Llama, Qwen2 or Qwen3 (config.json, safetensors, tokenizer.json); "
+        "empty: random weights in the shape that num_layers to seed say",
+    )
     num_layers: int = _key(4, "decoder layers")
     hidden_size: int = _key(256, "width of the residual stream")
     num_heads: int = _key(8, "query heads")
@@ -164,6 +186,21 @@ class EngineConfig:
             raise ConfigError("engine.num_heads must be a multiple of engine.num_kv_heads")
         if self.block_tokens % self.engine_block_tokens:
             raise ConfigError("engine.block_tokens must be a multiple of engine_block_tokens")
+        if self.model_path:
+            self._leave_to_folder()
+
+    def _leave_to_folder(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in _OF_RANDOM_MODEL and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"engine.{field.name} is for random weights; with engine.model_path leave it out"
+                )
+
+    @property
+    def model_name(self) -> str:
+        if self.model or not self.model_path:
+            return self.model or "reference"
+        return Path(self.model_path).expanduser().resolve().name
 
 
 Config = TypeVar("Config", NodeConfig, RouterConfig, EngineConfig)

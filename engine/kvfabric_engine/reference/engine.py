@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -24,24 +25,28 @@ import torch
 from kvfabric.config import EngineConfig
 from kvfabric.errors import CapacityError, ClosedError
 from kvfabric.hashing import layout_fingerprint
-from kvfabric.tokenizer import END_ID
 from kvfabric.types import MissReason, TierName
 from kvfabric_engine.connector import (
     Connector,
     ConnectorOptions,
-    FetchPlan,
     Loaded,
     Opened,
-    PrefixMatch,
     Saved,
-    plan_fetch,
 )
 from kvfabric_engine.layout import PoolShape, default_block_tokens
+from kvfabric_engine.plan import FetchPlan, Planner, PrefixMatch, Prompt, Rates, Record
 from kvfabric_engine.pool_events import PoolEvents
 from kvfabric_engine.reference.block_manager import BlockManager, CachedBlock, PoolStatistics
-from kvfabric_engine.reference.model import DTYPES, Model
+from kvfabric_engine.reference.measure import measure_rates
+from kvfabric_engine.reference.model import Model
 from kvfabric_engine.reference.sampler import Sampler
-from kvfabric_engine.reference.scheduler import Scheduler, SchedulerStatistics, Work
+from kvfabric_engine.reference.scheduler import (
+    PREFILL_TOKENS_A_STEP,
+    PREFILL_TOKENS_ON_GPU,
+    Scheduler,
+    SchedulerStatistics,
+    Work,
+)
 from kvfabric_engine.reference.sequence import (
     Finish,
     GenerationRequest,
@@ -50,6 +55,7 @@ from kvfabric_engine.reference.sequence import (
     Reused,
     Sequence,
 )
+from kvfabric_engine.reference.tokens import tokenizer_of
 from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
 from kvfabric_engine.staging import mover_for, prove_layout
 
@@ -74,17 +80,19 @@ class EngineStatistics:
 class Engine:
     """`with Engine(config) as engine:` serves between enter and exit. Weights are made in the constructor."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, model: Model | None = None) -> None:
+        """`model`: one that was made for `config`, instead of making it."""
         torch.set_num_threads(config.num_threads)
         self.config = config
-        self.model = Model(config)
+        self.model = model or Model(config)
+        self.tokenizer = tokenizer_of(config, self.model.shape.vocab_size)
         self.shape = PoolShape(
             num_pages=config.hbm_blocks,
-            num_layers=config.num_layers,
+            num_layers=self.model.shape.num_layers,
             page_tokens=config.engine_block_tokens,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=DTYPES[config.dtype],
+            num_kv_heads=self.model.shape.num_kv_heads,
+            head_dim=self.model.shape.head_dim,
+            dtype=self.model.dtype,
             block_tokens=config.block_tokens or default_block_tokens(config.engine_block_tokens),
         )
         self.is_deterministic = config.deterministic == "on" or (
@@ -101,7 +109,11 @@ class Engine:
             self.shape,
             max_batch=config.max_batch,
             deterministic=self.is_deterministic,
+            prefill_tokens=self._prefill_tokens(),
         )
+        # The CPU engine is for tests and the demo, in which fetching is the point: it never cuts a hit.
+        self._decides = self.model.device.type == "cuda" and not self.is_deterministic
+        self._planner = Planner(Rates(), may_cut=self._decides)
         self._local = LocalNamespaces(self.model.revision, layout_fingerprint(self.layout))
         self._sequences: dict[str, Sequence] = {}
         self._numbers = itertools.count(1)
@@ -117,8 +129,13 @@ class Engine:
             return f"page-major torch-cpu-{torch.backends.cpu.get_cpu_capability()}"
         return "page-major"
 
+    def _prefill_tokens(self) -> int:
+        if self.model.device.type == "cuda" and not self.is_deterministic:
+            return PREFILL_TOKENS_ON_GPU
+        return PREFILL_TOKENS_A_STEP
+
     def __repr__(self) -> str:
-        return f"<Engine {self.config.model}: {self._scheduler!r} {self._blocks!r}>"
+        return f"<Engine {self.config.model_name}: {self._scheduler!r} {self._blocks!r}>"
 
     def __enter__(self) -> Self:
         self.start(endpoint="")
@@ -133,13 +150,16 @@ class Engine:
         `endpoint` is the base URL of the API, for the node to announce.
         """
         prove_layout(self.pool, self.shape, self._mover)
+        if self._decides:
+            rates = measure_rates(self.model, self.pool, self.shape, self._mover)
+            self._planner = Planner(rates, may_cut=True)
         if self.config.node_socket:
             self.connector = Connector(
                 ConnectorOptions(
                     node_socket=self.config.node_socket,
                     engine_id=self.config.engine_id or endpoint,
                     endpoint=endpoint,
-                    model=self.config.model,
+                    model=self.config.model_name,
                     model_revision=self.model.revision,
                     window_bytes=self.config.window_bytes,
                     audit_parts=self.config.audit_parts,
@@ -206,6 +226,14 @@ class Engine:
             answer_tokens=self._num_answered,
             reused=self._reused,
         )
+
+    def fetch_records(self) -> list[Record]:
+        """The last choices between fetching and recomputing, and what came of them."""
+        return list(self._planner.records)
+
+    def fetch_rates(self) -> Rates:
+        """What loading and computing take here, as known now."""
+        return self._planner.rates
 
     # --- everything below runs on the engine's thread ------------------------------------------------
 
@@ -303,7 +331,19 @@ class Engine:
         sequence.unsaved = self._missing(sequence, sequence.cached, match)
         self._blocks.reference(sequence.unsaved)
         keys = sequence.usable_keys()
-        plan = plan_fetch(match, num_cached=len(sequence.cached), num_usable=len(keys))
+        sequence.choice = self._planner.choose(
+            match,
+            Prompt(
+                num_tokens=sequence.num_prompt,
+                num_cached=len(sequence.cached),
+                num_usable=len(keys),
+                block_tokens=self.shape.block_tokens,
+                block_bytes=self.shape.part_bytes,
+            ),
+        )
+        sequence.offered = max(0, min(match.num_blocks, len(keys)) - len(sequence.cached))
+        sequence.chosen_at = time.monotonic()
+        plan = sequence.choice.plan
         if plan.num_blocks == 0 or sequence.is_aborted:
             self._start(sequence, 0)
             return
@@ -323,6 +363,7 @@ class Engine:
         if sequence.phase is not Phase.FETCHING:
             return  # the engine stopped
         tiers = match.tiers[plan.first : plan.first + loaded.num_blocks]
+        self._planner.loaded(tiers, self.shape.part_bytes, loaded.seconds)
         size = self.shape.block_tokens
         if not sequence.was_started:  # else preempted since: what its first start said stands
             sequence.reused = Reused(
@@ -337,6 +378,9 @@ class Engine:
             self._end(sequence, Finish.ABORT)
             return
         self._scheduler.start(sequence, num_fetched_blocks)
+        sequence.started_at = time.monotonic()
+        sequence.started_tokens = sequence.num_computed
+        sequence.is_alone = self._scheduler.statistics().num_running == 1
         if not sequence.was_started:
             sequence.was_started = True
             r, total = sequence.reused, self._reused
@@ -379,14 +423,31 @@ class Engine:
         token_id = sequence.sampler.pick(logits[0].cpu())
         sequence.tokens.append(token_id)
         self._num_answered += 1
+        if sequence.num_answered == 1:
+            self._learn(sequence)
         finish = self._finish_of(sequence, token_id)
         sequence.emit(Output(token_id, finish, sequence.reused))
         if finish is not None:
             self._forget(sequence)
 
+    def _learn(self, sequence: Sequence) -> None:
+        """The first token: what the prefill took, and what came of the choice before it."""
+        now = time.monotonic()
+        if sequence.is_alone and self._scheduler.statistics().num_running == 1:
+            took = now - sequence.started_at
+            self._planner.computed(sequence.started_tokens, sequence.num_prompt, took)
+        if sequence.choice is not None and sequence.offered:
+            self._planner.record(
+                sequence.choice,
+                offered_blocks=sequence.offered,
+                loaded_blocks=sequence.started_tokens // self.shape.block_tokens
+                - sequence.choice.plan.first,
+                outcome_s=now - sequence.chosen_at,
+            )
+
     def _finish_of(self, sequence: Sequence, token_id: int) -> Finish | None:
         params = sequence.request.params
-        if token_id == END_ID and not params.ignore_eos:
+        if token_id in self.tokenizer.end_ids and not params.ignore_eos:
             return Finish.STOP
         return Finish.LENGTH if sequence.num_answered >= params.max_tokens else None
 

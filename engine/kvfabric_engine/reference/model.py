@@ -1,8 +1,7 @@
-"""The model: a Llama/Qwen3-shaped decoder in plain torch over a paged KV pool. Random, seeded weights.
+"""The model: a decoder of the Llama, Qwen2 or Qwen3 shape in plain torch over a paged KV pool.
 
-Computes; decides nothing. Weights are drawn on CPU in float32 from one seeded generator, so every process
-with the same configuration has the same model, and `revision` is the digest of what was drawn. Their scale
-is large enough that another prompt's KV changes the answer: a test with feeble weights proves nothing.
+Computes; decides nothing. Its weights are random ones of a seed (`weights.py`) or those of a folder
+(`checkpoint.py`); `revision` is their digest.
 
 Shapes: T tokens of a forward, H hidden, A query heads, K KV heads, D head dim, C tokens of context.
 """
@@ -11,24 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from kvfabric.config import EngineConfig
 from kvfabric.errors import ConfigError
-
-ROPE_THETA = 10_000.0
-RMS_EPSILON = 1e-6
-LINEAR_GAIN = 2.0
-"""Standard deviation of a linear layer's weights times the root of its fan-in."""
+from kvfabric_engine.reference.weights import DTYPES, LayerWeights, Weights, draw_weights
 
 # Without cuDNN's: it builds a plan for each new length of context, which costs more than the attention.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +44,13 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor  # [(A + 2 K) D, H]
-    q_norm: torch.Tensor  # [D]
-    k_norm: torch.Tensor  # [D]
-    output: torch.Tensor  # [H, A D]
-    mlp_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor  # [2 I, H]
-    down: torch.Tensor  # [H, I]
-
-
-@dataclass(frozen=True, slots=True)
 class _SpanIndex:
     """Where a span's rows and context lie. `mask`: additive [n, C], None when every key may be seen."""
 
     rows: slice
     context: int
     pages: torch.Tensor  # int64 [ceil(C / page_tokens)]
-    mask: torch.Tensor | None
+    mask: torch.Tensor | None  # on a GPU in half precision: a causal bias, which needs no memory
 
 
 def device_of(name: str) -> torch.device:
@@ -85,22 +67,26 @@ def device_of(name: str) -> torch.device:
 class Model:
     """Weights on one device. `forward` is the only thing that runs; it writes the KV of its tokens."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, weights: Weights | None = None) -> None:
+        """`weights`: of this configuration's shape, dtype and device, instead of its own."""
         self.config = config
         self.device = device_of(config.device)
         self.dtype = DTYPES[config.dtype]
-        draw = _Weights(config)
-        self.embedding = draw.normal(config.vocab_size, config.hidden_size, std=1.0)
-        self.layers = [draw.layer() for _ in range(config.num_layers)]
-        self.final_norm = draw.ones(config.hidden_size)
-        self.head = draw.linear(config.vocab_size, config.hidden_size)
-        self.revision = draw.digest()
-        self._cos, self._sin = _rope_tables(config, self.device, self.dtype)
+        weights = weights or _load(config, self.dtype, self.device)
+        self.shape = weights.shape
+        self.embedding = weights.embedding
+        self.layers = weights.layers
+        self.final_norm = weights.final_norm
+        self.head = weights.head
+        self.revision = weights.revision
+        self._cos, self._sin = self.shape.rope.tables(
+            config.max_model_tokens, self.shape.head_dim, self.device, self.dtype
+        )
 
     @property
     def rope(self) -> str:
         """The rotary settings as the block layout declares them."""
-        return f"neox theta={ROPE_THETA:g}"
+        return self.shape.rope.describe()
 
     @torch.inference_mode()
     def forward(self, pool: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
@@ -109,8 +95,8 @@ class Model:
         Returns float32 [number of spans with sample, vocab] on the model's device, in the spans' order.
         Spans must belong to different sequences: none may read what another one writes here.
         """
-        tokens = torch.tensor([t for span in spans for t in span.token_ids], device=self.device)
-        positions = torch.cat([torch.arange(s.start, s.end) for s in spans]).to(self.device)
+        tokens = self._move(torch.tensor([t for span in spans for t in span.token_ids]))
+        positions = self._move(torch.cat([torch.arange(s.start, s.end) for s in spans]))
         indexes = self._indexes(spans, page_tokens=pool.shape[3])
         page_of_row, offset_of_row = self._slots(spans, page_tokens=pool.shape[3])
         cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
@@ -133,19 +119,19 @@ class Model:
         return F.linear(chosen, self.head).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, RMS_EPSILON)
+        return F.rms_norm(x, (x.shape[-1],), weight, self.shape.rms_epsilon)
 
     def _project(
-        self, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, layer: LayerWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [T, A, D], k and v [T, K, D]; q and k normalised per head and rotated."""
-        c = self.config
-        heads = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv)
-        heads = heads.view(len(hidden), c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
-        q = _rotate(self._norm(q, layer.q_norm), cos, sin)
-        k = _rotate(self._norm(k, layer.k_norm), cos, sin)
-        return q, k, v
+        """q [T, A, D], k and v [T, K, D]; q and k normalised per head (if the model does) and rotated."""
+        s = self.shape
+        heads = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        heads = heads.view(len(hidden), s.num_heads + 2 * s.num_kv_heads, s.head_dim)
+        q, k, v = torch.split(heads, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def _attend(self, q: torch.Tensor, pages: torch.Tensor, index: _SpanIndex) -> torch.Tensor:
         """q [n, A, D] of one span over its own context; returns [n, A D]."""
@@ -167,10 +153,9 @@ class Model:
             num = len(span.token_ids)
             mask = None
             if num > 1:
-                hidden = torch.full((num, span.end), float("-inf"), dtype=self.dtype)
-                mask = hidden.triu(span.start + 1).to(self.device)
+                mask = self._causal(num, span.end)
             used = span.pages[: -(-span.end // page_tokens)]
-            pages = torch.tensor(used, device=self.device)
+            pages = self._move(torch.tensor(used))
             indexes.append(_SpanIndex(slice(row, row + num), span.end, pages, mask))
             row += num
         return indexes
@@ -184,64 +169,38 @@ class Model:
             for span in spans
             for position in range(span.start, span.end)
         ]
-        slots = torch.tensor(places, device=self.device)
+        slots = self._move(torch.tensor(places))
         return slots[:, 0], slots[:, 1]
 
+    def _causal(self, num: int, context: int) -> torch.Tensor:
+        """What the last `num` tokens of a context may see of it, [num, context]."""
+        if self.device.type == "cuda" and self.dtype != torch.float32:
+            bias: torch.Tensor = causal_lower_right(num, context)
+            return bias
+        hidden = torch.full((num, context), float("-inf"), dtype=self.dtype, device=self.device)
+        return hidden.triu(context - num + 1)
 
-class _Weights:
-    """Draws tensors in a fixed order and keeps a running digest of them."""
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the model's device; the calling thread waits for nothing that was launched before."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        self._device = torch.device(config.device)
-        self._dtype = DTYPES[config.dtype]
-        self._generator = torch.Generator().manual_seed(config.seed)
-        self._hash = blake2b(digest_size=16, person=b"kvf-weights-1")
-        shape = f"theta={ROPE_THETA} epsilon={RMS_EPSILON} heads={config.num_heads}"
-        self._hash.update(shape.encode())
 
-    def digest(self) -> str:
-        """32 hex digits of every tensor drawn so far, with shape and dtype."""
-        return self._hash.hexdigest()
+def _load(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Raises ConfigError if the folder's model cannot be run, or not with this configuration."""
+    if not config.model_path:
+        return draw_weights(config)
+    from kvfabric_engine.reference import checkpoint  # needs safetensors, random weights do not
 
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.to(self._dtype)
-        self._hash.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        self._hash.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return tensor.to(self._device)
-
-    def normal(self, *shape: int, std: float) -> torch.Tensor:
-        return self._keep(torch.randn(*shape, generator=self._generator) * std)
-
-    def linear(self, fan_out: int, fan_in: int) -> torch.Tensor:
-        return self.normal(fan_out, fan_in, std=LINEAR_GAIN / fan_in**0.5)
-
-    def ones(self, size: int) -> torch.Tensor:
-        return self._keep(torch.ones(size))
-
-    def layer(self) -> _Layer:
-        c = self._config
-        heads = c.num_heads + 2 * c.num_kv_heads
-        return _Layer(
-            attention_norm=self.ones(c.hidden_size),
-            qkv=self.linear(heads * c.head_dim, c.hidden_size),
-            q_norm=self.ones(c.head_dim),
-            k_norm=self.ones(c.head_dim),
-            output=self.linear(c.hidden_size, c.num_heads * c.head_dim),
-            mlp_norm=self.ones(c.hidden_size),
-            gate_up=self.linear(2 * c.intermediate_size, c.hidden_size),
-            down=self.linear(c.hidden_size, c.intermediate_size),
+    folder = Path(config.model_path).expanduser()
+    shape = checkpoint.read_shape(folder)
+    if config.max_model_tokens > shape.max_positions:
+        raise ConfigError(
+            f"engine.max_model_tokens is {config.max_model_tokens}; {folder} was made for at most "
+            f"{shape.max_positions}"
         )
-
-
-def _rope_tables(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [max_model_tokens, D]: both halves of a head share their angles."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    angles = torch.outer(torch.arange(config.max_model_tokens).double(), ROPE_THETA**-half)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return checkpoint.read_weights(folder, shape, dtype=dtype, device=device)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -7,17 +7,17 @@ OpenAI, as in vLLM: ignore_eos, return_token_ids, cache_salt, kv_transfer_params
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from kvfabric.errors import KVFabricError
 from kvfabric.handle import PARAMS_FIELD
-from kvfabric.tokenizer import FIRST_BYTE_ID, NUM_IDS, encode, render_chat
 from kvfabric_engine.reference.sampler import SamplingParams
 from kvfabric_engine.reference.sequence import Reused
+from kvfabric_engine.reference.tokens import ChatRefused, Decoder, Message, Tokenizer
 
 MAX_PROMPTS = 64
 MAX_STOPS = 16
@@ -58,7 +58,7 @@ def error_body(message: str, *, status: int, param: str | None = None) -> dict[s
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def parse(body: bytes, *, model: str, vocab_size: int, is_chat: bool) -> Call:
+def parse(body: bytes, *, model: str, vocab_size: int, tokenizer: Tokenizer, is_chat: bool) -> Call:
     """Raises BadRequest."""
     fields = _Fields(body)
     asked = fields.get("model", str, model)
@@ -66,7 +66,10 @@ def parse(body: bytes, *, model: str, vocab_size: int, is_chat: bool) -> Call:
         raise BadRequest(f"the model {asked!r} does not exist", status=404, param="model")
     if fields.get("n", int, 1) != 1:
         raise BadRequest("n must be 1", param="n")
-    prompts = _chat_prompt(fields) if is_chat else _prompts(fields, vocab_size)
+    if is_chat:
+        prompts: tuple[tuple[int, ...], ...] = (_chat_prompt(fields, tokenizer),)
+    else:
+        prompts = _prompts(fields, vocab_size, tokenizer)
     options = fields.get("stream_options", dict, {})
     transfer = fields.get("kv_transfer_params", dict, {})
     handle = transfer.get(PARAMS_FIELD, "")
@@ -156,22 +159,23 @@ def _stop(fields: _Fields) -> tuple[str, ...]:
     return tuple(stop)
 
 
-def _prompts(fields: _Fields, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+def _prompts(fields: _Fields, vocab_size: int, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     prompt = fields.raw("prompt")
     if isinstance(prompt, str) or _is_ids(prompt):
         prompt = [prompt]
     if not isinstance(prompt, list) or not 1 <= len(prompt) <= MAX_PROMPTS:
         raise BadRequest("prompt must be a string, token ids, or a list of them", param="prompt")
-    return tuple(_tokens(item, vocab_size) for item in prompt)
+    return tuple(_tokens(item, vocab_size, tokenizer) for item in prompt)
 
 
 def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-def _tokens(item: object, vocab_size: int) -> tuple[int, ...]:
+def _tokens(item: object, vocab_size: int, tokenizer: Tokenizer) -> tuple[int, ...]:
     if isinstance(item, str):
-        item = _encode(item)
+        with _unicode():
+            item = tokenizer.encode(item)
     if not _is_ids(item):
         raise BadRequest("a prompt must have at least one token", param="prompt")
     assert isinstance(item, list)
@@ -180,21 +184,29 @@ def _tokens(item: object, vocab_size: int) -> tuple[int, ...]:
     return tuple(item)
 
 
-def _encode(text: str) -> list[int]:
+@contextmanager
+def _unicode() -> Iterator[None]:
     try:
-        return encode(text)
+        yield
     except UnicodeEncodeError as exc:
         raise BadRequest(f"the prompt is not valid Unicode: {exc.reason}", param="prompt") from exc
 
 
-def _chat_prompt(fields: _Fields) -> tuple[tuple[int, ...], ...]:
+def _chat_prompt(fields: _Fields, tokenizer: Tokenizer) -> tuple[int, ...]:
     messages = fields.raw("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list of messages", param="messages")
-    return (tuple(_encode(render_chat([_message(item) for item in messages]))),)
+    try:
+        with _unicode():
+            prompt = tokenizer.encode_chat([_message(item) for item in messages])
+    except ChatRefused as exc:
+        raise BadRequest(str(exc), param="messages") from exc
+    if not prompt:
+        raise BadRequest("the chat template makes an empty prompt of it", param="messages")
+    return tuple(prompt)
 
 
-def _message(item: object) -> dict[str, str]:
+def _message(item: object) -> Message:
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         raise BadRequest("a message must have a role and content", param="messages")
     content = item.get("content")
@@ -224,22 +236,20 @@ def usage(num_prompt: int, num_answered: int, reused: Reused) -> dict[str, Any]:
 
 
 class AnswerText:
-    """Text of a growing answer: whole UTF-8 characters, cut off before the first stop string.
+    """Text of a growing answer: whole characters, cut off before the first stop string.
 
     What might become a stop string is held back until it does or does not.
     """
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
+    def __init__(self, stop: tuple[str, ...], decoder: Decoder) -> None:
         self._stop = stop
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = decoder
         self._held = ""
         self.is_stopped = False
 
     def push(self, token_id: int | None, *, is_last: bool) -> str:
         """Text that became final with this token."""
-        is_byte = token_id is not None and FIRST_BYTE_ID <= token_id < NUM_IDS
-        data = bytes([token_id - FIRST_BYTE_ID]) if is_byte and token_id is not None else b""
-        self._held += self._decoder.decode(data, final=is_last)
+        self._held += self._decoder.push(token_id, is_last=is_last)
         cut = min((at for s in self._stop if (at := self._held.find(s)) >= 0), default=-1)
         if cut >= 0:
             self.is_stopped = True

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -26,6 +27,8 @@ from kvfabric_engine.reference.openai import AnswerText, BadRequest, Call, error
 from kvfabric_engine.reference.sequence import Finish, GenerationRequest, Output, Reused
 
 MAX_BODY_BYTES = 16 << 20
+INLINE_BYTES = 256 << 10
+"""A larger body is parsed in a thread."""
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID_CHARS = 128
 
@@ -75,7 +78,7 @@ async def _models(request: web.Request) -> web.Response:
         raise ClosedError("the engine is not running")
     session = engine.connector.session if engine.connector is not None else b""
     model = {
-        "id": engine.config.model,
+        "id": engine.config.model_name,
         "object": "model",
         "created": 0,
         "owned_by": "kvfabric",
@@ -84,7 +87,7 @@ async def _models(request: web.Request) -> web.Response:
             "model_revision": engine.model.revision,
             "layout_fingerprint": layout_fingerprint(engine.layout).hex(),
             "block_tokens": engine.shape.block_tokens,
-            "tokenizer": "byte",
+            "tokenizer": engine.tokenizer.name,
             "max_model_tokens": engine.config.max_model_tokens,
             "role": engine.config.role,
             "deterministic": engine.is_deterministic,
@@ -138,18 +141,26 @@ class _Choice:
 
 async def _answer(request: web.Request, *, is_chat: bool) -> web.StreamResponse:
     engine = request.app[_ENGINE]
-    call = parse(
-        await request.read(),
-        model=engine.config.model,
-        vocab_size=engine.config.vocab_size,
-        is_chat=is_chat,
-    )
+    call = await _parse(await request.read(), engine, is_chat=is_chat)
     if not engine.is_healthy:
         raise ClosedError("the engine is not running")
     for prompt in call.prompts:  # before the status line is sent
         engine.check_size(len(prompt), call.params.max_tokens)
     answer = _Answer(engine, call, _request_id(request))
     return await answer.stream(request) if call.stream else await answer.whole()
+
+
+async def _parse(body: bytes, engine: Engine, *, is_chat: bool) -> Call:
+    read = partial(
+        parse,
+        body,
+        model=engine.config.model_name,
+        vocab_size=engine.model.shape.vocab_size,
+        tokenizer=engine.tokenizer,
+        is_chat=is_chat,
+    )
+    # Megabytes of text take a tokenizer seconds, in which the loop must answer others.
+    return await asyncio.to_thread(read) if len(body) > INLINE_BYTES else read()
 
 
 def _request_id(request: web.Request) -> str:
@@ -167,7 +178,7 @@ class _Answer:
         self._request_id = request_id
         self._created = int(time.time())
         self._choices = [
-            _Choice(index, len(prompt), AnswerText(call.stop))
+            _Choice(index, len(prompt), AnswerText(call.stop, engine.tokenizer.decoder(prompt)))
             for index, prompt in enumerate(call.prompts)
         ]
 
@@ -226,7 +237,7 @@ class _Answer:
             "id": f"{prefix}-{self._request_id}",
             "object": kind,
             "created": self._created,
-            "model": self._engine.config.model,
+            "model": self._engine.config.model_name,
         }
 
     def _choice(self, choice: _Choice) -> dict[str, Any]:

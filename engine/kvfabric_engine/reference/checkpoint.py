@@ -1,0 +1,410 @@
+"""Reads a model from a local Hugging Face folder: config.json and safetensors, Llama, Qwen2, Qwen3.
+
+Everything that would change the computation and is not known here is refused by name: a model that loads
+computes what its makers' code computes. Nothing is fetched and no code of the folder runs.
+
+The files are mapped and copied once, straight to where the model computes from (q, k and v in one tensor,
+gate and up in one), in chunks. The revision is hashed from those chunks, in the dtype computed with: it is
+the digest of what was loaded, whatever becomes of the files. That is also why nothing is computed from the
+mapping itself, which would follow a file that is written to later.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kvfabric.errors import ConfigError
+from kvfabric_engine.reference.weights import (
+    LayerWeights,
+    Llama3Scaling,
+    ModelShape,
+    Rope,
+    Weights,
+)
+
+CHUNK_BYTES = 4 << 20
+"""A tensor is converted, hashed and copied by so much at a time, while it is in the processor's cache."""
+MAX_THREADS = 8
+MAX_NAMED = 4
+"""Tensors that an error message names."""
+
+_ROTARY = ".rotary_emb.inv_freq"
+"""Old checkpoints hold the rotary frequencies; they follow from config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    architecture: str
+    qkv_bias: bool
+    qk_norm: bool
+    head_dim: int | None
+    """Head dim if config.json names none; None: the width divided among the heads."""
+
+
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", qkv_bias=False, qk_norm=False, head_dim=None),
+    "qwen2": _Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False, head_dim=None),
+    "qwen3": _Family("Qwen3ForCausalLM", qkv_bias=False, qk_norm=True, head_dim=128),
+}
+
+_REQUIRED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+"""The only values that are understood, where config.json has the key at all."""
+
+_ROPE_KEYS = {
+    "default": frozenset(),
+    "llama3": frozenset(
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    ),
+}
+_ROPE_COMMON = frozenset(("rope_type", "type", "rope_theta", "partial_rotary_factor"))
+
+
+# --- config.json ---
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError that names the file."""
+    try:
+        document = json.loads(file.read_bytes())
+    except OSError as exc:
+        raise ConfigError(f"cannot read {file}: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{file} is not JSON: {exc}") from exc
+    if not isinstance(document, dict):
+        raise ConfigError(f"{file} holds no JSON object")
+    return document
+
+
+class _Fields:
+    """The keys of a JSON object, checked as they are taken. Null counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = {key: value for key, value in values.items() if value is not None}
+        self.where = where
+
+    def refuse(self, key: str, wanted: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {key} is {self.values.get(key)!r}; {wanted}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._present(key, default)
+        if type(value) is not int or value <= 0:
+            raise self.refuse(key, "it must be a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._present(key, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.refuse(key, "it must be a positive number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._present(key, default)
+        if type(value) is not bool:
+            raise self.refuse(key, "it must be true or false")
+        return value
+
+    def _present(self, key: str, default: Any) -> Any:
+        if key not in self.values and default is None:
+            raise ConfigError(f"{self.where} has no {key}")
+        return self.values.get(key, default)
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape that config.json describes. Raises ConfigError that names what is not supported."""
+    fields = _Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    family = _family(fields)
+    _refuse_unknown(fields)
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    max_positions = fields.integer("max_position_embeddings")
+    shape = ModelShape(
+        num_layers=fields.integer("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        # The first Llamas name none; every Qwen does.
+        num_kv_heads=fields.integer(
+            "num_key_value_heads", num_heads if fields.values["model_type"] == "llama" else None
+        ),
+        head_dim=fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
+        intermediate_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        rms_epsilon=fields.number("rms_norm_eps"),
+        rope=_rope(fields),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tied=fields.boolean("tie_word_embeddings", False),
+        max_positions=max_positions,
+    )
+    if shape.num_heads % shape.num_kv_heads:
+        raise fields.refuse("num_attention_heads", "no multiple of num_key_value_heads")
+    if shape.head_dim % 2:
+        raise ConfigError(f"{fields.where}: a head dim of {shape.head_dim} cannot be rotated")
+    return shape
+
+
+def _family(fields: _Fields) -> _Family:
+    family = _FAMILIES.get(str(fields.values.get("model_type")))
+    if family is None:
+        raise fields.refuse("model_type", f"supported are {', '.join(_FAMILIES)}")
+    architectures = fields.values.get("architectures", [family.architecture])
+    if architectures != [family.architecture]:
+        raise fields.refuse("architectures", f"supported is {family.architecture}")
+    return family
+
+
+def _refuse_unknown(fields: _Fields) -> None:
+    for key, only in _REQUIRED.items():
+        if key in fields.values and fields.values[key] != only:
+            wanted = "it is not supported" if only is None else f"only {only!r} is supported"
+            raise fields.refuse(key, wanted)
+    kinds = fields.values.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise fields.refuse("layer_types", "only full_attention is supported")
+
+
+def _rope(fields: _Fields) -> Rope:
+    """From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
+    key = "rope_parameters" if "rope_parameters" in fields.values else "rope_scaling"
+    given = fields.values.get(key, {})
+    if not isinstance(given, dict):
+        raise fields.refuse(key, "it must be an object")
+    rope = _Fields(given, f"{fields.where}: {key}")
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise ConfigError(f"{rope.where}: type {kind!r}; supported are {', '.join(_ROPE_KEYS)}")
+    if unknown := sorted(rope.values.keys() - _ROPE_COMMON - _ROPE_KEYS[kind]):
+        raise ConfigError(f"{rope.where}: {unknown[0]} is not known for rotary type {kind}")
+    if rope.number("partial_rotary_factor", 1.0) != 1.0:
+        raise rope.refuse("partial_rotary_factor", "only 1.0 is supported")
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    return Rope(theta, _scaling(rope) if kind == "llama3" else None)
+
+
+def _scaling(rope: _Fields) -> Llama3Scaling:
+    scaling = Llama3Scaling(
+        factor=rope.number("factor"),
+        low_frequency=rope.number("low_freq_factor"),
+        high_frequency=rope.number("high_freq_factor"),
+        original_positions=rope.integer("original_max_position_embeddings"),
+    )
+    if scaling.low_frequency >= scaling.high_frequency:
+        raise rope.refuse("low_freq_factor", "it must be less than high_freq_factor")
+    return scaling
+
+
+# --- safetensors ---
+
+
+def read_weights(
+    folder: Path, shape: ModelShape, *, dtype: torch.dtype, device: torch.device
+) -> Weights:
+    """The folder's tensors as a model of `shape`. Raises ConfigError that names file or tensor."""
+    with ExitStack() as stack:
+        sources = _open(_files(folder), stack)
+        _check_tying(sources, shape, folder)
+        plan = _Plan(shape, dtype, device)
+        weights = plan.weights()
+        _check_names(plan.places, sources, folder)
+        digests = _fill(plan.places, sources)
+    return Weights(
+        shape=shape,
+        embedding=weights.embedding,
+        layers=weights.layers,
+        final_norm=weights.final_norm,
+        head=weights.head,
+        revision=_revision(shape, dtype, digests),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ConfigError(f"{folder} holds neither {single.name} nor {index.name}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ConfigError(f"{index} has no weight_map")
+    files = set(names.values())
+    if not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise ConfigError(f"{index}: weight_map must name files of this folder")
+    return [folder / name for name in sorted(files)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    file: Path
+    handle: Any
+    """The mapped file. safetensors has no type for it."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the mapping."""
+        try:
+            tensor: torch.Tensor = self.handle.get_tensor(name)
+        except SafetensorError as exc:
+            raise ConfigError(f"{self.file}: cannot read {name}: {exc}") from exc
+        return tensor
+
+
+def _open(files: Iterable[Path], stack: ExitStack) -> dict[str, _Source]:
+    """Every tensor's name -> the file it is in."""
+    sources: dict[str, _Source] = {}
+    for file in files:
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        except (OSError, SafetensorError) as exc:
+            raise ConfigError(f"cannot read {file}: {exc}") from exc
+        for name in handle.keys():  # noqa: SIM118 - it is no mapping
+            if name in sources:
+                raise ConfigError(f"{name} is both in {sources[name].file} and in {file}")
+            sources[name] = _Source(file, handle)
+    return sources
+
+
+class _Plan:
+    """Allocates what the model computes with; `places` says where each tensor of the files goes."""
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> None:
+        self.places: dict[str, torch.Tensor] = {}
+        self._shape = shape
+        self._dtype = dtype
+        self._device = device
+
+    def weights(self) -> Weights:
+        """Uninitialised, without a revision. To be called once."""
+        s = self._shape
+        embedding = self._one("model.embed_tokens.weight", s.vocab_size, s.hidden_size)
+        return Weights(
+            shape=s,
+            embedding=embedding,
+            layers=tuple(self._layer(f"model.layers.{n}") for n in range(s.num_layers)),
+            final_norm=self._one("model.norm.weight", s.hidden_size),
+            head=embedding if s.tied else self._one("lm_head.weight", s.vocab_size, s.hidden_size),
+            revision="",
+        )
+
+    def _layer(self, prefix: str) -> LayerWeights:
+        s, attention, mlp = self._shape, f"{prefix}.self_attn", f"{prefix}.mlp"
+        heads = {
+            "q_proj": s.num_heads * s.head_dim,
+            "k_proj": s.num_kv_heads * s.head_dim,
+            "v_proj": s.num_kv_heads * s.head_dim,
+        }
+        qkv = {f"{attention}.{name}": rows for name, rows in heads.items()}
+        gate_up = {f"{mlp}.gate_proj": s.intermediate_size, f"{mlp}.up_proj": s.intermediate_size}
+        return LayerWeights(
+            attention_norm=self._one(f"{prefix}.input_layernorm.weight", s.hidden_size),
+            qkv=self._stack(qkv, "weight", s.hidden_size),
+            qkv_bias=self._stack(qkv, "bias") if s.qkv_bias else None,
+            q_norm=self._one(f"{attention}.q_norm.weight", s.head_dim) if s.qk_norm else None,
+            k_norm=self._one(f"{attention}.k_norm.weight", s.head_dim) if s.qk_norm else None,
+            output=self._one(f"{attention}.o_proj.weight", s.hidden_size, heads["q_proj"]),
+            mlp_norm=self._one(f"{prefix}.post_attention_layernorm.weight", s.hidden_size),
+            gate_up=self._stack(gate_up, "weight", s.hidden_size),
+            down=self._one(f"{mlp}.down_proj.weight", s.hidden_size, s.intermediate_size),
+        )
+
+    def _one(self, name: str, *dims: int) -> torch.Tensor:
+        self.places[name] = torch.empty(dims, dtype=self._dtype, device=self._device)
+        return self.places[name]
+
+    def _stack(self, parts: Mapping[str, int], kind: str, *width: int) -> torch.Tensor:
+        """One tensor of several (name -> rows), one below the other."""
+        rows = list(parts.values())
+        whole = torch.empty(sum(rows), *width, dtype=self._dtype, device=self._device)
+        for name, place in zip(parts, torch.split(whole, rows), strict=True):
+            self.places[f"{name}.{kind}"] = place
+        return whole
+
+
+def _check_tying(sources: dict[str, _Source], shape: ModelShape, folder: Path) -> None:
+    """A tied output layer that is stored as well must be the embedding; then it is left out."""
+    head, embedding = sources.get("lm_head.weight"), sources.get("model.embed_tokens.weight")
+    if not shape.tied or head is None or embedding is None:
+        return
+    if not torch.equal(
+        head.tensor("lm_head.weight"), embedding.tensor("model.embed_tokens.weight")
+    ):
+        raise ConfigError(
+            f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+        )
+    del sources["lm_head.weight"]
+
+
+def _check_names(
+    places: Mapping[str, torch.Tensor], sources: Mapping[str, _Source], folder: Path
+) -> None:
+    if missing := [name for name in places if name not in sources]:
+        raise ConfigError(f"{folder} lacks {_first_of(missing)}")
+    unknown = [name for name in sources if name not in places and not name.endswith(_ROTARY)]
+    if unknown:
+        raise ConfigError(f"{folder}: this model has no place for {_first_of(unknown)}")
+
+
+def _first_of(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
+
+
+def _fill(
+    places: Mapping[str, torch.Tensor], sources: Mapping[str, _Source]
+) -> dict[str, tuple[torch.Size, bytes]]:
+    """Copy every tensor to its place; shape and digest of each."""
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: _copy(name, sources[name], places[name]), places)
+        return {
+            name: (place.shape, digest)
+            for (name, place), digest in zip(places.items(), digests, strict=True)
+        }
+
+
+def _copy(name: str, source: _Source, place: torch.Tensor) -> bytes:
+    tensor = source.tensor(name)
+    if tensor.shape != place.shape:
+        raise ConfigError(
+            f"{source.file}: {name} is {list(tensor.shape)}; config.json says {list(place.shape)}"
+        )
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise ConfigError(f"{source.file}: {name} is {tensor.dtype}, which is not supported")
+    digest = blake2b(digest_size=32, person=b"kvf-tensor-1")
+    rows = max(1, CHUNK_BYTES // (place[0].numel() * place.element_size()))
+    for chunk, target in zip(torch.split(tensor, rows), torch.split(place, rows), strict=True):
+        converted = chunk.to(place.dtype, copy=True)  # owned: hashed and loaded are one
+        digest.update(converted.view(torch.uint8).numpy().data)
+        target.copy_(converted)
+    return digest.digest()
+
+
+def _revision(
+    shape: ModelShape, dtype: torch.dtype, digests: Mapping[str, tuple[torch.Size, bytes]]
+) -> str:
+    """In the order of names: how the tensors were spread over files does not matter."""
+    whole = blake2b(digest_size=16, person=b"kvf-weights-2")
+    settings = (
+        f"{dtype} heads={shape.num_heads} kv_heads={shape.num_kv_heads} epsilon={shape.rms_epsilon:.17g} "
+        f"rope={shape.rope.describe()} tied={shape.tied}"
+    )
+    for text, digest in [
+        (settings, b""),
+        *((f"{name} {list(dims)}", digest) for name, (dims, digest) in sorted(digests.items())),
+    ]:
+        whole.update(len(text).to_bytes(4, "little") + text.encode() + digest)
+    return whole.hexdigest()
