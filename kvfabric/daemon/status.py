@@ -25,7 +25,7 @@ def node_samples(node: Node) -> Iterator[Sample]:
         ("sessions_draining", sessions.num_ended),
         ("connections", sessions.num_connections),
         ("loop_stall_seconds_max", node.probe.max_s),
-        ("adoption_waits_processes", len(node.keeper.waiting_for)),
+        ("adoption_waits_processes", len(node.keeper.waiting_for) * node.keeper.is_missing()),
         ("arena_adopted_info", node.keeper.adopted),
         ("registry_version", node.registry.state.version),
         ("event_sequence", node.events.sequence),

@@ -433,7 +433,10 @@ class SegmentTier(Tier):
         except KVFabricError as exc:
             _LOG.warning("%d writes to %s failed: %s", len(plan.writes), self._directory, exc)
             _fail((write for write, _ in plan.writes), exc)
-            self._postpone([item for item in group if isinstance(item, _Drop)])
+            # A damaged entry of the index would fail every group after this one too: its deletion is
+            # given up. What comes back by that after a rebuild is what its key says.
+            if not isinstance(exc, CorruptBlock):
+                self._postpone([item for item in group if isinstance(item, _Drop)])
             return
         except BaseException:
             _fail((write for write, _ in plan.writes), self._closed())

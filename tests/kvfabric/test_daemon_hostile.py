@@ -194,6 +194,7 @@ def test_arena_of_a_stopped_node_is_adopted(tmp_path: Path) -> None:
                 node.socket, engine.hello, deadline_s=DEADLINE_S, resume_from=engine.client
             )
             assert client.arena_adopted
+            assert node.metrics()["adoption_waits_processes"] == 0
             assert os.fstat(client._arena_descriptor).st_ino == inode
             client.close()
 
@@ -230,6 +231,30 @@ def test_node_serves_without_an_ssd_tier_that_does_not_open(tmp_path: Path) -> N
         with AdminClient(tmp_path / "admin.sock") as admin:
             status = admin.call(admin.admin.Status, pb.StatusRequest())
         assert {tier.tier: tier.state for tier in status.tiers}["ssd"] == "degraded"
+
+
+@pytest.mark.slow
+def test_full_disk_is_in_nobodys_way(tmp_path: Path) -> None:
+    """While no file can grow the host tier serves on; when there is room again SSD writes again."""
+    with NodeProcess(tmp_path, ssd_bytes=64 << 20, host_bytes=8 << 20, **HTTP) as node:
+        engine = TinyEngine.connect(node.socket)
+        unlimited = resource.prlimit(node.pid, resource.RLIMIT_FSIZE)
+
+        def use_twice(prompt: str) -> None:
+            keys = engine.open(prompt, prompt, 4)
+            assert engine.store(prompt, keys) == 4
+            found = engine.load(prompt, keys)  # admits them to SSD
+            assert (len(found), wrong_blocks(keys, found)) == (4, 0)
+            engine.release(prompt)
+
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+        use_twice("first")
+        until(lambda: node.metrics()["ssd_refused_total"] >= 1)
+        use_twice("second")
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, unlimited)
+        use_twice("third")
+        until(lambda: node.metrics()["ssd_writes_total"] >= 4)
+        engine.client.close()
 
 
 @pytest.mark.slow

@@ -627,6 +627,38 @@ async def test_deletion_waits_for_an_index_that_fails(tmp_path: Path, fast: None
         assert await readable(tier) == [1, 3]
 
 
+async def test_damaged_entry_of_the_index_costs_its_own_part_only(
+    tmp_path: Path, fast: None
+) -> None:
+    """A deletion that the index cannot carry out is given up: it must not fail all writes after it."""
+    async with make_tier(tmp_path) as tier:
+        [(identity, _)] = (await write_parts(tier, range(1))).items()
+        with tier._index._transaction() as (txn, tables):
+            key = next(txn.cursor(db=tables.parts).iternext(values=False))
+            txn.put(key, bytes(100), db=tables.parts)
+        tier.delete([identity.part])
+        with contextlib.suppress(CorruptBlock):
+            await write_parts(tier, range(1, 2))  # may be of one group with the deletion
+        await write_parts(tier, range(2, 3))
+
+
+@pytest.mark.parametrize("state", ["indexed", "not indexed"])
+async def test_unreadable_file_costs_its_parts_only(tmp_path: Path, state: str, fast: None) -> None:
+    """A segment that does not open, here because it is no file, is given up; others are served, and
+    new ones get other names than what could not be removed."""
+    async with small_tier(tmp_path) as tier:
+        await write_parts(tier, range(6))
+    path_of(tmp_path, 1).unlink()
+    path_of(tmp_path, 1).mkdir()
+    path_of(tmp_path, 9).mkdir()
+    if state == "not indexed":
+        shutil.rmtree(tmp_path / "index")
+    async with small_tier(tmp_path) as tier:
+        assert await readable(tier) == [4, 5]
+        await write_parts(tier, range(10, 20))
+        assert 19 in await readable(tier)
+
+
 async def test_no_descriptor_left_is_a_transfer_error(tmp_path: Path, fast: None) -> None:
     """EMFILE when a segment is to be made fails the write; with descriptors again it succeeds."""
     async with make_tier(tmp_path) as tier:
