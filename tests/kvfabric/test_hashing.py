@@ -283,3 +283,10 @@ def test_every_field_of_a_layout_counts() -> None:
             changed = (PartSpec(0, 1, 2048),)
         seen.add(hashing.layout_fingerprint(replace(LAYOUT, **{field.name: changed})))
     assert len(seen) == 1 + len(fields(LAYOUT))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, tuple])
+def test_bytes_are_token_ids_one_each(kind: type) -> None:
+    """Whatever sequence the ids come in: a byte is a token, four bytes are not one."""
+    ids = list(range(64))
+    assert hashing.block_keys(kind(ids), 16, bytes(32)) == hashing.block_keys(ids, 16, bytes(32))
