@@ -224,8 +224,8 @@ class BlockHasher:
 
 def _token_bytes(token_ids: TokenIds) -> bytes:
     if not isinstance(token_ids, np.ndarray):
-        if isinstance(token_ids, bytes | bytearray):  # `array` would take four of them for one token
-            token_ids = list(token_ids)
+        if isinstance(token_ids, bytes | bytearray):
+            token_ids = list(token_ids)  # `array` would take four of them for one token
         try:
             packed = array("I", token_ids)  # checks type and range, 2x faster than numpy on a list
         except (TypeError, OverflowError) as exc:
