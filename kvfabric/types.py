@@ -48,7 +48,7 @@ class TierName(enum.StrEnum):
 
 
 class MissReason(enum.StrEnum):
-    """Why a block was not served: one enum for metrics, explanations, events and wire."""
+    """Why a block was not served or not stored: one enum for metrics, explanations, events and wire."""
 
     NONE = "none"  # not a miss
     ABSENT = "absent"  # never stored, or forgotten without a trace
@@ -63,8 +63,12 @@ class MissReason(enum.StrEnum):
     CORRUPT = "corrupt"  # its bytes did not verify
     EXPIRED = "expired"  # older than the tenant's max_age
     TIER_DOWN = "tier_down"  # the tier that holds it is out of service
+    TOO_MANY = "too_many"  # beyond what a node looks at for one message
     DEADLINE = "deadline"  # the answer would have come too late
     NODE_DOWN = "node_down"  # no daemon to ask
+    OVER_QUOTA = "over_quota"  # not stored: the tenant may hold no more
+    NO_SPACE = "no_space"  # not stored: no slot, no row or no window
+    NO_PARENT = "no_parent"  # not stored: the block before it is not there
 
 
 class GrantState(enum.IntEnum):

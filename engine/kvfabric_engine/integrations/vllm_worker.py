@@ -1,0 +1,166 @@
+"""A worker's half of the vLLM connector: moves bytes between vLLM's tensors and the node.
+
+Loads run beside the step that orders them, on the connector's load thread. Nothing unverified touches the
+tensors; what could not be loaded is zeroed and reported in the step that reports the load. Saves are copied
+out in the step that computed them, before vLLM may give the blocks to others, and are stored from the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from kvfabric.protocol.messages import Role
+from kvfabric.types import MissReason
+from kvfabric_engine.connector import Connector, ConnectorOptions, Loaded, Saved
+from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, PagedMover
+from kvfabric_engine.integrations.vllm_messages import FabricMetadata, Join, LoadOrder, SaveOrder
+from kvfabric_engine.pool_events import PoolEvents
+
+_log = logging.getLogger("vllm.kvfabric")
+WINDOW_BYTES = 256 << 20
+JOIN_S = 1.0
+"""Longest that the first step of a session waits for this worker's own connection."""
+
+
+class Report(NamedTuple):
+    """Loads that ended since the last report, and the blocks of them that hold nothing."""
+
+    request_ids: set[str]
+    failed_pages: set[int]
+
+
+class WorkerSide:
+    """`shard`: which part of a block these tensors hold. `is_writer` False: another rank stores the same."""
+
+    def __init__(
+        self, mover: PagedMover, *, shard: int, is_writer: bool, socket: str, audit_parts: str = ""
+    ) -> None:
+        self._mover = mover
+        self._shard = shard
+        self._is_writer = is_writer
+        self._socket = socket
+        self._audit_parts = audit_parts
+        self._connector: Connector | None = None
+        self._told: set[MissReason] = set()
+        self._done: queue.SimpleQueue[tuple[LoadOrder, int]] = queue.SimpleQueue()
+
+    def __repr__(self) -> str:
+        return f"<WorkerSide shard {self._shard}: {self._connector!r}>"
+
+    @property
+    def connector(self) -> Connector | None:
+        return self._connector
+
+    def begin(self, orders: FabricMetadata) -> None:
+        """Start this step's loads. Called once or more a step: orders are taken once."""
+        if orders.join is not None:
+            join, orders.join = orders.join, None
+            self._join(join)
+        loads, orders.loads = orders.loads, []
+        for order in loads:
+            if self._connector is None:
+                self._done.put((order, 0))
+                continue
+            future = self._connector.load(order.name, order.keys, order.pages)
+            future.add_done_callback(self._on_loaded(order))
+            self._connector.forget(order.name)
+
+    def save(self, orders: FabricMetadata) -> None:
+        """Copy out what this step computed, store it in the background."""
+        saves, orders.saves = orders.saves, []
+        if self._connector is None or not self._is_writer:
+            return
+        for order in saves:
+            self._save(self._connector, order)
+
+    def report(self) -> Report:
+        """What ended since the last call. Each load is reported exactly once."""
+        found = Report(set(), set())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                order, num_loaded = self._done.get_nowait()
+                found.request_ids.add(order.request_id)
+                for pages in order.pages[num_loaded:]:
+                    self._mover.zero(pages)
+                    found.failed_pages.update(page for page in pages if page > NULL_BLOCK)
+        return found
+
+    def close(self) -> None:
+        if self._connector is not None:
+            self._connector.close()
+
+    def _on_loaded(self, order: LoadOrder) -> Callable[[Future[Loaded]], None]:
+        def ended(future: Future[Loaded]) -> None:
+            loaded = future.result()
+            if loaded.num_blocks < len(order.keys):
+                self._tell("loaded", loaded.reason)
+            self._done.put((order, loaded.num_blocks))
+
+        return ended
+
+    def _save(self, connector: Connector, order: SaveOrder) -> None:
+        state = connector.statistics()
+        if not state.is_up or state.saving_bytes > WINDOW_BYTES:
+            return  # the cache is slower than the engine: not worth a copy
+        copied = self._mover.copy(order.pages)
+        future = connector.save(
+            order.name, order.parent, order.keys, order.pages, copied, handle=order.handle
+        )
+
+        def ended(future: Future[Saved]) -> None:
+            self._mover.free(copied)
+            saved = future.result()
+            if saved.num_stored + saved.num_present < len(order.keys):
+                self._tell("stored", saved.reason)
+
+        future.add_done_callback(ended)
+        connector.release(order.name)
+
+    def _tell(self, what: str, reason: MissReason) -> None:
+        """One line for each reason; what the node's absence costs the connector itself has said."""
+        if reason not in (MissReason.NODE_DOWN, MissReason.DEADLINE, *self._told):
+            self._told.add(reason)
+            _log.warning("fabric: blocks are not %s (%s); vLLM computes them", what, reason.value)
+
+    def _join(self, join: Join) -> None:
+        if self._connector is not None:  # what it was given ends in its own time
+            threading.Thread(target=self._connector.close, name="kvf-end", daemon=True).start()
+            self._connector = None
+        if not join.session:
+            return
+        connector = Connector(
+            ConnectorOptions(
+                node_socket=self._socket,
+                engine_id=join.engine_id,
+                endpoint="",
+                model=join.model,
+                model_revision=join.model_revision,
+                window_bytes=WINDOW_BYTES,
+                shard=self._shard,
+                role=Role.WORKER,
+                session=join.session,
+                audit_parts=self._audit_parts,
+            ),
+            layout=join.layout,
+            mover=self._mover,
+            events=PoolEvents(),
+            on_thread=_use_all_cores,
+        )
+        connector.start()
+        connector.wait_connected(JOIN_S)
+        self._connector = connector
+
+
+def _use_all_cores() -> None:
+    """vLLM pins a worker's thread to one core, and what it starts inherits that."""
+    with contextlib.suppress(
+        OSError
+    ):  # some systems forbid it: then copies share the worker's core
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
