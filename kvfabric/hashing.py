@@ -255,6 +255,24 @@ def block_keys(
     return hasher.extend(token_ids)
 
 
+def engine_page_keys(engine: str, page_hashes: Sequence[bytes], key: bytes) -> list[BlockKey]:
+    """Keys of pages that an engine names by 32-byte hashes of its own, where it tells us no token ids.
+
+    Keyed with the namespace key, in a domain of their own: no such key is a token block's, and none is
+    made of another engine's hash. What a hash stands for (tokens, all before them, salt, adapter) is the
+    engine's word; an engine whose hashes are shorter, unchained or unsalted must not be trusted with it.
+    """
+    base = blake2b(digest_size=32, key=key, person=b"kvf-page-1")
+    keys = []
+    for page_hash in page_hashes:
+        if len(page_hash) != 32:
+            raise LocalProtocolError(f"an engine's page hash has 32 bytes, not {len(page_hash)}")
+        state = base.copy()
+        state.update(tlv("kvfabric/engine-page", [(1, engine.encode()), (2, page_hash)]))
+        keys.append(BlockKey(state.digest()))
+    return keys
+
+
 def salt(key: bytes, segments: Sequence[Segment]) -> str:
     """43 characters for an engine's `cache_salt`: namespace and all incarnations, nothing per request."""
     fields = [(1, segment.incarnation) for segment in segments]

@@ -290,3 +290,27 @@ def test_bytes_are_token_ids_one_each(kind: type) -> None:
     """Whatever sequence the ids come in: a byte is a token, four bytes are not one."""
     ids = list(range(64))
     assert hashing.block_keys(kind(ids), 16, bytes(32)) == hashing.block_keys(ids, 16, bytes(32))
+
+
+def test_page_key_is_what_the_docstring_says() -> None:
+    """BLAKE2b-256 keyed with the namespace key over the TLV of engine and hash; 32-byte hashes only."""
+    key, page = bytes(range(32)), bytes(32)
+    message = hashing.tlv("kvfabric/engine-page", [(1, b"sglang"), (2, page)])
+    expected = blake2b(message, digest_size=32, key=key, person=b"kvf-page-1").digest()
+    assert hashing.engine_page_keys("sglang", [page], key) == [expected]
+    for bad in (b"", page[:16], page + b"\0", page.hex().encode()):
+        with pytest.raises(LocalProtocolError):
+            hashing.engine_page_keys("sglang", [bad], key)
+
+
+def test_page_keys_differ_by_engine_hash_and_namespace() -> None:
+    """Another engine, hash or namespace is another key, and none is the key of a block of tokens."""
+    key, other = bytes(32), bytes([1] * 32)
+    pages = [bytes([number] * 32) for number in range(4)]
+    keys = [
+        *hashing.engine_page_keys("sglang", pages, key),
+        *hashing.engine_page_keys("sglan", pages, key),
+        *hashing.engine_page_keys("sglang", pages, other),
+        *hashing.block_keys(range(64), 8, key),
+    ]
+    assert len(set(keys)) == len(keys) == 20
