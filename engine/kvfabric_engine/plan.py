@@ -76,7 +76,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`estimate_s` of `plan`, and of the best other one (`other_blocks` loaded instead)."""
+    """`estimate_s` of `plan`, and of the better of loading nothing and all (`other_blocks`) instead."""
 
     plan: FetchPlan
     estimate_s: float
@@ -119,13 +119,9 @@ def choose(match: PrefixMatch, prompt: Prompt, rates: Rates, *, may_cut: bool = 
     pairs = left * (prompt.num_tokens + start) / 2
     total = loading + rates.step_s + left * rates.token_s + pairs * rates.pair_s
     best = known - int(np.argmin(total[::-1])) if may_cut else count
-    others = np.delete(total, best)
-    if not len(others):
-        return Choice(FetchPlan(first, 0), float(total[0]), 0, float(total[0]))
-    other = int(np.argmin(others))
-    return Choice(
-        FetchPlan(first, best), float(total[best]), other + (other >= best), float(others[other])
-    )
+    # Everything or nothing: a block more or less is the same choice.
+    other = min({0, known} - {best}, key=lambda blocks: float(total[blocks]), default=best)
+    return Choice(FetchPlan(first, best), float(total[best]), other, float(total[other]))
 
 
 def _affordable(tiers: Sequence[TierName], prompt: Prompt, rates: Rates) -> int:

@@ -8,8 +8,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from kvfabric_engine.layout import PoolShape, default_block_tokens
-from kvfabric_engine.staging import HostMover, mover_for, prove_layout
+from kvfabric_engine.kernels import PagedRuns
+from kvfabric_engine.layout import PoolShape, default_block_tokens, pages_as_bytes
+from kvfabric_engine.staging import HostMover, StagedMover, mover_for, prove_layout
 
 from kvfabric.errors import ConfigError, TransferError
 
@@ -42,6 +43,32 @@ def test_blocks_move_bit_for_bit(device: str, dtype: torch.dtype) -> None:
         assert bytes(data) == expected
     mover.scatter(out, [(10, 11, 12), (13, 14, 15)])
     assert torch.equal(pool[[10, 11, 12, 13, 14, 15]], pool[[3, 0, 9, 1, 2, 4]])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("in_one_tensor", [True, False])
+def test_layers_anywhere_make_the_same_parts(device: str, in_one_tensor: bool) -> None:
+    """KV of any number of regions: page by page, region by region; several chunks through two buffers."""
+    shape = PoolShape(40, 3, 8, 2, 16, torch.bfloat16, block_tokens=16)
+    pool = shape.create(torch.device(device))
+    pool.copy_(torch.randn(pool.shape))
+    if in_one_tensor:  # layers are slices of a page
+        size = shape.page_bytes // 3
+        regions = [pages_as_bytes(pool)[:, i * size : (i + 1) * size] for i in range(3)]
+    else:
+        regions = [pages_as_bytes(pool[:, i].contiguous()) for i in range(3)]
+    mover = StagedMover(PagedRuns(regions), 2, stage_bytes=2 * shape.part_bytes)
+    blocks = [(2 * n, 39 - 2 * n) for n in range(7)]
+    host = mover.host_buffer(7 * shape.part_bytes)
+    parts = [host[n * shape.part_bytes : (n + 1) * shape.part_bytes] for n in range(7)]
+    mover.gather(blocks, parts, after=mover.fence())
+    pages = [page for block in blocks for page in block]
+    expected = pool[pages].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    assert bytes(host) == expected
+    targets = [(14 + 2 * n, 15 + 2 * n) for n in range(5)]
+    mover.scatter(parts[2:], targets)
+    moved = torch.cat([region[14:24] for region in regions], dim=1).cpu()
+    assert moved.numpy().tobytes() == expected[2 * shape.part_bytes :]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,247 @@
+"""Loads straight from the arena, on a CPU pool through the code that a GPU runs: real node, real engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import xxhash
+from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
+from kvfabric_engine.kernels import PagedRuns
+from kvfabric_engine.layout import PoolShape, pages_as_bytes
+from kvfabric_engine.reference.engine import Engine
+from kvfabric_engine.staging import Landing, StagedMover, address_of
+from kvfabric_engine.testing import Answer, ask, small_config
+
+from kvfabric.errors import DeadlineExceeded, RemoteProtocolError
+from kvfabric.protocol.messages import Confirmed, Located
+from kvfabric.testing.processes import NodeProcess, until
+from kvfabric.types import MissReason
+
+SHAPE = PoolShape(64, 2, 8, 2, 16, torch.float32, block_tokens=16)
+SIZE = SHAPE.part_bytes
+NUM_PARTS = 20
+BLOCKS = [(2 * n, 2 * n + 1) for n in range(NUM_PARTS)]
+PROMPTS = [random.Random(n).choices(range(3, 259), k=n) for n in (70, 100, 450)]
+
+
+class Arena:
+    """Parts in memory, the node's answers about them, and a pool to load them into."""
+
+    def __init__(self) -> None:
+        self.bytes = np.random.default_rng(0).integers(0, 256, NUM_PARTS * SIZE, np.uint8)
+        self.order = random.Random(1).sample(range(NUM_PARTS), NUM_PARTS)
+        self.pool = SHAPE.create(torch.device("cpu"))
+        paged = PagedRuns([pages_as_bytes(self.pool)])
+        self.mover = StagedMover(paged, SHAPE.pages_per_block, stage_bytes=3 * SIZE)
+        self.landing: Landing = self.mover.landing(self.bytes.data)
+        self.loads = DirectLoads(self.landing, self.bytes.data)
+        self.landed = 0
+        self.num_confirmed = NUM_PARTS
+        self.confirms: list[tuple[int, int]] = []
+
+    def pin(self, num_bytes: int = NUM_PARTS * SIZE) -> None:
+        self.landing.pin(0, num_bytes)
+
+    def located(self, first: int, count: int) -> Located:
+        slots = self.order[first : first + count]
+        views = [self.bytes[slot * SIZE : (slot + 1) * SIZE].data for slot in slots]
+        return Located(
+            count,
+            SIZE,
+            np.array([slot * SIZE for slot in slots], "<u8").tobytes(),
+            bytes(4 * count),
+            b"".join(map(xxhash.xxh3_128_digest, views)),
+            "",
+        )
+
+    def confirm(self, first: int, located: Located) -> Confirmed:
+        self.confirms.append((first, located.num_blocks))
+        count = min(located.num_blocks, max(0, self.num_confirmed - first))
+        return Confirmed(count, "" if count == located.num_blocks else MissReason.FENCED)
+
+    def read(self, first: int, located: Located) -> tuple[int, MissReason]:
+        offsets = np.frombuffer(located.offsets, "<u8").tolist()
+        parts = [self.bytes[offset : offset + SIZE].data for offset in offsets]
+        self.mover.scatter(parts, BLOCKS[first : first + located.num_blocks])
+        return located.num_blocks, MissReason.NONE
+
+    def land(self, first: int, count: int) -> None:
+        assert first == self.landed
+        self.landed += count
+
+    def run(self, locate: Callable[[int, int], Located] | None = None) -> MissReason:
+        calls = NodeCalls(locate or self.located, self.confirm, self.read, self.land)
+        return self.loads.run(calls, BLOCKS, SIZE)
+
+    def part(self, number: int) -> bytes:
+        """What the pool holds as block `number`."""
+        return pages_as_bytes(self.pool)[list(BLOCKS[number])].numpy().tobytes()
+
+    def check(self, count: int) -> None:
+        """The first `count` blocks hold their parts, the others are untouched."""
+        assert self.landed == count
+        for number in range(NUM_PARTS):
+            slot = self.order[number]
+            expected = self.bytes[slot * SIZE : (slot + 1) * SIZE].tobytes()
+            assert self.part(number) == (expected if number < count else bytes(SIZE))
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena()
+    yield arena
+    arena.loads.close()
+
+
+def test_everything_arrives_where_it_belongs(arena: Arena) -> None:
+    """Slots in any order, chunks of three parts, each confirmed after it was read."""
+    arena.pin()
+    assert arena.run() is MissReason.NONE
+    arena.check(NUM_PARTS)
+    assert arena.confirms == [(n, min(3, NUM_PARTS - n)) for n in range(0, NUM_PARTS, 3)]
+
+
+def test_corrupt_part_ends_the_load_before_it(arena: Arena) -> None:
+    """What does not verify, and all behind it, never reaches the pool."""
+    arena.pin()
+    described = arena.located(0, NUM_PARTS)
+    arena.bytes[arena.order[7] * SIZE + 5] ^= 1
+    assert arena.run(lambda first, n: parts_of(described, first, first + n)) is MissReason.CORRUPT
+    arena.check(7)
+
+
+def test_without_verification_the_corrupt_part_would_be_loaded(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above has power."""
+    arena.pin()
+    described = arena.located(0, NUM_PARTS)
+    arena.bytes[arena.order[7] * SIZE + 5] ^= 1
+    monkeypatch.setattr(arena.loads, "check", lambda located: [_Done(located)])
+    assert arena.run(lambda first, n: parts_of(described, first, first + n)) is MissReason.NONE
+    arena.check(NUM_PARTS)
+
+
+class _Done:
+    """A check that finds nothing."""
+
+    def __init__(self, located: Located) -> None:
+        self.result = lambda: located.num_blocks
+        self.exception = lambda: None
+
+
+def test_part_that_is_not_confirmed_is_not_used(arena: Arena) -> None:
+    """A slot given away or fenced meanwhile: its bytes and what follows stay out of the pool."""
+    arena.pin()
+    arena.num_confirmed = 4
+    assert arena.run() is MissReason.FENCED
+    arena.check(4)
+
+
+def test_what_is_not_page_locked_yet_is_copied(arena: Arena) -> None:
+    """A part outside of what is page-locked, or half of it: its chunk comes by the CPU, in its turn."""
+    arena.pin(NUM_PARTS * SIZE // 2 + 100)
+    assert arena.run() is MissReason.NONE
+    arena.check(NUM_PARTS)
+    assert 0 < len(arena.confirms) < 7
+
+
+def test_failure_on_the_way_keeps_what_landed(arena: Arena) -> None:
+    """The node stops answering in the middle: what was confirmed is there, nothing else."""
+    arena.pin()
+
+    def short(first: int, count: int) -> Located:
+        return msgspec.structs.replace(arena.located(first, min(count, 5)), reason="evicted")
+
+    assert arena.run(short) is MissReason.EVICTED  # fewer than asked for: the rest is missing
+    arena.check(5)
+
+    def late(first: int, count: int) -> Located:
+        raise DeadlineExceeded("late")
+
+    with pytest.raises(DeadlineExceeded):
+        arena.run(late)
+
+
+def test_node_that_names_other_memory_is_refused(arena: Arena) -> None:
+    """An offset outside the arena is an error of the node, and nothing is read there."""
+    arena.pin()
+    offsets = np.array([0, NUM_PARTS * SIZE - 1], "<u8").tobytes()
+    bad = msgspec.structs.replace(arena.located(0, 2), offsets=offsets)
+    with pytest.raises(RemoteProtocolError, match="outside"):
+        arena.run(lambda first, n: bad)
+    arena.check(0)
+
+
+def test_copies_never_cross_registrations() -> None:
+    """Neighbouring slots are one copy, but one of each registration; what is not locked is its own."""
+    data = np.arange(100, dtype=np.uint8)
+    mover = Arena().mover
+    start = address_of(data.data)
+    mover.pinned.add(start, 30, is_writable=True)
+    mover.pinned.add(start + 30, 30, is_writable=True)
+    runs = mover.pinned.runs([start + offset for offset in (0, 20, 40, 60, 80)], 20)
+    assert [(len(run.memory), run.start) for run in runs] == [(30, 0), (30, 30), (20, 60), (20, 80)]
+    assert torch.cat([run.memory for run in runs]).tolist() == list(range(100))
+    assert mover.pinned.holds(start, 60)
+    assert not mover.pinned.holds(start + 50, 20)
+    mover.pinned.remove(start)
+    mover.pinned.remove(start)
+    assert not mover.pinned.holds(start, 20)
+
+
+def _answers(engine: Engine) -> list[Answer]:
+    found = [ask(engine, prompt, max_tokens=8) for prompt in PROMPTS]
+    connector = engine.connector
+    assert connector is None or connector.wait_connected(10)
+    until(lambda: connector is None or connector.statistics().saving_bytes == 0)
+    return found
+
+
+def _staged_engine(node: NodeProcess) -> Engine:
+    engine = Engine(small_config(node_socket=str(node.socket)))
+    paged = PagedRuns([pages_as_bytes(engine.pool)])
+    engine._mover = StagedMover(paged, engine.shape.pages_per_block, stage_bytes=64 << 10)
+    engine.start(endpoint="")
+    assert engine.connector is not None
+    assert engine.connector.wait_connected(10)
+    assert engine.connector.wait_pinned(10)
+    return engine
+
+
+@pytest.mark.slow
+def test_engine_loads_straight_from_the_arena(tmp_path: Path) -> None:
+    """Saved through one staged engine, loaded by another: answers token for token as without a node.
+
+    After a kill of the node the memory of the new connection is page-locked anew, and it works on.
+    """
+    with Engine(small_config()) as engine:
+        cold = [ask(engine, prompt, max_tokens=8).token_ids for prompt in PROMPTS]
+    with NodeProcess(tmp_path / "node") as node:
+        first = _staged_engine(node)
+        assert [a.token_ids for a in _answers(first)] == cold
+        first.stop()
+        second = _staged_engine(node)
+        warm = _answers(second)
+        assert [a.token_ids for a in warm] == cold
+        assert [a.reused.host for a in warm] == [64, 96, 448]
+        records = second.fetch_records()
+        assert [record.loaded_blocks for record in records] == [4, 6, 28]
+        assert all(record.outcome_s > 0 for record in records)
+        node.kill()
+        node.start()
+        connector = second.connector
+        assert connector is not None
+        until(lambda: connector.statistics().is_up)
+        assert [a.token_ids for a in _answers(second)] == cold
+        second.clear_prefix_cache()
+        again = _answers(second)
+        second.stop()
+        assert [a.token_ids for a in again] == cold
+        assert [a.reused.host for a in again] == [64, 96, 448]
