@@ -9,6 +9,8 @@ data. It is replaced by write, fsync, rename, fsync of the directory: a reader s
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import secrets
 import stat
@@ -21,6 +23,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kvfabric.errors import ConfigError, UnknownTenant
 from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, TenantId
 
+log = logging.getLogger(__name__)
+
+_PR_SET_DUMPABLE = 4
 _MAGIC = b"KVFKEYS1"
 _NONCE_BYTES = 12
 SECRET_BYTES = 32
@@ -176,3 +181,9 @@ def _write_private(path: Path, data: bytes) -> None:
             os.close(directory)
     except OSError as exc:
         raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def hide_memory() -> None:
+    """For a process that holds secrets: no core dump, and no other process of our user may look in."""
+    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        log.warning("the memory of this process may end up in core dumps")

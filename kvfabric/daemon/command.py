@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import signal
 import sys
@@ -12,16 +11,16 @@ import sys
 from kvfabric.cli import Command
 from kvfabric.config import NodeConfig, add_arguments, from_args
 
-_PR_SET_DUMPABLE = 4
-
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, NodeConfig)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from kvfabric.keyring import hide_memory
+
     config = from_args(NodeConfig, args)
-    _hide_memory()
+    hide_memory()
     logging.basicConfig(
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -29,12 +28,6 @@ def _run(args: argparse.Namespace) -> int:
     )
     asyncio.run(_serve(config))
     return 0
-
-
-def _hide_memory() -> None:
-    """Tenants' secrets and blocks leave in no core dump, and no other process of our user may look in."""
-    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        logging.getLogger(__name__).warning("the memory of this process may end up in core dumps")
 
 
 async def _serve(config: NodeConfig) -> None:

@@ -17,9 +17,11 @@ def _run(args: argparse.Namespace) -> int:
     import asyncio
     import logging
 
+    from kvfabric.keyring import hide_memory
     from kvfabric_router.app import serve_until_stopped
 
     config = configuration.from_args(RouterConfig, args)
+    hide_memory()
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

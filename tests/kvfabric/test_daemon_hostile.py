@@ -159,7 +159,7 @@ def _limit_leaving(pid: int, spare: int) -> int:
 def test_memory_of_the_node_is_closed_to_its_user(tmp_path: Path) -> None:
     """No core dump, and no process of the same user looks into the keys: its files under /proc are root's."""
     code = (
-        "import ctypes\nfrom kvfabric.daemon.command import _hide_memory\n_hide_memory()\n"
+        "import ctypes\nfrom kvfabric.keyring import hide_memory\nhide_memory()\n"
         "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
