@@ -46,6 +46,7 @@ GROUP = 0
 WIRE_TIERS = (TierName.HOST, TierName.SSD)
 STAGING_BYTES = 16 << 20
 CONTROL_THREADS = 2
+RELEASES_PER_MESSAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -688,16 +689,14 @@ class Connector:
         self._publish(client)
 
     def _send_releases(self, client: NodeClient) -> None:
-        with self._lock:
-            request_ids, self._to_release = self._to_release, []
-        if not request_ids:
-            return
-        try:
+        while True:
+            with self._lock:
+                request_ids = self._to_release[:RELEASES_PER_MESSAGE]
+            if not request_ids:
+                return
             client.release(request_ids, deadline_s=self._options.deadlines.control_s)
-        except BaseException:
-            with self._lock:  # releasing twice is harmless
-                self._to_release = request_ids + self._to_release
-            raise
+            with self._lock:  # only this thread takes any out
+                del self._to_release[: len(request_ids)]
 
     def _renew(self, client: NodeClient) -> None:
         now = self._clock()
@@ -713,17 +712,18 @@ class Connector:
             client.match(name, keys, deadline_s=self._options.deadlines.control_s)
 
     def _publish(self, client: NodeClient) -> None:
+        while (events := self._next_events()) is not None:
+            try:
+                client.publish(events, deadline_s=self._options.deadlines.control_s)
+            except BaseException:
+                with self._lock:  # what was taken is lost: only everything mends that
+                    self._needs_snapshot = True
+                raise
+
+    def _next_events(self) -> EngineEvents | None:
         with self._lock:
-            events = self._events.snapshot() if self._needs_snapshot else self._events.take()
-            self._needs_snapshot = False
-        if events is None:
-            return
-        try:
-            client.publish(events, deadline_s=self._options.deadlines.control_s)
-        except BaseException:
-            with self._lock:  # what was taken is lost: only everything mends that
-                self._needs_snapshot = True
-            raise
+            wanted, self._needs_snapshot = self._needs_snapshot, False
+        return self._events.snapshot() if wanted else self._events.take()
 
 
 def _left(deadline: float) -> float:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from kvfabric.protocol.messages import BlockRun, EngineEvents
 from kvfabric.types import BlockKey
 
 PREFIX_BYTES = 8
+BLOCKS_PER_MESSAGE = 1 << 14
+"""Even if each were a run of its own, they fit a frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,12 @@ class PoolEvents:
         return was_empty
 
     def take(self) -> EngineEvents | None:
-        """What changed since the last call; None if nothing did."""
+        """The oldest changes that were not taken yet, as many as one message holds; None for none."""
         with self._lock:
             if not self._changed:
                 return None
-            changes, self._changed = list(self._changed.values()), {}
+            keys = list(islice(self._changed, BLOCKS_PER_MESSAGE))
+            changes = [self._changed.pop(key) for key in keys]
         return EngineEvents(
             stored=_runs(block for block, present in changes if present),
             removed=_runs(block for block, present in changes if not present),
@@ -72,11 +76,10 @@ class PoolEvents:
         )
 
     def snapshot(self) -> EngineEvents:
-        """Everything that is cached now, for a node that knows nothing; drops what was pending."""
+        """For a node that knows nothing: all was dropped. What is cached now follows with `take`."""
         with self._lock:
-            held = list(self._held.values())
-            self._changed.clear()
-        return EngineEvents(stored=_runs(held), removed=(), cleared=True)
+            self._changed = {key: (block, True) for key, block in self._held.items()}
+        return EngineEvents(stored=(), removed=(), cleared=True)
 
 
 def _runs(blocks: Iterable[CachedKey]) -> tuple[BlockRun, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+from kvfabric_engine import pool_events
 from kvfabric_engine.pool_events import CachedKey, PoolEvents
 
 from kvfabric.hashing import ROOT_PARENT, block_keys
+from kvfabric.protocol.messages import EngineEvents
 
 KEYS = block_keys(range(16 * 8), 16, bytes(32))
 
@@ -47,16 +50,31 @@ def test_what_came_and_went_is_told_once() -> None:
 
 
 def test_snapshot_is_everything_and_drops_the_pending() -> None:
-    """A new node hears all that is cached, and not twice."""
+    """A new node hears that all is gone, then what is cached, each block once."""
     events = PoolEvents()
     for number in range(3):
         events.stored(block(number))
     events.take()
     events.removed(KEYS[2])
-    whole = events.snapshot()
-    assert whole.cleared
-    assert [run.keys for run in whole.stored] == [prefixes(0, 1)]
+    assert events.snapshot() == EngineEvents(stored=(), removed=(), cleared=True)
+    rest = events.take()
+    assert rest is not None
+    assert [run.keys for run in rest.stored] == [prefixes(0, 1)]
+    assert rest.removed == ()
     assert events.take() is None
+
+
+def test_many_changes_are_several_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the pool, no message outgrows a frame."""
+    monkeypatch.setattr(pool_events, "BLOCKS_PER_MESSAGE", 3)
+    events = PoolEvents()
+    for number in range(8):
+        events.stored(block(number))
+    events.snapshot()
+    taken = []
+    while (more := events.take()) is not None:
+        taken.append(b"".join(run.keys for run in more.stored))
+    assert taken == [prefixes(0, 1, 2), prefixes(3, 4, 5), prefixes(6, 7)]
 
 
 def test_change_is_announced_once_a_batch() -> None:
