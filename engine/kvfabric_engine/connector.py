@@ -28,7 +28,7 @@ from typing import TypeVar
 from kvfabric.client import EngineHello, NodeClient, Window
 from kvfabric.errors import KVFabricError, NoSpace, TransferError
 from kvfabric.hashing import layout_fingerprint
-from kvfabric.protocol.messages import Confirmed, Located, Role
+from kvfabric.protocol.messages import Confirmed, EngineEvents, Located, Role
 from kvfabric.types import BlockKey, BlockLayout, GrantState, MissReason, TierName
 from kvfabric_engine.audit import PartAudit
 from kvfabric_engine.boundary import Boundary, reason_of
