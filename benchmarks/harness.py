@@ -71,10 +71,16 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def report(
-    subject: str, args: argparse.Namespace, figures: Mapping[str, float], rows: object
+    subject: str,
+    args: argparse.Namespace,
+    figures: Mapping[str, float],
+    rows: object,
+    *,
+    on: str = "",
 ) -> None:
-    """Keep the rows and print the figures as the last line."""
-    head = {"subject": subject, "quick": args.quick, "commit": commit(), "hardware": hardware()}
+    """Keep the rows and print the figures as the last line. `on`: the hardware, if that says too little."""
+    machine = on or hardware()
+    head = {"subject": subject, "quick": args.quick, "commit": commit(), "hardware": machine}
     rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
     if not args.quick:
         RESULTS.mkdir(exist_ok=True)

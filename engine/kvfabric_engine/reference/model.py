@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from kvfabric.config import EngineConfig
 from kvfabric.errors import ConfigError
@@ -175,6 +174,8 @@ class Model:
     def _causal(self, num: int, context: int) -> torch.Tensor:
         """What the last `num` tokens of a context may see of it, [num, context]."""
         if self.device.type == "cuda" and self.dtype != torch.float32:
+            from torch.nn.attention.bias import causal_lower_right  # takes seconds to import
+
             bias: torch.Tensor = causal_lower_right(num, context)
             return bias
         hidden = torch.full((num, context), float("-inf"), dtype=self.dtype, device=self.device)
