@@ -44,7 +44,7 @@ class RequestKeys:
             for s in opened.segments
         )
         self.salt = salt(opened.namespace_key, segments)
-        """What separates an engine's own cache as these keys do (design 3)."""
+        """What separates an engine's own cache as these keys do, unless `is_limited` (design 3)."""
         self._hasher = BlockHasher(
             opened.namespace_key,
             block_tokens,
@@ -66,6 +66,11 @@ class RequestKeys:
     @property
     def num_blocks(self) -> int:
         return len(self._keys)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether some of the request may not be cached: a cache that goes by salt alone must not share it."""
+        return self._max_blocks is not None or self.no_read or self.no_store
 
     def extend(self, tokens: Sequence[int]) -> None:
         """`tokens` is the whole sequence so far; what is new since the last call is hashed.

@@ -22,9 +22,13 @@ STOP_DEADLINE_S = 20.0
 class NodeProcess:
     """A `kvfabric node` on `state_dir`: a context manager that may be killed and started again."""
 
-    def __init__(self, state_dir: Path, **options: object) -> None:
-        """`options`: keys of NodeConfig. HTTP is off unless given; the host tier is 64 MiB, no SSD."""
+    def __init__(self, state_dir: Path, *, python: str = sys.executable, **options: object) -> None:
+        """`options`: keys of NodeConfig. HTTP is off unless given; the host tier is 64 MiB, no SSD.
+
+        `python`: of the environment that the node runs in.
+        """
         self.state_dir = state_dir
+        self._python = python
         defaults = {"http": "", "host_bytes": 64 << 20, "ssd_bytes": 0, "max_blocks": 16384}
         self._options = defaults | options
         self._process: subprocess.Popen[str] | None = None
@@ -55,7 +59,7 @@ class NodeProcess:
 
     def start(self) -> Self:
         """Start and wait until it is ready. Raises RuntimeError with its last words if it is not."""
-        command = [sys.executable, "-m", "kvfabric", "node", "--state-dir", str(self.state_dir)]
+        command = [self._python, "-m", "kvfabric", "node", "--state-dir", str(self.state_dir)]
         for name, value in self._options.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -70,6 +70,7 @@ class _Tracked:
     num_saved: int = 0
     num_mirrored: int = 0
     num_local: int = 0  # tokens that vLLM found in HBM when it was last answered
+    one_time_salt: str = field(default_factory=lambda: secrets.token_urlsafe(32))
 
     def next_name(self) -> str:
         """A name for the node that was not used before."""
@@ -340,17 +341,17 @@ def _handle_of(request: Any) -> str:
 def _salt_for(tracked: _Tracked, opened: Opened) -> str | None:
     """The salt that the request must have in HBM; None to leave it as it is.
 
-    With a handle it is that of the handle's namespace, whatever else came. A handle or a request that the
-    node refuses shares with nobody, nor does a handle without a salt while the node cannot be asked.
+    With a handle it is that of the handle's namespace, whatever else came. What the node refuses or may not
+    cache in whole shares with nobody, nor does a handle without a salt while the node cannot be asked.
     """
-    if tracked.handle and opened.in_fabric and opened.keys is not None:
+    if tracked.handle and opened.in_fabric and opened.keys is not None and not opened.keys.is_limited:
         return opened.keys.salt
-    if opened.in_fabric or (not tracked.handle and opened.keys is not None):
+    if not tracked.handle and opened.keys is not None:
         return None
     is_unreached = opened.reason in UNREACHED
     if is_unreached and (tracked.request.cache_salt or not tracked.handle):
         return None
-    return secrets.token_urlsafe(32)
+    return tracked.one_time_salt
 
 
 def _resalt(request: Any, salt: str | None) -> bool:
