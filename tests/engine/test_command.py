@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kvfabric.testing.processes import NodeProcess
+from tests.engine import hf_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 READY = "kvfabric engine ready: "
@@ -33,11 +34,17 @@ SMALL = {
 }
 
 
+OF_FOLDER = {
+    "--max-model-tokens": 512,
+    **{key: SMALL[key] for key in ("--block-tokens", "--hbm-blocks", "--window-bytes", "--listen")},
+}
+
+
 @contextmanager
-def engine(**flags: object) -> Iterator[str]:
+def engine(settings: Mapping[str, object] = SMALL, **flags: object) -> Iterator[str]:
     """A running engine; yields its base URL, ends it with SIGTERM and checks that it went in peace."""
     command = [sys.executable, "-m", "kvfabric", "engine"]
-    for name, value in (SMALL | flags).items():
+    for name, value in {**settings, **flags}.items():
         command += [name, str(value)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -80,6 +87,44 @@ def test_another_process_is_warm(tmp_path: Path) -> None:
             second, details = complete(base, prompt)
     assert second == first
     assert details["kvfabric"] == {"hbm_tokens": 0, "host_tokens": 64, "ssd_tokens": 0}
+
+
+def test_a_folders_model_is_warm_in_another_process(tmp_path: Path) -> None:
+    """Engines over the same folder find each other's blocks; another content of it is another model."""
+    folder = hf_folder.write_folder(tmp_path / "small-llama", "llama")
+    prompt = random.Random(2).choices(range(3, 259), k=70)
+    with NodeProcess(tmp_path / "node") as node:
+        flags: dict[str, object] = {"--node-socket": node.socket, "--model-path": folder}
+        with engine(OF_FOLDER, **flags) as base:
+            first, details = complete(base, prompt)
+            assert details["cached_tokens"] == 0
+        with engine(OF_FOLDER, **flags) as base:
+            second, details = complete(base, prompt)
+        assert second == first
+        assert details["kvfabric"]["host_tokens"] == 64
+        hf_folder.write_weights(folder, hf_folder.tensors("llama", seed=1))
+        with engine(OF_FOLDER, **flags) as base:
+            third, details = complete(base, prompt)
+    assert details["cached_tokens"] == 0
+    assert third != first
+
+
+def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
+    """It ends the command with the file that is missing and exit code 2."""
+    command = [
+        sys.executable,
+        "-m",
+        "kvfabric",
+        "engine",
+        "--model-path",
+        str(tmp_path / "nothing"),
+    ]
+    command += ["--listen", "127.0.0.1:0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("kvfabric: cannot read ")
+    assert "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_wrong_address_is_one_line(tmp_path: Path) -> None:

@@ -138,3 +138,14 @@ def test_wrong_address_names_its_key(text: str) -> None:
 def test_addresses() -> None:
     assert config.split_address("127.0.0.1:80", "k") == ("127.0.0.1", 80)
     assert config.split_address("[::1]:80", "k") == ("::1", 80)
+
+
+def test_a_folder_says_what_its_model_is() -> None:
+    """Keys of the random model beside a folder are refused, not overruled; the folder gives the name."""
+    engine = EngineConfig(model_path="/models/some-llama", max_model_tokens=100)
+    assert engine.model_name == "some-llama"
+    assert EngineConfig(model_path="/models/some-llama", model="mine").model_name == "mine"
+    assert EngineConfig().model_name == "reference"
+    for key in ("num_layers", "vocab_size", "seed"):
+        with pytest.raises(ConfigError, match=f"engine.{key} is for random weights"):
+            EngineConfig(model_path="/models/some-llama", **{key: 300})  # type: ignore[arg-type]

@@ -51,7 +51,7 @@ class HfTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that tokenizer.json adds around a text."""
-        return list(self._tokenizer.encode(text).ids)
+        return self._ids(text, is_whole=False)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Without such: the template writes its own."""
@@ -63,7 +63,11 @@ class HfTokenizer(Tokenizer):
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as exc:
             raise ChatRefused(f"the model's chat template refuses this: {exc}") from exc
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._ids(text, is_whole=True)
+
+    def _ids(self, text: str, *, is_whole: bool) -> list[int]:
+        text.encode()  # lone surrogates: the library only says that this is no string
+        return list(self._tokenizer.encode(text, add_special_tokens=not is_whole).ids)
 
     def decoder(self, prompt: Sequence[int]) -> Decoder:
         return _HfDecoder(self._tokenizer, prompt[-CONTEXT_TOKENS:])
