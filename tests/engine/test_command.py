@@ -41,10 +41,10 @@ OF_FOLDER = {
 
 
 @contextmanager
-def engine(settings: Mapping[str, object] = SMALL, **flags: object) -> Iterator[str]:
+def engine(settings: Mapping[str, object] = SMALL) -> Iterator[str]:
     """A running engine; yields its base URL, ends it with SIGTERM and checks that it went in peace."""
     command = [sys.executable, "-m", "kvfabric", "engine"]
-    for name, value in {**settings, **flags}.items():
+    for name, value in settings.items():
         command += [name, str(value)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -79,11 +79,11 @@ def test_another_process_is_warm(tmp_path: Path) -> None:
     """Stopped with SIGTERM right after its answer, an engine leaves its blocks to the next one."""
     prompt = random.Random(1).choices(range(3, 259), k=70)
     with NodeProcess(tmp_path / "node") as node:
-        flags: dict[str, object] = {"--node-socket": node.socket}
-        with engine(**flags) as base:
+        settings = {**SMALL, "--node-socket": node.socket}
+        with engine(settings) as base:
             first, details = complete(base, prompt)
             assert details["cached_tokens"] == 0
-        with engine(**flags) as base:
+        with engine(settings) as base:
             second, details = complete(base, prompt)
     assert second == first
     assert details["kvfabric"] == {"hbm_tokens": 0, "host_tokens": 64, "ssd_tokens": 0}
@@ -94,16 +94,16 @@ def test_a_folders_model_is_warm_in_another_process(tmp_path: Path) -> None:
     folder = hf_folder.write_folder(tmp_path / "small-llama", "llama")
     prompt = random.Random(2).choices(range(3, 259), k=70)
     with NodeProcess(tmp_path / "node") as node:
-        flags: dict[str, object] = {"--node-socket": node.socket, "--model-path": folder}
-        with engine(OF_FOLDER, **flags) as base:
+        settings = {**OF_FOLDER, "--node-socket": node.socket, "--model-path": folder}
+        with engine(settings) as base:
             first, details = complete(base, prompt)
             assert details["cached_tokens"] == 0
-        with engine(OF_FOLDER, **flags) as base:
+        with engine(settings) as base:
             second, details = complete(base, prompt)
         assert second == first
         assert details["kvfabric"]["host_tokens"] == 64
         hf_folder.write_weights(folder, hf_folder.tensors("llama", seed=1))
-        with engine(OF_FOLDER, **flags) as base:
+        with engine(settings) as base:
             third, details = complete(base, prompt)
     assert details["cached_tokens"] == 0
     assert third != first
