@@ -148,7 +148,7 @@ class EngineConfig:
     model_path: str = _key(
         "",
         "Hugging Face folder of a Llama, Qwen2 or Qwen3 (config.json, safetensors, tokenizer.json); "
-        "empty: random weights in the shape that num_layers to seed say",
+        "empty: a small model with random weights, shaped by the keys up to seed",
     )
     num_layers: int = _key(4, "decoder layers")
     hidden_size: int = _key(256, "width of the residual stream")

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="run the reference engine: a small model with an OpenAI API",
+    help="run the reference engine: a random or a local Hugging Face model with an OpenAI API",
     extra="engine",
     configure=configure,
     run=run,
