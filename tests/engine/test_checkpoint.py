@@ -91,6 +91,7 @@ def test_head_dim_that_is_not_told(tmp_path: Path) -> None:
         ({"rope_parameters": hf_folder.LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "low_freq_factor"),
         ({"rope_parameters": 3}, "rope_parameters is 3; it must be an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"dual_chunk_attention_config": {}}, "dual_chunk_attention_config"),
         ({"vocab_size": None}, "has no vocab_size"),
         ({"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0; it must be a positive number"),
@@ -162,7 +163,7 @@ def _break_index(folder: Path) -> None:
         (_drop_tensor, "lacks model.layers.1.mlp.up_proj.weight"),
         (_add_bias, "no place for model.layers.0.self_attn.k_proj.bias, "),
         (_widen, "model.norm.weight is [65]; config.json says [64]"),
-        (_quantise, "lm_head.weight is torch.int8"),
+        (_quantise, "lm_head.weight is I8, which is not supported"),
         (_truncate, "cannot read"),
         (_remove, "holds neither model.safetensors nor"),
         (_lose_shard, "model-00002-of-00003.safetensors"),
@@ -189,9 +190,10 @@ def test_tied_output_that_is_stored_too(tmp_path: Path) -> None:
     again = load(folder)
     assert again.head is again.embedding
     assert again.revision == revision
-    hf_folder.write_weights(folder, weights | {"lm_head.weight": embedding + 1})
-    with pytest.raises(ConfigError, match=r"lm_head\.weight is not the embedding"):
-        load(folder)
+    for other in (embedding + 1, embedding.half()):
+        hf_folder.write_weights(folder, weights | {"lm_head.weight": other})
+        with pytest.raises(ConfigError, match=r"lm_head\.weight is not the embedding"):
+            load(folder)
 
 
 def test_shards_do_not_matter(tmp_path: Path) -> None:

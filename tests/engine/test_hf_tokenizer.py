@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from kvfabric_engine.reference.hf_tokenizer import HfTokenizer
+from kvfabric_engine.reference.hf_tokenizer import MAX_HELD, HfTokenizer
 from kvfabric_engine.reference.openai import AnswerText
 from kvfabric_engine.reference.tokens import ChatRefused
 
@@ -81,6 +81,21 @@ def test_long_answers_cost_what_short_ones_do(folder: Path) -> None:
     assert len(vars(decoder)["_ids"]) <= 2
 
 
+@pytest.mark.parametrize("token", ["ÿ", "<|im_start|>"])
+def test_what_never_becomes_a_character_is_not_kept(folder: Path, token: str) -> None:
+    """Bytes that begin none and tokens without text: the window is bounded, what follows is whole."""
+    fast = hf_folder.tokenizer()
+    token_id = fast.token_to_id(token)
+    assert token_id is not None
+    decoder = load(folder).decoder([])
+    for _ in range(100):
+        decoder.push(token_id, is_last=False)
+        assert len(vars(decoder)["_ids"]) <= 2 * MAX_HELD
+    ids = fast.encode(" fox", add_special_tokens=False).ids
+    rest = "".join(decoder.push(token_id, is_last=token_id == ids[-1]) for token_id in ids)
+    assert rest.lstrip("\N{REPLACEMENT CHARACTER}") == " fox"
+
+
 def test_stop_strings_cut_across_tokens(folder: Path) -> None:
     ids = hf_folder.tokenizer().encode("the quick brown fox", add_special_tokens=False).ids
     assert "".join(spell(load(folder), ids, stop="k br")) == "the quic"
@@ -91,9 +106,10 @@ def test_what_ends_an_answer(folder: Path) -> None:
     assert load(folder).end_ids == {2}
     hf_folder.write_json(folder / "generation_config.json", {"eos_token_id": [7, 9]})
     assert load(folder).end_ids == {2, 7, 9}
-    hf_folder.write_json(folder / "generation_config.json", {"eos_token_id": "x"})
-    with pytest.raises(ConfigError, match="eos_token_id"):
-        load(folder)
+    for wrong in ("x", [[7]], True):
+        hf_folder.write_json(folder / "generation_config.json", {"eos_token_id": wrong})
+        with pytest.raises(ConfigError, match="eos_token_id"):
+            load(folder)
 
 
 def test_template_file_comes_before_the_setting(folder: Path) -> None:
@@ -111,6 +127,12 @@ def test_template_file_comes_before_the_setting(folder: Path) -> None:
         *fast.encode("fox", add_special_tokens=False).ids,
         0,
     ]
+
+
+def test_marks_for_trainers_are_text(folder: Path) -> None:
+    hf_folder.write_tokenizer(folder, template="the{% generation %} fox{% endgeneration %}")
+    fast = hf_folder.tokenizer()
+    assert load(folder).encode_chat(CHAT) == fast.encode("the fox", add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(

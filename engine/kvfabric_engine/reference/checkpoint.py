@@ -40,6 +40,7 @@ MAX_THREADS = 8
 MAX_NAMED = 4
 """Tensors that an error message names."""
 
+_DTYPES = frozenset(("F64", "F32", "F16", "BF16"))
 _ROTARY = ".rotary_emb.inv_freq"
 """Old checkpoints hold the rotary frequencies; they follow from config.json."""
 
@@ -66,6 +67,7 @@ _REQUIRED = {
     "use_sliding_window": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "dual_chunk_attention_config": None,
 }
 """The only values that are understood, where config.json has the key at all."""
 
@@ -220,9 +222,9 @@ def read_weights(
     with ExitStack() as stack:
         sources = _open(_files(folder), stack)
         _check_tying(sources, shape, folder)
+        _check_tensors(shape, sources, folder)
         plan = _Plan(shape, dtype, device)
         weights = plan.weights()
-        _check_names(plan.places, sources, folder)
         digests = _fill(plan.places, sources)
     return Weights(
         shape=shape,
@@ -254,6 +256,16 @@ class _Source:
     file: Path
     handle: Any
     """The mapped file. safetensors has no type for it."""
+
+    def check(self, name: str, dims: list[int]) -> None:
+        """Raises ConfigError if the tensor is none of these dimensions that can be computed with."""
+        found = self.handle.get_slice(name)
+        if list(found.get_shape()) != dims:
+            raise ConfigError(
+                f"{self.file}: {name} is {found.get_shape()}; config.json says {dims}"
+            )
+        if found.get_dtype() not in _DTYPES:
+            raise ConfigError(f"{self.file}: {name} is {found.get_dtype()}, which is not supported")
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapping."""
@@ -340,23 +352,26 @@ def _check_tying(sources: dict[str, _Source], shape: ModelShape, folder: Path) -
     head, embedding = sources.get("lm_head.weight"), sources.get("model.embed_tokens.weight")
     if not shape.tied or head is None or embedding is None:
         return
-    if not torch.equal(
-        head.tensor("lm_head.weight"), embedding.tensor("model.embed_tokens.weight")
-    ):
+    stored, tied = head.tensor("lm_head.weight"), embedding.tensor("model.embed_tokens.weight")
+    if stored.dtype != tied.dtype or not torch.equal(stored, tied):
         raise ConfigError(
             f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
         )
     del sources["lm_head.weight"]
 
 
-def _check_names(
-    places: Mapping[str, torch.Tensor], sources: Mapping[str, _Source], folder: Path
-) -> None:
+def _check_tensors(shape: ModelShape, sources: Mapping[str, _Source], folder: Path) -> None:
+    """That the files hold what the shape needs and nothing else, before any memory is taken for it."""
+    draft = _Plan(shape, torch.float32, torch.device("meta"))
+    draft.weights()
+    places = draft.places
     if missing := [name for name in places if name not in sources]:
         raise ConfigError(f"{folder} lacks {_first_of(missing)}")
     unknown = [name for name in sources if name not in places and not name.endswith(_ROTARY)]
     if unknown:
         raise ConfigError(f"{folder}: this model has no place for {_first_of(unknown)}")
+    for name, place in places.items():
+        sources[name].check(name, list(place.shape))
 
 
 def _first_of(names: list[str]) -> str:
@@ -378,12 +393,6 @@ def _fill(
 
 def _copy(name: str, source: _Source, place: torch.Tensor) -> bytes:
     tensor = source.tensor(name)
-    if tensor.shape != place.shape:
-        raise ConfigError(
-            f"{source.file}: {name} is {list(tensor.shape)}; config.json says {list(place.shape)}"
-        )
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise ConfigError(f"{source.file}: {name} is {tensor.dtype}, which is not supported")
     digest = blake2b(digest_size=32, person=b"kvf-tensor-1")
     rows = max(1, CHUNK_BYTES // (place[0].numel() * place.element_size()))
     for chunk, target in zip(torch.split(tensor, rows), torch.split(place, rows), strict=True):

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -25,6 +28,8 @@ from kvfabric_engine.reference.tokens import ChatRefused, Decoder, Message, Toke
 CONTEXT_TOKENS = 6
 """Tokens of the prompt that are decoded with the answer's first: some tokens' text depends on what is
 before them (leading spaces)."""
+MAX_HELD = 16
+"""Tokens without a whole character after which no more is waited for: it is not going to be one."""
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -74,15 +79,15 @@ class HfTokenizer(Tokenizer):
 
     def _end_ids(self, folder: Path) -> frozenset[int]:
         """What generation_config.json names (else config.json), and the tokenizer's own end of text."""
-        found: set[int] = set()
+        found: list[Any] = []
         for name in ("generation_config.json", "config.json"):
             given = _optional_json(folder / name).get("eos_token_id")
             if given is not None:
-                found.update(given if isinstance(given, list) else [given])
+                found += given if isinstance(given, list) else [given]
                 break
         own = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
         if own is not None:
-            found.add(own)
+            found.append(own)
         if not all(type(token_id) is int for token_id in found):
             raise ConfigError(f"{folder}: eos_token_id must be token ids, not {found}")
         return frozenset(found)
@@ -103,9 +108,10 @@ class _HfDecoder(Decoder):
         if token_id is not None:
             self._ids.append(token_id)
         before, text = self._text(self._ids[: self._read]), self._text(self._ids)
-        if text.endswith(BROKEN) and not is_last:
+        is_full = len(self._ids) - self._read >= MAX_HELD
+        if text.endswith(BROKEN) and not is_last and not is_full:
             return ""  # the rest of a character may follow
-        if len(text) > len(before):
+        if len(text) > len(before) or is_full:
             self._ids = self._ids[self._read :]
             self._read = len(self._ids)
         return text[len(before) :]
@@ -165,9 +171,19 @@ def _template_source(settings: dict[str, Any], folder: Path) -> str:
     return given
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks for trainers what the assistant says; here it is plain text."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _compile(source: str, folder: Path) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
