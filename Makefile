@@ -9,7 +9,11 @@ VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_TORCH := torch==2.13.0+cpu
 
-.PHONY: demo test check bench proto clean test-vllm $(VLLM_VENV)
+# As for SGLang, whose wheel comes without its dependencies: they are CUDA builds, and its HiCache needs few of them.
+SGLANG_VENV := .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+
+.PHONY: demo test check bench proto clean test-vllm $(VLLM_VENV) test-sglang $(SGLANG_VENV)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,10 +52,26 @@ $(VLLM_STAMP): constraints-vllm.txt
 # cannot be had this is skipped, and in CI it fails.
 test-vllm: $(STAMP)
 	@if [ -e $(VLLM_STAMP) ] || $(PYTHON) -m pip install --quiet --dry-run --ignore-installed --no-deps $(VLLM_TORCH) >/dev/null 2>&1; then \
-		$(MAKE) $(VLLM_STAMP) && $(VLLM_VENV)/bin/python -m pytest tests/vllm -o filterwarnings=default -p no:cacheprovider $(PYTEST_ARGS); \
+		$(MAKE) $(VLLM_STAMP) && $(VLLM_VENV)/bin/python -m pytest tests/vllm --confcutdir=tests/vllm -o filterwarnings=default -p no:cacheprovider $(PYTEST_ARGS); \
 	else \
 		echo "test-vllm: $(VLLM_TORCH) does not resolve here (no package index has it); skipped, a failure in CI"; [ -z "$$CI" ]; \
 	fi
 
+$(SGLANG_VENV): $(SGLANG_STAMP)
+
+# Without dependencies: what would bring another torch, or what its HiCache modules import but do not use.
+$(SGLANG_STAMP): constraints-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --constraint constraints-sglang.txt torch numpy msgspec xxhash pytest pytest-asyncio \
+		aiohttp apache-tvm-ffi dill ipython loguru orjson pillow psutil pybase64 pydantic pyzmq requests sentencepiece starlette tqdm transformers triton
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --constraint constraints-sglang.txt --no-deps sglang compressed-tensors gguf torchvision
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# SGLang's own storage interface, host pools and page hashes against a real node; no model runs (it needs a GPU). The
+# page hashes are C++ that SGLang compiles: g++, ninja and the headers of OpenSSL must be there.
+test-sglang: $(STAMP) $(SGLANG_STAMP)
+	$(SGLANG_VENV)/bin/python -m pytest tests/sglang -o filterwarnings=default -p no:cacheprovider $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV)

@@ -1,0 +1,205 @@
+"""vLLM in the test's own process, and the gate for "the same answer"."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvfabric_engine.connector import Connector, ConnectorStatistics
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+FLAG = {
+    "kv_connector": "KVFabricConnector",
+    "kv_connector_module_path": "kvfabric_engine.integrations.vllm",
+    "kv_role": "kv_both",
+    "kv_load_failure_policy": "recompute",
+}
+ANSWER_TOKENS = 16
+TIE = 1e-4
+"""Two best logits nearer than this may change places by the rounding of another batch shape."""
+MAX_TIES = 1 / 200
+WAIT_S = 30.0
+
+
+class Answer(NamedTuple):
+    """Greedy. `gaps`: between the two best logits, a token each; empty unless asked for."""
+
+    token_ids: tuple[int, ...]
+    num_cached: int
+    gaps: tuple[float, ...] = ()
+
+
+def prompt(num_tokens: int, *, seed: int, start: Sequence[int] = ()) -> list[int]:
+    """Random tokens after `start`."""
+    fresh = random.Random(seed).choices(range(3, 500), k=num_tokens - len(start))
+    return [*start, *fresh]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+class Vllm:
+    """One engine. `fabric` False: without a connector."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        fabric: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        **args: Any,
+    ) -> None:
+        transfer = KVTransferConfig(**FLAG, kv_connector_extra_config=dict(extra or {}))
+        defaults: dict[str, Any] = {
+            "model": str(checkpoint),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "max_num_batched_tokens": 512,  # longer prompts are computed in chunks
+            "max_num_seqs": 16,
+            "num_gpu_blocks_override": 128,
+            "seed": 0,
+        }
+        if fabric:
+            defaults["kv_transfer_config"] = transfer
+        self.llm = LLM(**(defaults | args))
+        self._core = self.llm.llm_engine.engine_core.engine_core
+        if fabric:
+            self.ask([prompt(8, seed=0)])  # the first step joins the workers to the session
+
+    @property
+    def scheduler(self) -> Any:
+        return self._core.scheduler
+
+    @property
+    def fabric(self) -> Connector:
+        """The scheduler's."""
+        found = self.scheduler.connector.fabric
+        assert isinstance(found, Connector)
+        return found
+
+    @property
+    def worker(self) -> Any:
+        """The worker's KVFabricConnector."""
+        return get_kv_transfer_group()
+
+    def statistics(self) -> ConnectorStatistics:
+        found: ConnectorStatistics = self.worker.fabric.statistics()
+        return found
+
+    def ask(
+        self, prompts: Sequence[Sequence[int]], *, logits: bool = False, **fields: Any
+    ) -> list[Answer]:
+        """Answer a batch. `fields` are added to every prompt (cache_salt) or, `handles`, one to each."""
+        handles = fields.pop("handles", [None] * len(prompts))
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=fields.get("max_tokens", ANSWER_TOKENS),
+                ignore_eos=True,
+                logprobs=2 if logits else None,
+                extra_args={"kv_transfer_params": {"kvfabric": handle}} if handle else None,
+            )
+            for handle in handles
+        ]
+        salt = {"cache_salt": fields["cache_salt"]} if "cache_salt" in fields else {}
+        inputs: list[Any] = [{"prompt_token_ids": list(p), **salt} for p in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return [_answer(output) for output in outputs]
+
+    def answer(self, tokens: Sequence[int], **fields: Any) -> Answer:
+        return self.ask([tokens], **fields)[0]
+
+    def wait_saved(self) -> None:
+        """Until nothing is being saved."""
+        wait_for(lambda: self.statistics().saving_bytes == 0)
+
+    def store(self, prompts: Sequence[Sequence[int]], **fields: Any) -> list[Answer]:
+        """Answer, and wait until the node has the blocks."""
+        answers = self.ask(prompts, **fields)
+        self.wait_saved()
+        return answers
+
+    def drop_hbm(self) -> None:
+        """Empty vLLM's own prefix cache."""
+        assert self.llm.reset_prefix_cache()
+
+    def stop(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self._core, self.llm
+        cleanup_dist_env_and_memory()
+
+
+def _answer(output: Any) -> Answer:
+    completion = output.outputs[0]
+    gaps = []
+    for step in completion.logprobs or ():
+        best, second = sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
+        gaps.append(best - second)
+    return Answer(tuple(completion.token_ids), output.num_cached_tokens or 0, tuple(gaps))
+
+
+@contextmanager
+def running(checkpoint: Path, **args: Any) -> Iterator[Vllm]:
+    engine = Vllm(checkpoint, **args)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+class Gate:
+    """Right answers of prompts, from an engine without the fabric."""
+
+    def __init__(self) -> None:
+        self._right: dict[tuple[int, ...], Answer] = {}
+        self.num_checked = self.num_ties = 0
+
+    def learn(self, engine: Vllm, prompts: Sequence[Sequence[int]], **fields: Any) -> None:
+        """`engine` has no fabric; each prompt is computed alone and cold."""
+        for tokens in prompts:
+            engine.drop_hbm()
+            self._right[tuple(tokens)] = engine.answer(tokens, logits=True, **fields)
+
+    def right(self, tokens: Sequence[int]) -> Answer:
+        return self._right[tuple(tokens)]
+
+    def differing(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> int:
+        """How many answers differ from the right ones by more than a tie; ties are counted."""
+        wrong = 0
+        for tokens, answer in zip(prompts, answers, strict=True):
+            right = self._right[tuple(tokens)]
+            length = min(len(right.token_ids), len(answer.token_ids))
+            first = next(
+                (i for i in range(length) if right.token_ids[i] != answer.token_ids[i]), None
+            )
+            self.num_checked += 1
+            if first is not None and right.gaps[first] < TIE:
+                self.num_ties += 1
+                print(f"tie at token {first}: gap {right.gaps[first]:.2e}")
+            elif first is not None:
+                wrong += 1
+        return wrong
+
+    def check(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> None:
+        """Assert that the answers are right."""
+        assert self.differing(prompts, answers) == 0
+        assert self.num_ties <= max(1, MAX_TIES * self.num_checked)
+
+
+def in_thread(action: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=action)
+    thread.start()
+    return thread

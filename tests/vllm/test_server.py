@@ -1,0 +1,208 @@
+"""The OpenAI server with the one flag and nothing else, against a node in its default place."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfabric.testing.processes import NodeProcess, until
+from tests.vllm.conftest import make_node
+from tests.vllm.engines import FLAG, Gate, Vllm, prompt, running, wait_for
+
+START_S = 180.0
+ANSWER_S = 60.0
+PROMPTS = [prompt(700, seed=91), prompt(300, seed=92), prompt(520, seed=93)]
+
+
+class Server:
+    """`python -m vllm.entrypoints.openai.api_server` in a process group of its own."""
+
+    def __init__(self, checkpoint: Path, state_home: Path, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port: int = probe.getsockname()[1]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(checkpoint), "--served-model-name", "small"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+        command += ["--num-gpu-blocks-override", "128", "--max-num-batched-tokens", "512"]
+        command += ["--enable-prompt-tokens-details"]
+        command += ["--kv-transfer-config", json.dumps(FLAG)]
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "KVFABRIC_ENGINE_NODE_SOCKET")
+        }
+        environment |= {"XDG_STATE_HOME": str(state_home), "VLLM_LOGGING_LEVEL": "INFO"}
+        self.log = log
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait_ready(self) -> None:
+        until(self._is_ready, deadline_s=START_S)
+
+    def _is_ready(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the server ended:\n{self.log.read_text()[-4000:]}")
+        try:
+            self.get("/health")
+        except OSError:
+            return False
+        return True
+
+    def get(self, path: str) -> str:
+        url = f"http://127.0.0.1:{self._port}{path}"
+        with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+            text = answer.read().decode()
+        return json.loads(text) if text else None
+
+    def complete(self, tokens: list[int], **fields: Any) -> tuple[tuple[int, ...], int]:
+        """(token ids of the answer, tokens of the prompt that were cached)."""
+        body = {
+            "model": "small",
+            "prompt": tokens,
+            "max_tokens": 16,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = self.post("/v1/completions", body | fields)
+        assert answer.get("kv_transfer_params") is None
+        details = answer["usage"]["prompt_tokens_details"] or {}
+        token_ids = tuple(answer["choices"][0]["token_ids"])
+        return token_ids, details.get("cached_tokens") or 0
+
+    def counter(self, name: str) -> float:
+        """A counter of /metrics, all its labels together."""
+        lines = self.get("/metrics").splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def default_node(home: Path) -> Iterator[NodeProcess]:
+    with make_node(home / "kvfabric") as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Path,
+    home: Path,
+    default_node: NodeProcess,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    server = Server(checkpoint, home, tmp_path_factory.mktemp("server") / "log")
+    try:
+        yield server  # starts while the right answers are computed
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def gate(server: Server, checkpoint: Path) -> Gate:
+    gate = Gate()
+    with running(checkpoint, fabric=False) as alone:
+        gate.learn(alone, PROMPTS)
+    server.wait_ready()
+    return gate
+
+
+def right(gate: Gate, tokens: list[int]) -> tuple[int, ...]:
+    return gate.right(tokens).token_ids
+
+
+def test_two_engines_share_one_node(
+    server: Server, gate: Gate, checkpoint: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the server stored an engine in this process loads, and the other way round."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    monkeypatch.delenv("KVFABRIC_ENGINE_NODE_SOCKET", raising=False)
+    assert server.complete(PROMPTS[0]) == (right(gate, PROMPTS[0]), 0)
+    assert server.complete(PROMPTS[0]) == (right(gate, PROMPTS[0]), 640)
+    with running(checkpoint) as engine:
+        wait_for(lambda: cached_in_node(engine, PROMPTS[0]) == 5)
+        answer = engine.answer(PROMPTS[0])
+        assert (answer.token_ids, answer.num_cached) == (right(gate, PROMPTS[0]), 640)
+        gate.check(PROMPTS, engine.store(PROMPTS))
+    assert server.complete(PROMPTS[1]) == (right(gate, PROMPTS[1]), 256)
+    assert server.complete(PROMPTS[2]) == (right(gate, PROMPTS[2]), 512)
+
+
+def cached_in_node(engine: Vllm, tokens: list[int]) -> int:
+    """Leading blocks of `tokens` that the node holds for requests without a handle."""
+    opened = engine.fabric.open("probe", "", "", tokens).result()
+    assert opened.keys is not None
+    match = engine.fabric.match("probe", opened.keys.first(len(tokens))).result()
+    engine.fabric.release("probe")
+    return match.num_blocks
+
+
+def test_counts_are_in_metrics(server: Server, gate: Gate) -> None:
+    """/metrics of vLLM has what was loaded and stored, and why not."""
+    server.complete(PROMPTS[1])
+    wait_for(lambda: server.counter("kvfabric_engine_saved_blocks_total") >= 5)
+    assert server.counter("kvfabric_engine_loaded_blocks_total") >= 6
+    assert server.counter("kvfabric_engine_misses_total") > 0
+
+
+def test_forged_handles_and_odd_params_are_harmless(server: Server, gate: Gate) -> None:
+    """Whatever a client puts into the fields of the router: an answer, and nothing shared."""
+    for params in ({"kvfabric": "forged"}, {"kvfabric": 7}, {"kvfabric": ["x"]}, {"other": 1}):
+        found, cached = server.complete(PROMPTS[0], kv_transfer_params=params)
+        assert found == right(gate, PROMPTS[0])
+        assert cached == 0 or params["kvfabric" if "kvfabric" in params else "other"] != "forged"
+    assert server.complete(PROMPTS[0], cache_salt="mine")[1] == 0
+
+
+def test_node_killed_under_the_server(
+    server: Server, gate: Gate, default_node: NodeProcess
+) -> None:
+    """Without its node the server answers, and comes back to it; its log says so in one line."""
+    default_node.kill()
+    for tokens in PROMPTS:
+        assert server.complete(tokens)[0] == right(gate, tokens)
+    default_node.start()
+    fresh = [prompt(300, seed=s) for s in range(200, 230)]
+
+    def is_back() -> bool:
+        before = server.counter("kvfabric_engine_saved_blocks_total")
+        server.complete(fresh.pop())
+        server.complete(prompt(8, seed=1))
+        return server.counter("kvfabric_engine_saved_blocks_total") > before
+
+    wait_for(is_back)
+    assert "fabric: connected to the node" in server.log.read_text()
