@@ -73,6 +73,13 @@ def corrupt_parts(
     ]
 
 
+def zero_slots(arena: memoryview, slots: list[tuple[int, int]]) -> None:
+    """Zero slots, each (first page, bytes)."""
+    target: Bytes = np.frombuffer(arena, dtype=np.uint8)
+    for page, num_bytes in slots:
+        target[page * PAGE_BYTES : page * PAGE_BYTES + num_bytes] = 0
+
+
 def batch_bounds(count: int, num_bytes: int, threads: int) -> list[int]:
     """Cut `count` parts of `num_bytes` into at most `threads` nearly equal ranges."""
     batches = max(1, min(threads, count, count * num_bytes // MIN_BATCH_BYTES))

@@ -34,7 +34,7 @@ import numpy.typing as npt
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.store.table import Rows as Rows
 from kvfabric.store.table import RowTable
-from kvfabric.tiers.arena import slot_bytes
+from kvfabric.tiers.arena import populate, slot_bytes
 from kvfabric.types import KEY_BYTES, BlockKey, BlockLayout, PartSpec, TenantId
 
 Array = npt.NDArray[Any]
@@ -182,6 +182,14 @@ class BlockIndex:
         array = np.zeros(length, dtype="V16")
         self._arrays.append(array)
         return array
+
+    def touch(self) -> None:
+        """Have the kernel provide the memory of all rows now, contents kept; blocks, from any thread.
+
+        A first touch on the event loop may have to wait for a huge page, which takes milliseconds.
+        """
+        for array in self._arrays:
+            populate(array)
 
     @property
     def bytes_per_block(self) -> float:

@@ -25,6 +25,8 @@ from kvfabric.store.index import MAIN, QUEUED, BlockIndex, Rows
 MAX_FREQ = 3
 MAX_ROUNDS = 1024
 """Second chances one call gives; after them blocks go although they were matched. Bounds the call."""
+ROUNDS_PER_BLOCK = 8
+"""Likewise, for a call that wants few blocks."""
 SMALL_SHARE = 0.1
 """Of a tenant's blocks; while `small` holds more, victims come from it."""
 
@@ -139,7 +141,7 @@ class EvictionPolicy:
         freq, flags, lineages = index.freq.cell, index.flags.cell, index.lineage.cell
         sizes = index.lineage_bytes.cell
         victims: list[int] = []
-        chances = MAX_ROUNDS
+        chances = min(MAX_ROUNDS, ROUNDS_PER_BLOCK * limit)
         while num_bytes > 0 and len(victims) < limit:
             from_small = self._turn_of_small(queues)
             queue = queues.small if from_small else queues.main

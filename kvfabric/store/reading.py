@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.errors import RemoteProtocolError
-from kvfabric.protocol.messages import Confirmed, Located, Matched
+from kvfabric.protocol.messages import MAX_KEYS, Confirmed, Located, Matched
 from kvfabric.store.access import Access, Flags, cacheable
 from kvfabric.store.index import HIT, HOST, NO_ROW, RESERVED, SSD, Rows, packed_keys
 from kvfabric.store.lease import LeaseBook, Request, RequestGrant, Session
@@ -51,7 +51,7 @@ class Reader:
         reason = self._access.to_read(request)
         if reason is not MissReason.NONE:
             return self._missed(len(words), reason)
-        rows = self._index.lookup(words[: cacheable(request.grant, len(words))])
+        rows = self._index.lookup(words[: min(MAX_KEYS, cacheable(request.grant, len(words)))])
         expected = self._access.lineages(holder, request.grant, 0, len(rows))
         num_blocks = leading(self._readable(rows, expected, holder, request.grant))
         if num_blocks < len(words):
@@ -105,6 +105,8 @@ class Reader:
         session: Session,
     ) -> MissReason:
         """Why the block at `position` misses."""
+        if position == MAX_KEYS:
+            return MissReason.TOO_MANY
         if position >= len(rows):
             return MissReason.WITHDRAWN  # from here on the text of a withdrawn template
         index, row = self._index, int(rows[position])
@@ -141,7 +143,7 @@ class Reader:
         reason = self._access.to_read(request)
         if reason is not MissReason.NONE:
             return _not_located(reason)
-        rows = self._index.lookup(words)
+        rows = self._index.lookup(words[:MAX_KEYS])
         rows = rows[: leading(np.isin(rows, request.rows))]
         if self.ssd is not None and not self._here(self._index.parts(rows, ordinal)).all():
             await self.ssd.promote(rows, ordinal)
@@ -166,6 +168,8 @@ class Reader:
         return here
 
     def _why_not_here(self, parts: Rows, position: int) -> MissReason:
+        if position == MAX_KEYS:
+            return MissReason.TOO_MANY
         if position >= len(parts):
             return MissReason.ABSENT  # never leased by this request
         if not self._index.part_state.cell[int(parts[position])] & SSD:
@@ -206,13 +210,14 @@ class Reader:
         reason = self._access.to_read(request)
         if reason is not MissReason.NONE:
             return Confirmed(num_blocks=0, reason=reason.value)
-        rows = self._index.lookup(words)
+        rows = self._index.lookup(words[:MAX_KEYS])
         parts = self._index.parts(rows, ordinal_of(holder, *part))
         good = np.isin(rows, request.rows) & self._here(parts)
-        good &= self._index.part_generation.array[parts] == np.frombuffer(generations, "<u4")
+        asked = np.frombuffer(generations, "<u4")[:MAX_KEYS]
+        good &= self._index.part_generation.array[parts] == asked
         num_blocks = leading(good)
         if num_blocks < len(words):
-            reason = MissReason.CORRUPT
+            reason = MissReason.TOO_MANY if num_blocks == MAX_KEYS else MissReason.CORRUPT
         return Confirmed(num_blocks=num_blocks, reason=reason.value)
 
 

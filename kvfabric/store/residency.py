@@ -11,6 +11,7 @@ each leaves these true (`check` proves them in tests):
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -32,6 +33,16 @@ _ROUND = 256
 
 _ROWS_ROUND = 16
 """Blocks evicted for their rows before counting again: a block may give several parts, or stay on SSD."""
+
+
+AHEAD_SHARE = 1 / 128
+"""Of the host tier, kept free between reserves, so that they seldom have to evict."""
+_AHEAD_BLOCKS = 64
+"""Evicted ahead before others run."""
+_NOBODY = -1
+
+SNAPSHOT_ROWS, SNAPSHOT_RUNS = 4096, 128
+"""Of one step of a snapshot at most: in an index that has seen much, runs are short and many."""
 
 
 class EventSink(Protocol):
@@ -62,22 +73,28 @@ class Run(NamedTuple):
     keys: bytes
 
 
-class _Slot(NamedTuple):
+class DetachedSlot(NamedTuple):
+    """A slot that left READY and is not free yet; `wipe`: to be zeroed before it is."""
+
     page: int
     num_bytes: int
     tenant: int
+    wipe: bool
 
 
 class _Removal:
     """Slots and events of one call, handed on together."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wipe: bool = False) -> None:
+        self.wipe = wipe
         self.pages: dict[int, list[int]] = {}
         self.prefixes: dict[bytes, bytearray] = {}
 
 
 class Residency:
-    """`save` is asked before a block that was hit is evicted: True if it is being written to SSD now."""
+    """`save` is asked before a block that was hit is evicted: True if it is being written to SSD now.
+    `room_is_low` is called when `evict_ahead` should be, until it returns False.
+    """
 
     def __init__(
         self,
@@ -94,12 +111,14 @@ class Residency:
         self.policy = EvictionPolicy(index)
         self.arena: Arena | None = None
         self.save: Callable[[int], bool] = lambda _row: False
+        self.room_is_low: Callable[[], None] = lambda: None
         self.evictions = 0
         self.num_host_blocks = 0
         self.num_ssd_blocks = 0
         self._events = events
         self._now = now
-        self._detached: dict[int, list[_Slot]] = {}
+        self.unwiped: deque[DetachedSlot] = deque()
+        self._detached: dict[int, list[DetachedSlot]] = {}
 
     def tenant_slot(self, tenant: TenantId) -> int:
         """The tenant's slot number, the same in both tiers' accounts."""
@@ -134,8 +153,20 @@ class Residency:
         removal = _Removal()
         for row in rows.tolist():
             for slot in self._detached.pop(row, ()):
+                if slot.wipe:
+                    self.unwiped.append(slot)
+                    continue
                 removal.pages.setdefault(slot.num_bytes, []).append(slot.page)
                 self.host.accounts[slot.tenant].detached -= slot.num_bytes
+        self._finish(removal)
+
+    def wiped(self, count: int) -> None:
+        """The first `count` of `unwiped` are zeroed: free."""
+        removal = _Removal()
+        for _ in range(count):
+            slot = self.unwiped.popleft()
+            removal.pages.setdefault(slot.num_bytes, []).append(slot.page)
+            self.host.accounts[slot.tenant].detached -= slot.num_bytes
         self._finish(removal)
 
     # -- room ----------------------------------------------------------------------------------------
@@ -155,7 +186,22 @@ class Residency:
         if over > 0:
             self._evict(over, host.by_excess, tenant)
             wanted = min(wanted, (host.capacity_bytes - host.used) // num_bytes)
+        if host.over_capacity(wanted * num_bytes + self._ahead_bytes) > 0:
+            self.room_is_low()
         return max(0, wanted)
+
+    def evict_ahead(self) -> bool:
+        """Evict a few blocks for those that come next; False if there is room, or nothing may go."""
+        over = self.host.over_capacity(self._ahead_bytes)
+        if over <= 0:
+            return False
+        return self._evict(over, self.host.by_excess, _NOBODY, _AHEAD_BLOCKS) > 0
+
+    @property
+    def _ahead_bytes(self) -> int:
+        """Whole blocks; none in an arena too small to spare them."""
+        largest = max(1, int(self.index.lineage_bytes.array.max()))
+        return int(self.host.capacity_bytes * AHEAD_SHARE) // largest * largest
 
     def free_rows(self, tenant: int, wanted_rows: int) -> None:
         """Evict until the index has room for so many rows and parts, if evicting can give it."""
@@ -307,34 +353,42 @@ class Residency:
 
     def runs(self, rows: Rows) -> Iterator[Run]:
         """`rows` as runs of parent and children, in their order."""
-        if not len(rows):
-            return
         index = self.index
-        lineages = index.lineage.array[rows]
-        joined = (index.parent.array[rows[1:]] == rows[:-1]) & (lineages[1:] == lineages[:-1])
-        bounds = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(rows)]
-        for start, end in pairwise(bounds):
+        for start, end in pairwise([*self._run_starts(rows).tolist(), len(rows)]):
             first = int(rows[start])
             parent = index.keys.array[index.parent.cell[first], 0].tobytes()
             yield Run(
                 index.lineage_at(first).namespace_tag, parent, index.prefixes(rows[start:end])
             )
 
+    def _run_starts(self, rows: Rows) -> npt.NDArray[np.intp]:
+        index, lineages = self.index, self.index.lineage.array[rows]
+        joined = (index.parent.array[rows[1:]] == rows[:-1]) & (lineages[1:] == lineages[:-1])
+        return np.flatnonzero(np.append(True, ~joined)) if len(rows) else np.empty(0, np.intp)
+
     def host_runs(self, limit: int) -> Iterator[list[Run]]:
-        """All READY blocks of the host tier, from `limit` rows at a time; the caller may pause between."""
+        """All READY blocks of the host tier, from `limit` rows at a time or fewer; the caller may pause
+        between."""
         start = 1
         while start <= self.index.highest_row:
-            rows = np.arange(start, min(start + limit, self.index.highest_row + 1), dtype=np.uint32)
+            end = min(start + min(limit, SNAPSHOT_ROWS), self.index.highest_row + 1)
+            rows = np.arange(start, end, dtype=np.uint32)
             present = rows[self.index.host_parts.array[rows] > 0]
-            yield list(self.runs(present[self._complete(present)]))
-            start += limit
+            present = present[self._complete(present)]
+            starts = self._run_starts(present)
+            if len(starts) > SNAPSHOT_RUNS:
+                present = present[: starts[SNAPSHOT_RUNS]]
+                end = int(present[-1]) + 1
+            yield list(self.runs(present))
+            start = end
 
-    def discard(self, row: int) -> None:
-        """Take a block out of the host tier, held or not: corrupt or withdrawn. Held slots drain."""
+    def discard(self, row: int, *, wipe: bool = False) -> None:
+        """Take a block out of the host tier, held or not: corrupt or withdrawn. Held slots drain; with
+        `wipe` all do, until they are zeroed."""
         index = self.index
         if not index.host_parts.cell[row]:
             return
-        removal = _Removal()
+        removal = _Removal(wipe=wipe)
         tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         parent = index.parent.cell[row]
         index.host_children.cell[parent] -= 1
@@ -374,12 +428,15 @@ class Residency:
         there = (state & HOST) != 0
         rows, parts, state = rows[there], parts[there], state[there]
         held = index.holds.array[rows] != 0
+        drains = held | removal.wipe
         pages = index.part_page.array[parts]
-        for row, page in zip(rows[held].tolist(), pages[held].tolist(), strict=True):
+        for row, page in zip(rows[drains].tolist(), pages[drains].tolist(), strict=True):
             tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
             self.host.accounts[tenant].detached += num_bytes
-            self._detached.setdefault(row, []).append(_Slot(page, num_bytes, tenant))
-        removal.pages.setdefault(num_bytes, []).extend(pages[~held].tolist())
+            slot = DetachedSlot(page, num_bytes, tenant, removal.wipe)
+            waits = self._detached.setdefault(row, []) if index.holds.cell[row] else self.unwiped
+            waits.append(slot)
+        removal.pages.setdefault(num_bytes, []).extend(pages[~drains].tolist())
         index.part_state.array[parts] = state & np.uint8(0xFF & ~HOST)
         index.available_parts.array[rows] -= (state & SSD) == 0
         return len(rows) * num_bytes
@@ -445,7 +502,8 @@ class Residency:
             assert bool(index.flags.cell[row] & QUEUED) == evictable, f"queue of row {row}"
         host = self.host
         assert ready == sum(account.ready for account in host.accounts)
-        detached = sum(slot.num_bytes for slots in self._detached.values() for slot in slots)
+        slots = [slot for slots in self._detached.values() for slot in slots]
+        detached = sum(slot.num_bytes for slot in (*slots, *self.unwiped))
         assert detached == sum(account.detached for account in host.accounts)
         assert host.used <= host.capacity_bytes
         assert int(self._complete(live[index.lineage.array[live] != 0]).sum()) == (

@@ -9,7 +9,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     lease      sessions, leases, reservations  access   what a request may do
     reading    match, load, confirm            writing  reserve, commit, abort
     copying    window -> slot with checksum    ssd      promotion, spilling, breaker
-    scrub      the arena's bytes, checked anew
+    scrub      the arena's bytes, checked anew     purging  for good, and zeroed
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Committed, Confirmed, Located, Matched, Reserved
 from kvfabric.registry.state import RegistryState
 from kvfabric.store.access import Access
-from kvfabric.store.index import MAX_PARTS, BlockIndex, Rows
+from kvfabric.store.index import MAX_PARTS, BlockIndex
 from kvfabric.store.lease import LeaseBook, RequestGrant
+from kvfabric.store.purging import Purger
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import Reader
 from kvfabric.store.residency import EventSink, Residency, Run
@@ -51,12 +50,6 @@ __all__ = [
 ]
 
 _HOUSE_S = 0.5
-_SLICE_ROWS = 16_384
-"""Rows one slice of a background walk over the index looks at."""
-
-_DROPS = 64
-"""Blocks a purge drops before it lets others run."""
-
 _TOUCH_BYTES = 64 * 1024 * 1024
 
 
@@ -168,12 +161,16 @@ class BlockStore:
         )
         self._ssd: SsdTraffic | None = None
         self._group = asyncio.TaskGroup()
+        self._room_is_low = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
         self._scrubber = Scrubber(self._residency, self._pool, self._drop)
+        self._purger = Purger(self._residency, self._pool, partial(self._drop, wipe=True))
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
+        self._residency.room_is_low = self._room_is_low.set
         self._start(self._keep_house())
+        self._start(self._keep_room())
         if self._tier is not None:
             self._ssd = SsdTraffic(
                 self._tier,
@@ -307,37 +304,18 @@ class BlockStore:
     # -- administration ------------------------------------------------------------------------------
 
     async def purge(self, incarnations: Collection[bytes]) -> int:
-        """Take every block that was made of these out of both tiers, for good; how many there were.
+        """Take every block that was made of these out of both tiers, for good, and zero its bytes in
+        the arena; how many there were. Held ones drain, and are zeroed when nobody reads them any more.
 
-        Held ones drain. On cancellation: what was reached is gone.
+        On cancellation: what was reached is gone.
         """
-        struck, num_blocks = set(incarnations), 0
-        for rows in self._row_slices():
-            lineages = self._index.lineage.array[rows]
-            doomed = [
-                number
-                for number in set(lineages.tolist())
-                if number and struck.intersection(self._index.lineage_of(number).incarnations)
-            ]
-            for row in rows[np.isin(lineages, doomed)].tolist():
-                if struck.intersection(self._incarnations(row)):
-                    self._drop(row)
-                    num_blocks += 1
-                if num_blocks % _DROPS == 0:
-                    await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        return num_blocks
+        return await self._purger.purge(incarnations)
 
-    def _incarnations(self, row: int) -> tuple[bytes, ...]:
-        """Asked for each row again: while a purge paused, the row may have become another's."""
-        number = self._index.lineage.cell[row]
-        return self._index.lineage_of(number).incarnations if number else ()
-
-    def _drop(self, row: int) -> None:
+    def _drop(self, row: int, *, wipe: bool = False) -> None:
         """Out of both tiers. The row stays while somebody holds it or a child hangs on it."""
         if self._ssd is not None and self._index.ssd_parts.cell[row]:
             self._ssd.forget(row)
-        self._residency.discard(row)
+        self._residency.discard(row, wipe=wipe)
 
     def ssd_dropped(self, parts: list[Part]) -> None:
         """The SSD tier's `on_dropped`."""
@@ -366,32 +344,40 @@ class BlockStore:
         """Whole seconds since the start, from 1: what the index keeps as a block's time."""
         return int(self._clock() - self._started) + 1
 
-    def _row_slices(self) -> Iterator[Rows]:
-        start = 1
-        while start <= self._index.highest_row:
-            end = min(start + _SLICE_ROWS, self._index.highest_row + 1)
-            yield np.arange(start, end, dtype=np.uint32)
-            start = end
-
     async def _touch(self, arena: Arena) -> None:
+        await self._pool.run(self._index.touch)
         for offset in range(0, arena.size_bytes, _TOUCH_BYTES):
             length = min(_TOUCH_BYTES, arena.size_bytes - offset)
             await self._pool.run(partial(arena.touch, offset, length))
 
+    async def _keep_room(self) -> None:
+        """Evict ahead of what is reserved next, a few blocks at a time; until cancelled."""
+        while True:
+            await self._room_is_low.wait()
+            self._room_is_low.clear()
+            more = True
+            while more:
+                more = self._residency.evict_ahead()
+                await asyncio.sleep(0)
+
     async def _keep_house(self) -> None:
-        """End rights on time, charge dead SSD bytes, scrub; until cancelled."""
+        """End rights on time, charge dead SSD bytes, wipe, scrub; until cancelled."""
         while True:
             await asyncio.sleep(_HOUSE_S)
-            self._leases.sweep()
+            more = True
+            while more:
+                more = self._leases.sweep()
+                await asyncio.sleep(0)
             if self._ssd is not None:
                 self._ssd.refresh_charges()
+            await self._purger.wipe()
             if self._residency.arena is not None and self.limits.scrub_bytes_per_s:
                 await self.scrub(int(self.limits.scrub_bytes_per_s * _HOUSE_S))
 
     # -- statistics ----------------------------------------------------------------------------------
 
     def statistics(self) -> StoreStatistics:
-        """What metrics and status show. Ends overdue rights first."""
+        """What metrics and status show. Ends overdue rights first, a bounded number."""
         self._leases.sweep()
         residency, leases = self._residency, self._leases
         host, ssd = self._host, self._ssd_accounts

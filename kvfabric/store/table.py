@@ -30,7 +30,6 @@ class RowTable:
     def __init__(self, keys: npt.NDArray[Any], max_rows: int) -> None:
         bits = max(4, (max_rows * 16 // 5).bit_length())
         self.places: Rows = np.zeros(1 << bits, dtype=np.uint32)
-        self.places.fill(0)  # provided now: the first lookups would meet a fault at every place
         self._keys = keys
         self._mask = (1 << bits) - 1
         self._shift = np.uint64(64 - bits)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvfabric.errors import RemoteProtocolError
 from kvfabric.hashing import ROOT_PARENT
-from kvfabric.protocol.messages import Committed, Reserved
+from kvfabric.protocol.messages import MAX_RESERVED, Committed, Reserved
 from kvfabric.store.access import Access, cacheable
 from kvfabric.store.copying import batch_bounds, copy_parts
 from kvfabric.store.index import (
@@ -35,7 +35,7 @@ from kvfabric.store.reading import ordinal_of
 from kvfabric.store.residency import Residency
 from kvfabric.tiers.arena import Slots, slot_bytes
 from kvfabric.tiers.pool import IoPool
-from kvfabric.types import GrantState, MissReason, SessionId
+from kvfabric.types import KEY_BYTES, GrantState, MissReason, SessionId
 
 NO_PARENT = "no_parent"
 OVER_QUOTA = "over_quota"
@@ -84,6 +84,8 @@ class Writer:
         self, session: SessionId, request_id: str, parent: bytes, keys: bytes, part: tuple[int, int]
     ) -> Reserved:
         words = packed_keys(keys)
+        if len(words) > MAX_RESERVED:
+            return self._reserve_first(session, request_id, parent, keys, part)
         if len(packed_keys(parent)) != 1 or len(set(words[:, 0].tolist())) != len(words):
             raise RemoteProtocolError("one parent and distinct keys are reserved")
         found = self._leases.find(session, request_id)
@@ -101,6 +103,20 @@ class Writer:
         states = np.full(len(words), _REFUSED, dtype=np.uint8)
         chain = _Chain(ordinal, *place, words, self._index.lookup(words), states)
         return self._reserve(holder, request.grant, chain)
+
+    def _reserve_first(
+        self, session: SessionId, request_id: str, parent: bytes, keys: bytes, part: tuple[int, int]
+    ) -> Reserved:
+        """Reserve as many as one message may; the rest is refused."""
+        first = self.reserve(session, request_id, parent, keys[: MAX_RESERVED * KEY_BYTES], part)
+        rest = self._refuse(len(keys) // KEY_BYTES - MAX_RESERVED, MissReason.TOO_MANY.value)
+        cut = first.reason in ("", MissReason.NONE.value)
+        return Reserved(
+            reservation=first.reservation,
+            states=first.states + rest.states,
+            ttl_s=first.ttl_s,
+            reason=rest.reason if cut else first.reason,
+        )
 
     def _refuse(self, num_keys: int, reason: str) -> Reserved:
         self.refusals[reason] += num_keys

@@ -22,7 +22,7 @@ import mmap
 import os
 import secrets
 from array import array
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,9 @@ _MERGE_SHARE = 8
 """A merge walks all free slots: worth it once a page has changed for every so many of them."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
-_LIBC = ctypes.CDLL(None, use_errno=True)  # unlike mmap.madvise, its calls release the interpreter lock
+_LIBC = ctypes.CDLL(
+    None, use_errno=True
+)  # unlike mmap.madvise, its calls release the interpreter lock
 _LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 Pages = npt.NDArray[np.uint32]
@@ -52,6 +54,16 @@ def pages_of(num_bytes: int) -> int:
 def slot_bytes(num_bytes: int) -> int:
     """`num_bytes` rounded up to whole pages: what a slot occupies and is charged."""
     return pages_of(num_bytes) * PAGE_BYTES
+
+
+def populate(array: npt.NDArray[Any]) -> int:
+    """Have the kernel provide and map the whole pages of a contiguous array, contents kept. Blocks, without
+    the interpreter lock; returns the error number, 0 for none, EINVAL on a kernel that cannot."""
+    start = -(-array.ctypes.data // PAGE_BYTES) * PAGE_BYTES
+    length = (array.ctypes.data + array.nbytes - start) // PAGE_BYTES * PAGE_BYTES
+    if length <= 0 or not _LIBC.madvise(start, length, _MADV_POPULATE_WRITE):
+        return 0
+    return ctypes.get_errno()
 
 
 class SlotAllocator:
@@ -237,13 +249,12 @@ class Arena:
 
         Raises ConfigError if there is no memory, instead of SIGBUS at the first write to it.
         """
-        start = np.frombuffer(self.view, dtype=np.uint8).ctypes.data + offset
-        if not _LIBC.madvise(start, num_bytes, _MADV_POPULATE_WRITE):
-            return
-        code = ctypes.get_errno()
-        if code != errno.EINVAL:
+        whole = np.frombuffer(self.view, dtype=np.uint8)
+        code = populate(whole[offset : offset + num_bytes])
+        if code == errno.EINVAL:
+            self._provide(offset, num_bytes)
+        elif code:
             raise ConfigError(f"the machine has no memory for the arena: {os.strerror(code)}")
-        self._provide(offset, num_bytes)
 
     def _provide(self, offset: int, num_bytes: int) -> None:
         """On a kernel before 5.14: provided, not mapped, so each first write to a page still faults."""

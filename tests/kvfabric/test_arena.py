@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -75,6 +77,20 @@ def test_touching_keeps_what_is_there() -> None:
         assert bytes(arena.view[0:4]) == b"keep"
 
 
+def faults_of_first_writes(touch: Callable[[Arena], None]) -> int:
+    with Arena.create(1024 * PAGE_BYTES) as arena:
+        touch(arena)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.frombuffer(arena.view, dtype=np.uint8)[::PAGE_BYTES] = 1
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_touched_page_costs_its_first_write_no_fault() -> None:
+    assert faults_of_first_writes(lambda arena: arena.touch(0, arena.size_bytes)) < 100
+    # Provided and not mapped, as on kernels that can do no more:
+    assert faults_of_first_writes(lambda arena: arena._provide(0, arena.size_bytes)) >= 1024
+
+
 def test_generations_rise_with_every_use_of_a_slot() -> None:
     with Arena.create(4 * PAGE_BYTES) as arena:
         seen: dict[int, int] = {}
@@ -113,6 +129,26 @@ def test_splinters_are_joined_for_a_larger_size() -> None:
     large = allocator.allocate(4, 16)
     assert large is not None
     assert large.tolist() == [0, 16, 32, 48]
+
+
+def test_what_one_size_carved_ahead_serves_another() -> None:
+    allocator = SlotAllocator(64)
+    assert allocator.allocate(1, 1) is not None  # carves all there is
+    assert allocator.allocate(3, 16) is not None
+    assert allocator.free_pages == 15
+
+
+def test_a_merge_that_found_nothing_is_not_repeated() -> None:
+    allocator = SlotAllocator(64)
+    pages = allocator.allocate(64, 1)
+    assert pages is not None
+    allocator.free(pages[::2], 1)
+    assert allocator.allocate(1, 2) is None
+    starts = allocator._run_starts
+    assert allocator.allocate(1, 2) is None
+    assert allocator._run_starts is starts
+    allocator.free(pages[1:9:2], 1)
+    assert allocator.allocate(1, 2) is not None
 
 
 def test_slot_bytes_are_whole_pages() -> None:

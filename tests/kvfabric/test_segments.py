@@ -426,6 +426,19 @@ async def test_oldest_segment_gives_way(tmp_path: Path, fast: None) -> None:
         assert await readable(tier) == list(range(8, 20))
 
 
+async def test_a_reclaimed_segment_of_many_parts_is_told_of_in_slices(
+    tmp_path: Path, fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "_DROPPED", 3)
+    dropped: list[list[Part]] = []
+    async with small_tier(tmp_path, files=4, on_dropped=dropped.append) as tier:
+        for seed in range(13):
+            await write_parts(tier, range(seed, seed + 1))
+    assert [len(parts) for parts in dropped] == [3, 1]
+    told = [part for parts in dropped for part in parts]
+    assert told == [make_part(seed)[0].part for seed in range(4)]
+
+
 async def test_two_segments_are_enough(tmp_path: Path, fast: None) -> None:
     """The smallest tier: one segment is filled, the other is the spare."""
     async with small_tier(tmp_path, files=2) as tier:

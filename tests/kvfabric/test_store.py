@@ -12,14 +12,17 @@ import pytest
 
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.hashing import ROOT_PARENT
+from kvfabric.protocol.messages import Located
 from kvfabric.registry.state import RETIRED, RegistryState, TemplateVersion, Tenant
-from kvfabric.store import copying
+from kvfabric.store import copying, reading, residency, writing
 from kvfabric.store.access import Access
+from kvfabric.store.index import packed_keys
 from kvfabric.store.store import BlockStore, RequestGrant, StoreLimits
 from kvfabric.testing.store import (
     GRANT,
     PART_BYTES,
     SESSION,
+    TAG,
     StoreRig,
     grant_of,
     make_keys,
@@ -30,6 +33,7 @@ from kvfabric.tiers.arena import slot_bytes
 from kvfabric.types import (
     DEFAULT_TENANT,
     PUBLIC_TENANT,
+    BlockKey,
     Incarnation,
     MissReason,
     Segment,
@@ -349,6 +353,114 @@ async def test_purging_strikes_a_templates_blocks_and_nothing_before() -> None:
         assert rig.match("r", KEYS, WITH_TEMPLATE) == (2, "absent")
         assert len(rig.events.present) == 2
         rig.store._residency.check()
+
+
+async def rig_with_template(rig: StoreRig) -> Located:
+    """KEYS stored under a template, and where the last four of them, which are its blocks, lie."""
+    rig.state = SERVING
+    await rig.put(KEYS, grant=WITH_TEMPLATE)
+    rig.match("reader", KEYS, WITH_TEMPLATE)
+    return await rig.load("reader", KEYS)
+
+
+def bytes_at(rig: StoreRig, located: Located) -> list[bytes]:
+    return rig.copy(located, verify=False)[2:]
+
+
+async def test_purged_bytes_are_zeroed() -> None:
+    async with StoreRig() as rig:
+        located = await rig_with_template(rig)
+        rig.store.release(SESSION, ["reader"])
+        await rig.store.purge([INCARNATION])
+        assert bytes_at(rig, located) == [bytes(PART_BYTES)] * 4
+        assert rig.arena.free_bytes == rig.arena.size_bytes - 2 * PART_BYTES
+        rig.store._residency.check()
+
+
+async def test_purged_bytes_are_zeroed_when_the_last_reader_is_done() -> None:
+    async with StoreRig() as rig:
+        located = await rig_with_template(rig)
+        await rig.store.purge([INCARNATION])
+        assert bytes_at(rig, located) == [part_bytes(key) for key in KEYS[2:]]
+        rig.store.release(SESSION, ["reader"])
+        assert rig.arena.free_bytes == rig.arena.size_bytes - 6 * PART_BYTES
+        await rig.store._purger.wipe()
+        assert bytes_at(rig, located) == [bytes(PART_BYTES)] * 4
+        assert rig.arena.free_bytes == rig.arena.size_bytes - 2 * PART_BYTES
+        rig.store._residency.check()
+
+
+async def test_a_slot_written_anew_while_it_is_scrubbed_is_no_corruption() -> None:
+    async with StoreRig() as rig:
+        await rig.put(KEYS[:1])
+        offset = int(np.frombuffer((await located_of(rig, KEYS[:1])).offsets, dtype="<u8")[0])
+        rig.arena.view[offset] ^= 0xFF
+        row = int(rig.store._index.lookup(packed_keys(KEYS[0]))[0])
+        async with asyncio.TaskGroup() as group:
+            scrubbing = group.create_task(rig.store.scrub(1 << 20))
+            await asyncio.sleep(0)
+            rig.store._drop(row)
+            assert await rig.put(KEYS[:1]) == 1
+        assert scrubbing.result() == 0
+        assert rig.match("r", KEYS[:1])[0] == 1
+
+
+async def located_of(rig: StoreRig, keys: list[BlockKey]) -> Located:
+    rig.match("where", keys)
+    located = await rig.load("where", keys)
+    rig.store.release(SESSION, ["where"])
+    return located
+
+
+# -- bounds of one call ------------------------------------------------------------------------------
+
+
+async def test_one_message_is_looked_at_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with StoreRig() as rig:
+        await rig.put(KEYS)
+        rig.match("all", KEYS)
+        located = await rig.load("all", KEYS)
+        monkeypatch.setattr(reading, "MAX_KEYS", 4)
+        assert rig.match("r", KEYS) == (4, "too_many")
+        assert rig.match("r", KEYS[:4]) == (4, "none")
+        some = await rig.load("all", KEYS)
+        assert (some.num_blocks, some.reason) == (4, "too_many")
+        confirmed = rig.store.confirm(SESSION, "all", b"".join(KEYS), located.generations, 0, 0)
+        assert (confirmed.num_blocks, confirmed.reason) == (4, "too_many")
+
+
+async def test_what_one_reserve_may_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "MAX_RESERVED", 4)
+    async with StoreRig() as rig:
+        rig.open("w")
+        reserved = rig.reserve("w", KEYS)
+        assert (list(reserved.states), reserved.reason) == ([0] * 4 + [3] * 2, "too_many")
+        assert sum((await rig.commit(reserved, KEYS)).states) == 4
+        assert list(rig.reserve("w", KEYS[4:], parent=KEYS[3]).states) == [0] * 2
+        assert rig.store.statistics().refusals["too_many"] == 2
+
+
+async def test_room_is_made_ahead_of_what_is_reserved_next() -> None:
+    async with StoreRig(num_slots=256) as rig:
+        await rig.put(make_keys(254))
+        await rig.put(make_keys(2, seed=1))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert rig.store.statistics().num_blocks[TierName.HOST] == 254
+        rig.store._residency.check()
+
+
+async def test_a_snapshot_of_many_short_runs_comes_in_small_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residency, "SNAPSHOT_RUNS", 2)
+    async with StoreRig() as rig:
+        for seed in range(5):
+            await rig.put(make_keys(2, seed=seed))
+        steps = list(rig.store.resident_runs(TierName.HOST, 1000))
+        assert [len(runs) for runs in steps] == [2, 2, 1]
+        keys = b"".join(run.keys for runs in steps for run in runs)
+        assert {(TAG, keys[at : at + 8]) for at in range(0, len(keys), 8)} == rig.events.present
 
 
 # -- cancellation, order of life ---------------------------------------------------------------------

@@ -212,3 +212,19 @@ async def test_the_budget_is_the_tenants_however_many_templates_its_prompt_has()
         keys = make_keys(6, seed=1)
         assert await rig.put(keys, grant=grant) == 6
         assert rig.match("r", keys, grant) == (4, "lease_budget")
+
+
+async def test_a_sweep_ends_a_bounded_number_of_rights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SWEEP_RIGHTS", 2)
+    async with StoreRig(num_slots=64) as rig:
+        chains = [make_keys(1, seed=at) for at in range(3)]
+        for at, keys in enumerate(chains):
+            await rig.put(keys)
+            rig.match(f"r{at}", keys)
+        rig.clock.now += rig.limits.lease_s / 2
+        rig.match("r0", chains[0])  # renewed: it stays
+        rig.clock.now += rig.limits.lease_s / 2
+        # In turn: each chain's reservation, which ended with its commit, and its lease.
+        draining = [rig.store.statistics().draining_bytes for _ in chains]
+        assert draining == [0, PART_BYTES, 2 * PART_BYTES]
+        assert rig.store.statistics().leased_bytes == PART_BYTES

@@ -1,0 +1,83 @@
+"""Purge: blocks of struck-off incarnations leave every tier, and their bytes are zeroed in the arena.
+
+A slot is zeroed before it is free, in the pool; until then it stays charged as draining. One that somebody
+still reads is zeroed when the last of them is done, so nobody's bytes change under a lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from itertools import islice
+
+import numpy as np
+
+from kvfabric.store.copying import zero_slots
+from kvfabric.store.index import Rows
+from kvfabric.store.residency import Residency
+from kvfabric.tiers.pool import IoPool
+
+_SLICE_ROWS = 16_384
+"""Rows of the index looked at before others run."""
+_DROPS = 64
+"""Blocks dropped before others run."""
+_WIPED_SLOTS = 512
+_WIPED_BYTES = 32 * 1024 * 1024
+"""Zeroed by one call to the pool."""
+
+
+class Purger:
+    """`drop` takes a block out of both tiers, to be wiped."""
+
+    def __init__(self, residency: Residency, pool: IoPool, drop: Callable[[int], None]) -> None:
+        self._residency = residency
+        self._index = residency.index
+        self._pool = pool
+        self._drop = drop
+        self._wiping = asyncio.Lock()
+
+    async def purge(self, incarnations: Collection[bytes]) -> int:
+        """How many blocks went. On cancellation: what was reached is gone, and will be zeroed."""
+        struck, num_blocks = set(incarnations), 0
+        for rows in self._slices():
+            lineages = self._index.lineage.array[rows]
+            doomed = [
+                number
+                for number in set(lineages.tolist())
+                if number and struck.intersection(self._index.lineage_of(number).incarnations)
+            ]
+            for row in rows[np.isin(lineages, doomed)].tolist():
+                if struck.intersection(self._incarnations(row)):
+                    self._drop(row)
+                    num_blocks += 1
+                if num_blocks % _DROPS == 0:
+                    await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await self.wipe()
+        return num_blocks
+
+    async def wipe(self) -> None:
+        """Zero and free what waits for it. On cancellation: the rest waits on."""
+        waiting = self._residency.unwiped
+        async with self._wiping:
+            while waiting:
+                room = max(1, _WIPED_BYTES // waiting[0].num_bytes)
+                slots = list(islice(waiting, min(room, _WIPED_SLOTS)))
+                arena = self._residency.arena
+                assert arena is not None
+                places = [(slot.page, slot.num_bytes) for slot in slots]
+                await self._pool.run(partial(zero_slots, arena.view, places))
+                self._residency.wiped(len(slots))
+
+    def _slices(self) -> Iterator[Rows]:
+        start = 1
+        while start <= self._index.highest_row:
+            end = min(start + _SLICE_ROWS, self._index.highest_row + 1)
+            yield np.arange(start, end, dtype=np.uint32)
+            start = end
+
+    def _incarnations(self, row: int) -> tuple[bytes, ...]:
+        """Asked for each row again: while a purge paused, the row may have become another's."""
+        number = self._index.lineage.cell[row]
+        return self._index.lineage_of(number).incarnations if number else ()
