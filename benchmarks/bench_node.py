@@ -9,7 +9,9 @@ threads), and as a peer the simplest local store there is, one file a block on t
     store   2 MiB blocks: reserve, write the window, commit (copy and checksum in the daemon), pipelined
     small   16 KiB blocks, loaded and stored in requests of 1024
     large   a daemon filled with 1 M small blocks: memory of its index, stalls of its event loop while
-            engines match, load, store (so that it evicts) and a router takes snapshots
+            engines match, load, store (so that it evicts) and a router takes snapshots. Beside it, in a
+            process of its own, the same watch on a loop that has nothing to do: what the machine alone
+            keeps a loop waiting for
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ from kvfabric.hashing import ROOT_PARENT, block_keys
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.protocol.messages import Located
+from kvfabric.store.store import BlockStore
 from kvfabric.testing.engine import BLOCK_TOKENS, DEADLINE_S, tiny_hello
 from kvfabric.testing.processes import NodeProcess
-from kvfabric.types import BlockKey
+from kvfabric.types import BlockKey, TierName
 
 MIB = 1 << 20
 LARGE_PART, SMALL_PART, INDEX_PART = 2 * MIB, 16 << 10, 4096
@@ -338,31 +341,35 @@ async def serve_watched(state_dir: Path, num_blocks: int) -> None:
         ssd_bytes=0,
         max_blocks=num_blocks + num_blocks // 16,
     )
+    async with Node(config) as node:
+        await answer_lines(node.store)
+
+
+async def answer_lines(store: BlockStore | None) -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    async with Node(config) as node:
-        watch = LoopWatch()
-        print("{}", flush=True)
-        while line := await reader.readline():
-            if line.strip() == b"reset":
-                watch.reset()
-            statistics = node.store.statistics()
-            answer = {
-                "late_ms": watch.late_ms,
-                "cpu_ms": watch.cpu_ms,
+    watch = LoopWatch()
+    print("{}", flush=True)
+    while line := await reader.readline():
+        if line.strip() == b"reset":
+            watch.reset()
+        answer = {"late_ms": watch.late_ms, "cpu_ms": watch.cpu_ms}
+        if store is not None:
+            statistics = store.statistics()
+            answer |= {
                 "index_bytes_per_block": statistics.index_bytes_per_block,
-                "num_blocks": statistics.num_blocks["host"],  # type: ignore[index]
+                "num_blocks": statistics.num_blocks[TierName.HOST],
                 "evictions": statistics.evictions,
             }
-            print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), flush=True)
 
 
-class WatchedNode:
-    """`serve_watched` in a process of its own."""
+class Watched:
+    """A process with a watched event loop: `serve_watched`, or one that has nothing to do."""
 
-    def __init__(self, state_dir: Path, num_blocks: int) -> None:
-        command = [sys.executable, __file__, "--serve", str(state_dir), str(num_blocks)]
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, __file__, *arguments]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -424,7 +431,7 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
     prompt_blocks = 1024
     num_blocks = (64 if quick else 977) * prompt_blocks
     with tempfile.TemporaryDirectory() as directory:
-        node = WatchedNode(Path(directory), num_blocks)
+        node, idle = Watched("--serve", directory, str(num_blocks)), Watched("--idle")
         bench = Bench(Path(directory) / "node.sock", INDEX_PART, 64 * MIB)
         source = np.zeros(prompt_blocks * INDEX_PART, dtype=np.uint8)
         prompts = [bench.keys(n, prompt_blocks) for n in range(num_blocks // prompt_blocks)]
@@ -433,15 +440,17 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
             bench.store(keys, source, pool)
         fill_s = time.perf_counter() - started
         filled = node.ask("reset")
+        idle.ask("reset")
         stop = threading.Event()
         snapshots = pool.submit(take_snapshots, Path(directory) / "admin.sock", stop)
         try:
             done = work_on(bench, prompts, pool, 2 if quick else 20)
         finally:
             stop.set()
-        row = node.ask("report")
+        row, control = node.ask("report"), idle.ask("report")
         bench.client.close()
         node.close()
+        idle.close()
         return {
             "large index": {
                 "num_blocks": filled["num_blocks"],
@@ -449,6 +458,7 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
                 "index_bytes_per_block": row["index_bytes_per_block"],
                 "loop_stall_ms_max": row["late_ms"],
                 "loop_busy_ms_max": row["cpu_ms"],
+                "idle_loop_stall_ms_max": control["late_ms"],
                 "evictions": row["evictions"] - filled["evictions"],
                 "snapshots": snapshots.result(),
                 **done,
@@ -486,6 +496,7 @@ def main() -> None:
         "index_bytes_per_block": rows["large index"]["index_bytes_per_block"],
         "loop_stall_ms_max": rows["large index"]["loop_stall_ms_max"],
         "loop_busy_ms_max": rows["large index"]["loop_busy_ms_max"],
+        "idle_loop_stall_ms_max": rows["large index"]["idle_loop_stall_ms_max"],
         "memcpy_gb_per_s": memcpy,
         "peer_tmpfs_load_over_memcpy": rows["peer: load, file a block on tmpfs"]["gb_per_s"]
         / memcpy,
@@ -502,5 +513,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         asyncio.run(serve_watched(Path(sys.argv[2]), int(sys.argv[3])))
+    elif sys.argv[1:2] == ["--idle"]:
+        asyncio.run(answer_lines(None))
     else:
         main()
