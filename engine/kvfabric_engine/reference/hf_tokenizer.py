@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
 from kvfabric.errors import ConfigError
-from kvfabric_engine.reference.checkpoint import read_json
+from kvfabric_engine.reference.hf_config import read_json
 from kvfabric_engine.reference.tokens import ChatRefused, Decoder, Message, Tokenizer
 
 CONTEXT_TOKENS = 6

@@ -192,16 +192,18 @@ def _load(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Wei
     """Raises ConfigError if the folder's model cannot be run, or not with this configuration."""
     if not config.model_path:
         return draw_weights(config)
-    from kvfabric_engine.reference import checkpoint  # needs safetensors, random weights do not
+    # Needs safetensors, which random weights do not.
+    from kvfabric_engine.reference.checkpoint import read_weights
+    from kvfabric_engine.reference.hf_config import read_shape
 
     folder = Path(config.model_path).expanduser()
-    shape = checkpoint.read_shape(folder)
+    shape = read_shape(folder)
     if config.max_model_tokens > shape.max_positions:
         raise ConfigError(
             f"engine.max_model_tokens is {config.max_model_tokens}; {folder} was made for at most "
             f"{shape.max_positions}"
         )
-    return checkpoint.read_weights(folder, shape, dtype=dtype, device=device)
+    return read_weights(folder, shape, dtype=dtype, device=device)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
