@@ -13,6 +13,7 @@ from kvfabric_engine.testing import Answer, ask, begin, small_config
 
 from kvfabric.errors import CapacityError, ClosedError, ConfigError
 from kvfabric.hashing import block_keys
+from kvfabric.testing.processes import until
 
 
 def tokens(count: int, *, seed: int = 1) -> list[int]:
@@ -80,10 +81,11 @@ def test_preemption_changes_no_token() -> None:
     with Engine(small_config(hbm_blocks=32)) as engine:  # 256 tokens; 400 are needed in the end
         pending = [begin(engine, prompt, max_tokens=60) for prompt in prompts]
         got = [p.answer() for p in pending]
+        # The last token is out a moment before its pages are free.
+        until(lambda: engine.statistics().pool.used == 0)
         statistics = engine.statistics()
     assert [a.token_ids for a in got] == [a.token_ids for a in expected]
     assert statistics.scheduler.preemptions > 0
-    assert statistics.pool.used == 0
 
 
 def test_preemption_in_batched_mode_caches_under_the_right_keys(
@@ -172,7 +174,7 @@ def test_abort_ends_and_frees(engine: Engine) -> None:
     assert long.answer().finish is Finish.ABORT
     assert other.answer().finish is Finish.LENGTH
     engine.abort(long.name)  # late: nothing happens
-    assert engine.statistics().pool.used == 0
+    until(lambda: engine.statistics().pool.used == 0)
 
 
 def test_stop_aborts_what_runs() -> None:
