@@ -448,6 +448,7 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
         finally:
             stop.set()
         row, control = node.ask("report"), idle.ask("report")
+        num_snapshots = snapshots.result()
         bench.client.close()
         node.close()
         idle.close()
@@ -460,7 +461,7 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
                 "loop_busy_ms_max": row["cpu_ms"],
                 "idle_loop_stall_ms_max": control["late_ms"],
                 "evictions": row["evictions"] - filled["evictions"],
-                "snapshots": snapshots.result(),
+                "snapshots": num_snapshots,
                 **done,
             }
         }

@@ -23,10 +23,10 @@ import numpy as np
 from kvfabric.store.index import MAIN, QUEUED, BlockIndex, Rows
 
 MAX_FREQ = 3
-MAX_ROUNDS = 1024
+MAX_CHANCES = 256
 """Second chances one call gives; after them blocks go although they were matched. Bounds the call."""
-ROUNDS_PER_BLOCK = 8
-"""Likewise, for a call that wants few blocks."""
+MAX_PATIENT_CHANCES = 64
+"""Likewise of a patient call, which then rather takes none."""
 SMALL_SHARE = 0.1
 """Of a tenant's blocks; while `small` holds more, victims come from it."""
 
@@ -62,6 +62,7 @@ class EvictionPolicy:
         # which a newer ghost overwrites an older one.
         self._ghosts = index.column(np.uint32)
         self._tenants: list[_TenantQueues] = []
+        self.chances_given = 0
 
     def arrive(self, rows: Rows) -> None:
         """The first bytes of these blocks came into the arena. Queues nothing yet: `offer` does."""
@@ -131,22 +132,25 @@ class EvictionPolicy:
         freq = self._index.freq.array
         freq[rows] = np.minimum(freq[rows] + 1, MAX_FREQ)
 
-    def take_victims(self, tenant: int, num_bytes: int, limit: int) -> list[int]:
+    def take_victims(
+        self, tenant: int, num_bytes: int, limit: int, *, patient: bool = False
+    ) -> list[int]:
         """The next blocks of this tenant to go: at least one if there is any, then until `num_bytes`
         or `limit` blocks are reached. They are out of the queues, leaf before parent, and their parents'
         counts of children in the arena are lowered.
 
+        `patient`: what was matched is not taken; `chances_given` rises if there may be some next time.
         """
         index, queues = self._index, self._queues(tenant)
         freq, flags, lineages = index.freq.cell, index.flags.cell, index.lineage.cell
         sizes = index.lineage_bytes.cell
         victims: list[int] = []
-        chances = min(MAX_ROUNDS, ROUNDS_PER_BLOCK * limit)
+        chances = MAX_PATIENT_CHANCES if patient else MAX_CHANCES
         while num_bytes > 0 and len(victims) < limit:
             from_small = self._turn_of_small(queues)
             queue = queues.small if from_small else queues.main
             row = queue.first
-            if not row:
+            if not row or (patient and freq[row] and not chances):
                 break
             self._unlink(row, queue)
             if not freq[row] or not chances:
@@ -157,6 +161,7 @@ class EvictionPolicy:
                     row = self._free_parent(row, follow=more)
                 continue
             chances -= 1
+            self.chances_given += 1
             if from_small:
                 freq[row] = 0
                 flags[row] |= MAIN

@@ -37,11 +37,11 @@ _ROWS_ROUND = 16
 
 AHEAD_SHARE = 1 / 128
 """Of the host tier, kept free between reserves, so that they seldom have to evict."""
-_AHEAD_BLOCKS = 64
+_AHEAD_BLOCKS = 32
 """Evicted ahead before others run."""
 _NOBODY = -1
 
-SNAPSHOT_ROWS, SNAPSHOT_RUNS = 4096, 128
+SNAPSHOT_ROWS, SNAPSHOT_RUNS = 1024, 128
 """Of one step of a snapshot at most: in an index that has seen much, runs are short and many."""
 
 
@@ -195,7 +195,9 @@ class Residency:
         over = self.host.over_capacity(self._ahead_bytes)
         if over <= 0:
             return False
-        return self._evict(over, self.host.by_excess, _NOBODY, _AHEAD_BLOCKS) > 0
+        chances = self.policy.chances_given
+        took = self._evict(over, self.host.by_excess, _NOBODY, _AHEAD_BLOCKS)
+        return took > 0 or self.policy.chances_given > chances
 
     @property
     def _ahead_bytes(self) -> int:
@@ -259,7 +261,8 @@ class Residency:
                 self.index.lineage_bytes.array[self.index.lineage_tenant.array == tenant].max()
             )
             num_bytes = min(num_bytes, self.host.above_floor(tenant) - largest + 1)
-        victims = self.policy.take_victims(tenant, num_bytes, most)
+        patient = requester == _NOBODY
+        victims = self.policy.take_victims(tenant, num_bytes, most, patient=patient)
         rows = self._going(np.array(victims, dtype=np.uint32))
         self.evictions += len(rows)
         freed = self._remove(rows, tenant, removal, ghosts=True) if len(rows) else 0
