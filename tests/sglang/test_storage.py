@@ -49,7 +49,7 @@ TARGET = torch.cat([torch.arange(page * PAGE, (page + 1) * PAGE) for page in (9,
 
 @pytest.mark.parametrize("name", POOLS)
 def test_loaded_is_what_was_stored(node: NodeProcess, name: str) -> None:
-    """Pages come back bit for bit, to other slots and another engine; no other page of the pool changes."""
+    """Pages come back bit for bit, to other slots and another engine; no other page in use changes."""
     is_mla = name.startswith("mla")
     hashes = page_hashes(1000, 4)
     pool = POOLS[name]()
@@ -60,7 +60,7 @@ def test_loaded_is_what_was_stored(node: NodeProcess, name: str) -> None:
         assert storage.batch_set_v1(hashes, SOURCE) == [True] * 4, "stored already"
     stored = content(pool, SOURCE)
     pool = POOLS[name]()
-    others = torch.cat([torch.arange(7 * PAGE), torch.arange(10 * PAGE, 14 * PAGE)])
+    others = torch.cat([torch.arange(2 * PAGE, 7 * PAGE), torch.arange(10 * PAGE, 14 * PAGE)])
     before = content(pool, others)
     assert content(pool, TARGET) != stored
     with attached(node, pool, is_mla_model=is_mla) as storage:
@@ -251,6 +251,29 @@ def test_pool_that_hands_out_only_a_part_is_refused() -> None:
     pool.layout = "page_unified"
     with pytest.raises(ConfigError, match="page_unified"):
         HostPages(pool)
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_layout_is_tried_before_use(name: str) -> None:
+    """Two free pages carry a page over; pointers that are off by a token do not. The pages are given back."""
+    pool = POOLS[name]()
+    pages, free = HostPages(pool), pool.available_size()
+    pages.prove()
+    right = pool.get_page_buffer_meta
+    row = pool.get_size_per_token() // (1 if "mla" in name else 2)
+
+    def wrong(indices: torch.Tensor) -> Any:
+        pointers, sizes = right(indices)
+        return [pointer + row * (int(indices[0]) // PAGE % 2) for pointer in pointers], sizes
+
+    pool.get_page_buffer_meta = wrong
+    with pytest.raises(ConfigError, match="do not lie"):
+        pages.prove()
+    assert pool.available_size() == free
+    while pool.available_size() > PAGE:
+        pool.alloc(PAGE)
+    with pytest.raises(ConfigError, match="free pages"):
+        pages.prove()
 
 
 def test_hybrid_models_are_refused(node: NodeProcess) -> None:

@@ -118,6 +118,7 @@ class KVFabricStorage(HiCacheStorage):
         identity.check_page_hashes()
         engine = identity.engine_of(str(extra.get("adapter_revision", "")))
         pages = HostPages(pool)
+        pages.prove()
         config = self._config
         hello = EngineHello(
             engine_id=f"sglang-dp{config.dp_rank}-tp{config.tp_rank}-pp{config.pp_rank}",

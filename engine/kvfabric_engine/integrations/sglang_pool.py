@@ -13,6 +13,7 @@ pool in one pass. Many short runs are one part, their bytes end to end, and go t
 from __future__ import annotations
 
 import ctypes
+import secrets
 from typing import Any
 
 import torch
@@ -81,6 +82,36 @@ class HostPages:
         if not self.is_direct:
             return [[page] for page in pages]
         return [[[run] for run in page] for page in pages]
+
+    def prove(self) -> None:
+        """A page written as SGLang writes it, carried over by its runs, must be read back by SGLang.
+
+        On two free pages of the pool. Raises ConfigError if it is not, or if there are no two.
+        """
+        pool = self._pool
+        slots = pool.alloc(2 * self.page_tokens)
+        if slots is None:
+            raise ConfigError("the host pool has no two free pages to try its layout on")
+        try:
+            written, carried = slots[: self.page_tokens], slots[self.page_tokens :]
+            page = pool.get_dummy_flat_data_page()
+            raw = page.view(torch.uint8)
+            noise = bytearray(secrets.token_bytes(raw.numel()))  # torch's generator is the engine's
+            raw.copy_(torch.frombuffer(noise, dtype=torch.uint8))
+            pool.set_from_flat_data_page(int(written[0]), page)
+            for source, target in zip(
+                self.runs(1, written)[0], self.runs(1, carried)[0], strict=True
+            ):
+                part = memoryview(bytearray(sum(run.nbytes for run in source)))
+                copy_out(source, part)
+                copy_in(part, target)
+            read = pool.get_data_page(int(carried[0])).contiguous().view(torch.uint8)
+        except NotImplementedError as exc:
+            raise ConfigError(f"the layout of {self!r} cannot be tried: {exc}") from exc
+        finally:
+            pool.free(slots)
+        if not torch.equal(read.flatten(), raw.flatten()):
+            raise ConfigError(f"{self!r}: pages do not lie where the pool says")
 
     def _check(self, num_pages: int, indices: torch.Tensor) -> None:
         if indices.numel() != num_pages * self.page_tokens:
