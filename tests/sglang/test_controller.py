@@ -1,4 +1,4 @@
-"""SGLang's own HiCache controller, its threads and queues, with this storage: no scheduler, no model."""
+"""The HiCache controller that SGLang's scheduler has, with this storage, its threads and queues; no model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt import runtime_context
-from sglang.srt.managers.cache_controller import HiCacheController
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+from sglang.srt.mem_cache.hicache_storage import PoolName
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.pool_host import HostPoolGroup, PoolEntry
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from kvfabric.testing.processes import NodeProcess
@@ -35,20 +38,27 @@ class Allocator:
 @pytest.fixture
 def make(
     node: NodeProcess, serve: Callable[..., None]
-) -> Iterator[Callable[[Any], HiCacheController]]:
+) -> Iterator[Callable[[Any], HybridCacheController]]:
     """Makes controllers of one rank, each of a host pool; they attach the storage themselves."""
     args = runtime_context.get_server_args()
     runtime_context.publish(args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=0))
     made = []
 
-    def make(host_pool: Any) -> HiCacheController:
+    def make(host_pool: Any) -> HybridCacheController:
         device_pool = MHATokenToKVPool(
             size=PAGE, page_size=PAGE, dtype=torch.float16, head_num=2, head_dim=8,
             layer_num=LAYERS, device="cpu", enable_memory_saver=False,
         )  # fmt: skip
-        controller = HiCacheController(
+        anchor = PoolEntry(
+            name=PoolName.KV,
+            host_pool=host_pool,
+            device_pool=device_pool,
+            layer_mapper=lambda layer: layer,
+            is_primary_index_anchor=True,
+        )
+        controller = HybridCacheController(
             Allocator(device_pool),
-            host_pool,
+            HostPoolGroup([anchor]),
             PAGE,
             None,  # its process group: it has no other ranks to agree with
             threading.Event(),
@@ -71,16 +81,16 @@ def prompt(seed: int, **namespace: str) -> RadixKey:
     return RadixKey(array("q", range(seed, seed + NUM_PAGES * PAGE)), **namespace)
 
 
-def back_up(controller: HiCacheController, seed: int, **namespace: str) -> int:
+def back_up(controller: HybridCacheController, seed: int, **namespace: str) -> int:
     """Host pool -> storage, as after an eviction or write-through; the tokens that were stored."""
     hashes = page_hashes(seed, NUM_PAGES, **namespace)
     controller.write_storage(SOURCE, prompt(seed), hashes, [])
     return int(controller.ack_backup_queue.get(timeout=WAIT_S).completed_tokens)
 
 
-def prefetch(controller: HiCacheController, key: RadixKey) -> tuple[int, int]:
+def prefetch(controller: HybridCacheController, key: RadixKey) -> tuple[int, int]:
     """Storage -> host pool, as for a request that waits; tokens found, tokens loaded."""
-    controller.prefetch("request", key, None, [])
+    controller.prefetch(CacheRequestHandle("request", 0), key, None, [])
     operation = controller.prefetch_hit_queue.get(timeout=WAIT_S)
     found = operation.storage_hit_count
     if found:
@@ -95,7 +105,7 @@ def prefetch(controller: HiCacheController, key: RadixKey) -> tuple[int, int]:
     return found, loaded
 
 
-def test_one_engine_stores_and_another_loads(make: Callable[[Any], HiCacheController]) -> None:
+def test_one_engine_stores_and_another_loads(make: Callable[[Any], HybridCacheController]) -> None:
     """Through the controller's zero-copy path, with its own hashes: bit for bit, and under its salt only."""
     pool, tokens = mha_pool("page_first"), NUM_PAGES * PAGE
     first = make(pool)
@@ -110,7 +120,7 @@ def test_one_engine_stores_and_another_loads(make: Callable[[Any], HiCacheContro
 
 
 def test_node_lost_under_a_controller(
-    make: Callable[[Any], HiCacheController], node: NodeProcess
+    make: Callable[[Any], HybridCacheController], node: NodeProcess
 ) -> None:
     """The controller's threads outlive the node: nothing is found or stored, and then again all is."""
     pool, tokens = mha_pool("page_first"), NUM_PAGES * PAGE

@@ -248,6 +248,10 @@ def test_pool_that_hands_out_only_a_part_is_refused() -> None:
     pool.get_size_per_token = lambda: 1000
     with pytest.raises(ConfigError, match="hands out"):
         HostPages(pool)
+    pool.shared_allocation_domain = object()
+    with pytest.raises(ConfigError, match="move"):
+        HostPages(pool)
+    pool.shared_allocation_domain = None
     pool.layout = "page_unified"
     with pytest.raises(ConfigError, match="page_unified"):
         HostPages(pool)
