@@ -25,7 +25,7 @@ from kvfabric.store.index import MAIN, QUEUED, BlockIndex, Rows
 MAX_FREQ = 3
 MAX_CHANCES = 256
 """Second chances one call gives; after them blocks go although they were matched. Bounds the call."""
-MAX_PATIENT_CHANCES = 64
+MAX_PATIENT_CHANCES = 32
 """Likewise of a patient call, which then rather takes none."""
 SMALL_SHARE = 0.1
 """Of a tenant's blocks; while `small` holds more, victims come from it."""

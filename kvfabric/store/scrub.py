@@ -17,7 +17,7 @@ from kvfabric.store.index import HOST, Array, Rows
 from kvfabric.store.residency import Residency
 from kvfabric.tiers.pool import IoPool
 
-SLICE_PARTS = 256
+SLICE_PARTS = 128
 """Of one slice: the pool's thread takes the interpreter for each, and the loop must get its turn."""
 SLICE_BYTES = 8 * 1024 * 1024
 
