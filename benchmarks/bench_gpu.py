@@ -125,8 +125,10 @@ class Copies:
         self.arena = mapped(self.total)
         torch.frombuffer(self.arena, dtype=torch.uint8).copy_(self.device)
         self.window = mapped(window_bytes // self.size * self.size)
-        for start in range(0, len(self.window), WINDOW_SLICE_BYTES):
-            self.mover.pin(self.window[start : start + WINDOW_SLICE_BYTES])
+        # Whole parts a slice, for the designs that copy a part at once.
+        self.slice_bytes = max(1, WINDOW_SLICE_BYTES // self.size) * self.size
+        for start in range(0, len(self.window), self.slice_bytes):
+            self.mover.pin(self.window[start : start + self.slice_bytes])
         self.landing = self.mover.landing(self.arena)
         begun = time.perf_counter()
         for start in range(0, self.total, ARENA_SLICE_BYTES):
@@ -141,8 +143,8 @@ class Copies:
 
     def close(self) -> None:
         self.loads.close()
-        for start in range(0, len(self.window), WINDOW_SLICE_BYTES):
-            self.mover.unpin(self.window[start : start + WINDOW_SLICE_BYTES])
+        for start in range(0, len(self.window), self.slice_bytes):
+            self.mover.unpin(self.window[start : start + self.slice_bytes])
 
     def load(self, count: int, slots: Sequence[int]) -> None:
         """`count` blocks from these slots, as the connector does it."""
@@ -213,8 +215,8 @@ class Copies:
             self.mover.gather(blocks, places, after=self.mover.fence())
             for number, place in zip(numbers, places, strict=True):
                 loaded = self.rows[list(self.blocks[number])].view(-1)
-                expected = wanted[self.slots[number]].cuda()
-                saved = torch.frombuffer(place, dtype=torch.uint8).cuda()
+                expected = wanted[self.slots[number]].clone().cuda()
+                saved = torch.frombuffer(place, dtype=torch.uint8).clone().cuda()
                 if not torch.equal(loaded, expected) or not torch.equal(saved, expected):
                     raise RuntimeError(f"block {number} is not what was stored")
 

@@ -18,6 +18,7 @@ The engine's scheduler and its workers may each have a Connector (`ConnectorOpti
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,6 +172,8 @@ class Connector:
         self._to_release: list[str] = []
         self._needs_snapshot = True
         self._saving_bytes = 0
+        self._backlog: dict[int, tuple[Fence, int]] = {}  # of each save that is not done
+        self._save_numbers = itertools.count()
         self._moved = [0, 0]  # blocks loaded, blocks saved
 
     def _hello(self) -> EngineHello:
@@ -268,15 +271,20 @@ class Connector:
     ) -> Future[Saved]:
         """Store consecutive blocks of a chain; `parent` is the key before the first, or 32 zeros.
 
-        `fence` (`Mover.fence`) stands behind the computation of the blocks. When more than two windows
-        of bytes are being saved already, the blocks are not stored: the cache is slower than the engine.
+        `fence` (`Mover.fence`) stands behind the computation of the blocks. When more than two windows of
+        computed bytes, or twice as many as these, are being saved already, they are not stored: the cache
+        is slower than the engine.
         `handle`: open the request with it first, for a process that did not open it itself.
         """
         num_bytes = len(keys) * self._mover.part_bytes
         with self._lock:
-            is_full = self._saving_bytes > 2 * self._options.window_bytes
+            # What the engine has yet to compute is not late, however far ahead it launches.
+            late = sum(size for fence, size in self._backlog.values() if fence.is_passed())
+            is_full = late > 2 * max(self._options.window_bytes, num_bytes)
             if not is_full:
                 self._saving_bytes += num_bytes
+                number = next(self._save_numbers)
+                self._backlog[number] = (fence, num_bytes)
         if is_full:
             self._boundary.count(MissReason.DEADLINE)
             dropped: Future[Saved] = Future()
@@ -289,7 +297,7 @@ class Connector:
             lambda: self._open_and_save(request_id, parent, keys, blocks, fence, handle),
             lambda error: Saved(0, 0, reason_of(error)),
         )
-        future.add_done_callback(lambda _: self._add_saving(-num_bytes))
+        future.add_done_callback(lambda _: self._end_saving(number))
         return future
 
     def release(self, request_id: str) -> None:
@@ -361,9 +369,10 @@ class Connector:
         if self._requests.pop(request_id).is_ours:
             self._to_release.append(request_id)
 
-    def _add_saving(self, num_bytes: int) -> None:
+    def _end_saving(self, number: int) -> None:
         with self._lock:
-            self._saving_bytes += num_bytes
+            _, num_bytes = self._backlog.pop(number)
+            self._saving_bytes -= num_bytes
 
     def _open(self, request_id: str, handle: str, tokens: Sequence[int]) -> Opened:
         with self._link.use() as client:

@@ -13,6 +13,7 @@ reads the arena and nothing writes the pool any more when `run` returns.
 from __future__ import annotations
 
 import os
+import queue
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,9 +53,10 @@ class NodeCalls:
 @dataclass(slots=True)
 class _Chunk:
     first: int
+    start: int  # of its parts among those of the answer
     located: Located
     arrival: Arrival
-    checks: list[Future[int]]
+    verification: Verification
 
 
 class DirectLoads:
@@ -81,12 +83,11 @@ class DirectLoads:
             load.give_up()
             self.landing.wait()
 
-    def check(self, located: Located) -> list[Future[int]]:
-        """Verify parts where they lie; each future gives the first bad one it met, or their number."""
-        step = min(self._num_checkers, located.num_blocks)
-        return [
-            self._checkers.submit(self._check_some, located, start, step) for start in range(step)
-        ]
+    def verify(self, located: Located) -> Verification:
+        """Begin to verify parts where they lie, about in order."""
+        return Verification(
+            self._checkers, self._num_checkers, self._arena, located, self.offsets(located)
+        )
 
     def offsets(self, located: Located) -> list[int]:
         """Where the parts lie. Raises RemoteProtocolError for one outside the arena."""
@@ -100,13 +101,58 @@ class DirectLoads:
         found: list[int] = offsets[:count].tolist()
         return found
 
-    def _check_some(self, located: Located, start: int, step: int) -> int:
-        size, offsets = located.part_bytes, self.offsets(located)
+
+class Verification:
+    """Parts of one answer of the node, checked by several threads. For the thread that made it."""
+
+    def __init__(
+        self,
+        checkers: ThreadPoolExecutor,
+        num_checkers: int,
+        arena: memoryview,
+        located: Located,
+        offsets: Sequence[int],
+    ) -> None:
+        self._arena = arena
+        self._located = located
+        self._offsets = offsets
+        self._found: dict[int, bool] = {}
+        self._results: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
+        self._is_over = False
+        step = min(num_checkers, located.num_blocks)
+        self._jobs = [checkers.submit(self._check, start, step) for start in range(step)]
+        for job in self._jobs:
+            job.add_done_callback(self._ended)
+
+    def num_good(self, start: int, stop: int) -> int:
+        """How many leading parts of [start, stop) verified. Waits for them."""
+        for index in range(start, stop):
+            while index not in self._found:
+                checked, is_good = self._results.get()
+                if checked < 0 and not is_good:
+                    raise RemoteProtocolError("a thread that verifies parts failed")
+                self._found[checked] = is_good
+            if not self._found[index]:
+                return index - start
+        return stop - start
+
+    def give_up(self) -> None:
+        """Returns when no thread reads the arena for this any more."""
+        self._is_over = True
+        for job in self._jobs:
+            job.exception()
+
+    def _check(self, start: int, step: int) -> None:
+        located, size = self._located, self._located.part_bytes
         for index in range(start, located.num_blocks, step):
-            part = self._arena[offsets[index] : offsets[index] + size]
-            if xxhash.xxh3_128_digest(part) != located.checksums[16 * index : 16 * index + 16]:
-                return index
-        return located.num_blocks
+            if self._is_over:
+                return
+            part = self._arena[self._offsets[index] : self._offsets[index] + size]
+            expected = located.checksums[16 * index : 16 * index + 16]
+            self._results.put((index, xxhash.xxh3_128_digest(part) == expected))
+
+    def _ended(self, job: Future[None]) -> None:
+        self._results.put((-1, job.exception() is None))
 
 
 class _Load:
@@ -120,15 +166,18 @@ class _Load:
         self._blocks = blocks
         self._part_bytes = part_bytes
         self._open: deque[_Chunk] = deque()
-        self._located: deque[tuple[int, Located]] = deque()  # chunks to begin
+        self._waiting: deque[tuple[int, int, Located, Verification]] = deque()  # chunks to begin
+        self._verifications: list[Verification] = []
         self._next = 0  # first block that was not located
         self._reason = MissReason.NONE
         self._is_over = False  # what comes after has no parent here
 
     def run(self) -> MissReason:
         while not self._is_over:
-            if len(self._open) < 2 and (self._located or self._can_locate()):
+            if len(self._open) < 2 and self._waiting:
                 self._begin()
+            elif len(self._open) < 2 and self._can_locate():
+                self._locate()
             elif self._open:
                 self._finish(self._open.popleft())
             else:
@@ -137,49 +186,50 @@ class _Load:
 
     def give_up(self) -> None:
         """Wait for the verification of what is not used any more."""
-        for chunk in self._open:
-            for check in chunk.checks:
-                check.exception()
+        for verification in self._verifications:
+            verification.give_up()
 
     def _can_locate(self) -> bool:
         return self._next < len(self._blocks) and self._reason is MissReason.NONE
 
     def _begin(self) -> None:
-        if not self._located:
-            self._locate()
-            if not self._located:
-                return
-        first, located = self._located.popleft()
-        landing = self._loads.landing
-        offsets = self._loads.offsets(located)
-        if landing.covers(offsets):
-            checks = self._loads.check(located)
-            self._open.append(_Chunk(first, located, landing.begin(offsets), checks))
-            return
-        while self._open and not self._is_over:  # in the order of the chain
-            self._finish(self._open.popleft())
-        if not self._is_over:
-            count, reason = self._calls.read(first, located)
-            self._landed(first, count, located, reason)
+        first, start, located, verification = self._waiting.popleft()
+        arrival = self._loads.landing.begin(self._loads.offsets(located))
+        self._open.append(_Chunk(first, start, located, arrival, verification))
 
     def _locate(self) -> None:
         count = min(len(self._blocks) - self._next, max(1, LOCATE_BYTES // self._part_bytes))
         located = self._calls.locate(self._next, count)
         if located.num_blocks and located.part_bytes != self._part_bytes:
             raise RemoteProtocolError(f"parts of {located.part_bytes} B were not asked for")
-        step = self._loads.landing.chunk_parts
-        for start in range(0, located.num_blocks, step):
-            stop = min(start + step, located.num_blocks)
-            self._located.append((self._next + start, parts_of(located, start, stop)))
-        self._next += located.num_blocks
+        first, self._next = self._next, self._next + located.num_blocks
         if located.num_blocks < count:
             self._reason = MissReason(located.reason or MissReason.NONE)
             self._next = len(self._blocks)
+        if located.num_blocks and self._loads.landing.covers(self._loads.offsets(located)):
+            self._verify(first, located)
+        elif located.num_blocks:
+            self._read(first, located)
+
+    def _verify(self, first: int, located: Located) -> None:
+        verification = self._loads.verify(located)
+        self._verifications.append(verification)
+        step = self._loads.landing.chunk_parts
+        for start in range(0, located.num_blocks, step):
+            chunk = parts_of(located, start, min(start + step, located.num_blocks))
+            self._waiting.append((first + start, start, chunk, verification))
+
+    def _read(self, first: int, located: Located) -> None:
+        while self._open and not self._is_over:  # in the order of the chain
+            self._finish(self._open.popleft())
+        if not self._is_over:
+            count, reason = self._calls.read(first, located)
+            self._landed(first, count, located, reason)
 
     def _finish(self, chunk: _Chunk) -> None:
         located = chunk.located
         chunk.arrival.done.wait()
-        good = min(check.result() for check in chunk.checks)
+        good = chunk.verification.num_good(chunk.start, chunk.start + located.num_blocks)
         reason = MissReason.NONE if good == located.num_blocks else MissReason.CORRUPT
         usable = 0
         if good:

@@ -11,7 +11,6 @@ so with one region it is the pages' own bytes end to end. Everything is enqueued
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -105,18 +104,18 @@ def launch(
 
 if triton is not None:
 
-    @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # untyped, where it is installed
-    def _copy_runs(  # noqa: PLR0913 - a kernel's arguments are its launch
-        bases: Any,
-        pages: Any,
-        parts: Any,
-        num_regions: Any,
-        stride_words: Any,
-        run_words: Any,
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
+    def _copy_runs(  # type: ignore[no-untyped-def] # noqa: PLR0913 - triton evaluates annotations
+        bases,
+        pages,
+        parts,
+        num_regions,
+        stride_words,
+        run_words,
         TO_PARTS: tl.constexpr,
         PIECE: tl.constexpr,
         VECTOR: tl.constexpr,
-    ) -> None:
+    ):
         """Program (i, j) moves piece j of run i: region i % num_regions of page pages[i // num_regions]."""
         run = tl.program_id(0).to(tl.int64)
         page = tl.load(pages + run // num_regions)

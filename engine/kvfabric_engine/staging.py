@@ -19,7 +19,6 @@ page-locked: memory that the driver still holds for an earlier mapping of the ad
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right, insort
@@ -236,6 +235,7 @@ class StagedMover(Mover):
     ) -> None:
         self.part_bytes = pages_per_block * paged.page_bytes
         self.chunk_parts = max(1, stage_bytes // self.part_bytes)
+        self._pages_per_block = pages_per_block
         self._paged = paged
         self._device = paged.device
         size = self.chunk_parts * self.part_bytes
@@ -248,23 +248,21 @@ class StagedMover(Mover):
         return fence_here(self._device)
 
     def gather(self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence) -> None:
-        side, size = self._out, self.part_bytes
+        side, size, k = self._out, self.part_bytes, self._pages_per_block
         addresses = [address_of(view) for view in out]
-        with side.lock:
+        with side.lock, side.kernels.use():
             side.kernels.wait_for(after)
+            index = self._index(blocks)
             for start in range(0, len(blocks), self.chunk_parts):
-                chunk = slice(start, start + self.chunk_parts)
+                stop = min(start + self.chunk_parts, len(blocks))
                 number, buffer = side.next()
-                with side.kernels.use():
-                    side.kernels.wait_for(side.free[number])
-                    self._paged.gather(
-                        self._index(blocks[chunk]), self._used(buffer, blocks[chunk])
-                    )
-                    side.dma.wait_for(side.kernels.mark())
-                with side.dma.use():
-                    for run in self._pinned.runs(addresses[chunk], size):
-                        run.memory.copy_(run.of(buffer), non_blocking=True)
-                    side.free[number] = side.dma.mark()
+                side.kernels.wait_for(side.free[number])
+                self._paged.gather(index[start * k : stop * k], buffer[: (stop - start) * size])
+                side.dma.wait_for(side.kernels.mark())
+                first = buffer.data_ptr()
+                for run in self._pinned.runs(addresses[start:stop], size):
+                    side.dma.copy(run.address, first + run.start, run.num_bytes)
+                side.free[number] = side.dma.mark()
             side.dma.mark().wait()
 
     def scatter(self, data: Sequence[memoryview], blocks: Sequence[Pages]) -> None:
@@ -296,11 +294,11 @@ class StagedMover(Mover):
         self, side: _Direction, number: int, buffer: torch.Tensor, addresses: Sequence[int]
     ) -> Fence:
         """Enqueue host -> buffer behind the buffer's last use; the fence is behind the copies."""
-        with side.dma.use():
-            side.dma.wait_for(side.free[number])
-            for run in self._pinned.runs(addresses, self.part_bytes):
-                run.of(buffer).copy_(run.memory, non_blocking=True)
-            return side.dma.mark()
+        side.dma.wait_for(side.free[number])
+        first = buffer.data_ptr()
+        for run in self._pinned.runs(addresses, self.part_bytes):
+            side.dma.copy(first + run.start, run.address, run.num_bytes)
+        return side.dma.mark()
 
     def spread(self, side: _Direction, arrival: Arrival, blocks: Sequence[Pages]) -> None:
         """Enqueue buffer -> pages behind the arrival."""
@@ -377,11 +375,9 @@ class _StagedLanding(Landing):
 class Run(NamedTuple):
     """Neighbouring host bytes, and where they belong in a buffer."""
 
-    memory: torch.Tensor  # uint8, over the host's bytes
+    address: int
+    num_bytes: int
     start: int
-
-    def of(self, buffer: torch.Tensor) -> torch.Tensor:
-        return buffer[self.start : self.start + len(self.memory)]
 
 
 class PinnedMemory:
@@ -446,7 +442,7 @@ class PinnedMemory:
                     address = stop
         runs, start = [], 0
         for _, address, stop in pieces:
-            runs.append(Run(_bytes_at(address, stop - address), start))
+            runs.append(Run(address, stop - address, start))
             start += stop - address
         return runs
 
@@ -464,8 +460,3 @@ class PinnedMemory:
 def address_of(memory: memoryview) -> int:
     address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
     return address
-
-
-def _bytes_at(address: int, num_bytes: int) -> torch.Tensor:
-    """A view of mapped memory, which the caller keeps mapped. Read-only memory must not be written."""
-    return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)

@@ -114,7 +114,9 @@ class Model:
                 )
                 hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
         last = [index.rows.stop - 1 for index, s in zip(indexes, spans, strict=True) if s.sample]
-        chosen = self._norm(hidden[last], self.final_norm)
+        chosen = self._norm(
+            hidden[self._move(torch.tensor(last, dtype=torch.int64))], self.final_norm
+        )
         return F.linear(chosen, self.head).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
