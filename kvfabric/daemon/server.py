@@ -340,9 +340,7 @@ class Connection(asyncio.Protocol):
         turn_ends = self._loop.time() + TURN_S
         while self._frames and self._may_work():
             if self._loop.time() > turn_ends:
-                if not self._turn_due:
-                    self._turn_due = True
-                    self._loop.call_soon(self._next_turn)
+                self._work_soon()
                 break
             self._answer(*self._frames.popleft())
         if self._transport is None or self._transport.is_closing():
@@ -351,6 +349,11 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
+
+    def _work_soon(self) -> None:
+        if not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
         self._turn_due = False
@@ -387,7 +390,7 @@ class Connection(asyncio.Protocol):
                 self._reply(correlation, await CONCURRENT[type(request)](self._caller, request))
         finally:
             self._running -= 1
-        self._work()
+        self._work_soon()  # in a turn of its own: what this one did took its time already
 
     @contextlib.contextmanager
     def _failing(self, correlation: int) -> Iterator[None]:
