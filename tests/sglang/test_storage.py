@@ -114,6 +114,18 @@ def test_batches_larger_than_the_window(node: NodeProcess) -> None:
     assert content(pool, TARGET) == content(pool, SOURCE)
 
 
+def test_more_than_may_be_leased_at_once(tmp_path: Path) -> None:
+    """A batch of which the node leases a page or two at a time is found and loaded whole."""
+    pool, hashes = mha_pool("page_first", heads=256), page_hashes(6500, 4)
+    page_bytes = pool.get_size_per_token() * PAGE
+    options = {"host_bytes": 14 * page_bytes, "python": str(PYTHON)}
+    with NodeProcess(tmp_path, **options) as node, attached(node, pool) as storage:
+        assert all(storage.batch_set_v1(hashes, SOURCE))
+        assert storage.batch_exists([*hashes, *page_hashes(1, 1)]) == 4
+        assert all(storage.batch_get_v1(hashes, TARGET))
+    assert content(pool, TARGET) == content(pool, SOURCE)
+
+
 # --- identity ---
 
 

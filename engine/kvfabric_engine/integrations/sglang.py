@@ -60,7 +60,20 @@ R = TypeVar("R")
 
 WINDOW_BYTES = 64 << 20
 OURS = frozenset({"node_socket", "window_bytes", "adapter_revision"})
-SGLANGS = frozenset({"backend_name", "module_path", "class_name", "interface_v1", "allocator"})
+SGLANGS = frozenset(
+    {
+        "backend_name",
+        "module_path",
+        "class_name",
+        "interface_v1",
+        "allocator",
+        "hicache_storage_pass_prefix_keys",
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "tp_lcm_size",
+    }
+)
 
 
 class KVFabricStorage(HiCacheStorage):

@@ -32,6 +32,8 @@ class HostPages:
     def __init__(self, pool: Any) -> None:
         """Raises ConfigError for a pool whose pages cannot be reached as memory, or only in part."""
         self._pool = pool
+        if pool.shared_allocation_domain is not None or pool.stores_page_envelope:
+            raise ConfigError(f"pages of a {type(pool).__name__} move while they are copied")
         self.page_tokens = int(pool.logical_page_size)
         try:
             _, sizes = pool.get_page_buffer_meta(torch.arange(self.page_tokens))

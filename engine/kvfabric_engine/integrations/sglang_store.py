@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from kvfabric.client import EngineHello, NodeClient, Window
 from kvfabric.errors import KVFabricError, NoSpace
 from kvfabric.hashing import ROOT_PARENT, engine_page_keys
-from kvfabric.protocol.messages import MAX_KEYS
-from kvfabric.types import BlockKey, GrantState
+from kvfabric.protocol.messages import MAX_KEYS, Matched
+from kvfabric.types import BlockKey, GrantState, MissReason
 from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Deadlines
 from kvfabric_engine.integrations.sglang_pool import Runs, copy_in, copy_out
@@ -61,7 +61,7 @@ class PageStore:
             socket_path,
             hello,
             boundary=boundary,
-            calls=LinkCalls(connected=self._connected, gone=lambda: None, tick=self._tick),
+            calls=LinkCalls(connected=self._connected, gone=lambda: None, tick=self._release),
         )
         self._numbers = itertools.count()
         self._staging: dict[int, list[memoryview]] = {}  # by group; the load under way has them
@@ -85,26 +85,41 @@ class PageStore:
         self._link.close()
 
     def exists(self, hashes: Sequence[bytes]) -> int:
-        """How many leading pages of `hashes` could be loaded now. A hint: nothing is kept for the caller."""
-        with self._request(hashes) as request:
-            found = 0
-            while found < len(hashes):
-                asked = request.keys[found : found + MAX_KEYS]
-                num_blocks = self._match(request, asked)
-                found += num_blocks
-                if num_blocks < len(asked):
-                    break
-            return found
+        """How many leading pages of `hashes` could be loaded now. A hint: nothing is kept for the caller.
+
+        In as many requests as leases take: what one may hold at once is bounded (design 7).
+        """
+        found = 0
+        while found < len(hashes):
+            with self._request(hashes[found : found + MAX_KEYS]) as request:
+                matched = self._match(request)
+            found += matched.num_blocks
+            if not _goes_on(matched, request):
+                break
+        return found
 
     def load(self, hashes: Sequence[bytes], pages: Sequence[Page]) -> int:
         """How many leading pages are in `pages`, verified and confirmed. Pages after them hold anything."""
         deadline = time.monotonic() + self._deadlines.load_s
-        with self._loading, self._request(hashes) as request:
-            usable = self._match(request, request.keys)
-            for group in range(len(self._part_bytes)):
-                parts = [page[group] for page in pages[:usable]]
-                usable = self._load_group(request, group, parts, deadline)
-            return usable
+        done = 0
+        with self._loading:
+            while done < len(hashes):
+                with self._request(hashes[done : done + MAX_KEYS]) as request:
+                    matched = self._match(request)
+                    usable = self._load_matched(request, pages[done:], matched, deadline)
+                done += usable
+                if usable < matched.num_blocks or not _goes_on(matched, request):
+                    break
+            return done
+
+    def _load_matched(
+        self, request: _Request, pages: Sequence[Page], matched: Matched, deadline: float
+    ) -> int:
+        usable = matched.num_blocks
+        for group in range(len(self._part_bytes)):
+            parts = [page[group] for page in pages[:usable]]
+            usable = self._load_group(request, group, parts, deadline)
+        return usable
 
     def save(self, before: bytes, hashes: Sequence[bytes], pages: Sequence[Page]) -> None:
         """Store consecutive pages of a chain; `before`: hash of the page before them, or empty.
@@ -137,14 +152,15 @@ class PageStore:
             finally:
                 with self._lock:
                     self._to_release.append(name)
-        self._link.wake()
+            # At once: the next request needs what this one leased. After a failure the link's thread does it.
+            self._release(client)
 
     def _connected(self, client: NodeClient) -> None:
         """A new connection: the node knows no request of the old one."""
         with self._lock:
             self._to_release.clear()
 
-    def _tick(self, client: NodeClient) -> None:
+    def _release(self, client: NodeClient) -> None:
         with self._lock:
             names, self._to_release = self._to_release, []
         if not names:
@@ -156,9 +172,9 @@ class PageStore:
                 self._to_release = names + self._to_release
             raise
 
-    def _match(self, request: _Request, keys: Sequence[BlockKey]) -> int:
+    def _match(self, request: _Request) -> Matched:
         deadline_s = self._deadlines.control_s
-        return request.client.match(request.name, keys, deadline_s=deadline_s).num_blocks
+        return request.client.match(request.name, request.keys, deadline_s=deadline_s)
 
     # --- load ----------------------------------------------------------------------------------------
 
@@ -266,6 +282,12 @@ class PageStore:
             raise
         if not all(committed.states):
             raise NoSpace(f"the node kept only some of these pages ({committed.reason})")
+
+
+def _goes_on(matched: Matched, request: _Request) -> bool:
+    """Whether another request may find more: this one found all it could name, or may lease at once."""
+    is_cut = matched.num_blocks > 0 and matched.reason == MissReason.LEASE_BUDGET
+    return is_cut or matched.num_blocks == len(request.keys)
 
 
 def _allocate(window: Window, num_bytes: int) -> int:
