@@ -212,7 +212,8 @@ class SsdTraffic:
         good = False
         try:
             await self._tier.read_into(location, identity, buffer)
-            good = True
+            # Purged or reclaimed meanwhile: what was read must not bring it back.
+            good = bool(index.part_state.cell[part] & SSD)
         except CorruptBlock:
             self.counts["corrupt"] += 1
             residency.forget_sealed(row, part, identity.num_bytes)

@@ -277,3 +277,20 @@ async def test_the_index_keeps_room_for_new_blocks(tmp_path: Path) -> None:
         await rig.get(more)
         await rig.store.seal()
         assert rig.store.statistics().num_blocks[TierName.SSD] == 6
+
+
+async def test_what_is_dropped_while_it_is_read_does_not_come_back(tmp_path: Path) -> None:
+    """A block that SSD forgets during its promotion is not published by it."""
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, _):
+        rig.match("r", KEYS)
+        async with asyncio.TaskGroup() as group:
+            load = group.create_task(rig.load("r", KEYS))
+            await asyncio.sleep(0)  # the load starts its reads
+            await asyncio.sleep(0)
+            rig.store.ssd_dropped([Part(key, 0, 0) for key in KEYS])
+        assert load.result().num_blocks == 0
+        rig.store.release(SESSION, ["r"])
+        assert rig.store.statistics().num_blocks[TierName.HOST] == 0
+        rig.store._residency.check()
