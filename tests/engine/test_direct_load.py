@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from kvfabric_engine.direct_load import DirectLoads, NodeCalls, Verification, pa
 from kvfabric_engine.kernels import PagedRuns
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.reference.engine import Engine
-from kvfabric_engine.staging import Landing, StagedMover, address_of
+from kvfabric_engine.staging import Fence, Landing, StagedMover, address_of
 from kvfabric_engine.testing import Answer, ask, small_config
 
 from kvfabric.errors import DeadlineExceeded, RemoteProtocolError
+from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol.messages import Confirmed, Located
 from kvfabric.testing.processes import NodeProcess, until
 from kvfabric.types import MissReason
@@ -257,3 +259,50 @@ def test_engine_loads_straight_from_the_arena(tmp_path: Path) -> None:
         second.stop()
         assert [a.token_ids for a in again] == cold
         assert [a.reused.host for a in again] == [64, 96, 448]
+
+
+class _Held(Fence):
+    """A step that is not computed yet."""
+
+    def __init__(self) -> None:
+        self._is_passed = threading.Event()
+
+    def wait(self) -> None:
+        self._is_passed.wait(10)
+
+    def is_passed(self) -> bool:
+        return self._is_passed.is_set()
+
+    def pass_(self) -> None:
+        self._is_passed.set()
+
+
+@pytest.mark.slow
+def test_only_computed_blocks_are_late(tmp_path: Path) -> None:
+    """An engine launches far ahead of its GPU: its saves wait for it, and none is dropped for that.
+
+    Once they are computed and still not saved, the next one is.
+    """
+    with (
+        NodeProcess(tmp_path / "node") as node,
+        Engine(small_config(node_socket=str(node.socket), window_bytes=32 << 10)) as engine,
+    ):
+        connector = engine.connector
+        assert connector is not None
+        assert connector.wait_connected(10)
+        opened = connector.open("r", "", "", PROMPTS[2]).result(10)
+        assert opened.keys is not None
+        keys = opened.keys.first(20 * 16)
+        held = _Held()
+        ahead = [
+            connector.save(
+                "r", keys[n - 1] if n else ROOT_PARENT, keys[n : n + 5], BLOCKS[:5], held
+            )
+            for n in (0, 5, 10)
+        ]
+        assert not any(saved.done() for saved in ahead)
+        held.is_passed = lambda: True  # type: ignore[method-assign] # computed, but nobody got to them
+        late = connector.save("r", keys[14], keys[15:20], BLOCKS[:5], held)
+        assert late.result(0).reason is MissReason.DEADLINE
+        held.pass_()
+        assert [saved.result(10).num_stored for saved in ahead] == [5, 5, 5]
