@@ -68,7 +68,7 @@ class _Event(Fence):
         self.event.synchronize()
 
     def is_passed(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())  # type: ignore[no-untyped-call] # untyped in torch
 
 
 class _CudaLane(Lane):
