@@ -137,7 +137,7 @@ class WorkerSide:
         connector.release(order.name)
 
     def _tell(self, what: str, reason: MissReason) -> None:
-        """One line for each reason, but for what the connector said itself and for what follows from another."""
+        """One line for each reason, but for what the connector said and for what follows from another."""
         if reason not in (*_TOLD_ELSEWHERE, *self._told):
             self._told.add(reason)
             _log.warning("fabric: blocks are not %s (%s); vLLM computes them", what, reason.value)
