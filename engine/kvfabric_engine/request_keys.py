@@ -69,7 +69,7 @@ class RequestKeys:
 
     @property
     def is_limited(self) -> bool:
-        """Whether some of the request may not be cached: a cache that goes by salt alone must not share it."""
+        """Whether some of the request may not be cached: what goes by salt alone must not share it."""
         return self._max_blocks is not None or self.no_read or self.no_store
 
     def extend(self, tokens: Sequence[int]) -> None:
