@@ -11,7 +11,8 @@ threads), and as a peer the simplest local store there is, one file a block on t
     large   a daemon filled with 1 M small blocks: memory of its index, stalls of its event loop while
             engines match, load, store (so that it evicts) and a router takes snapshots. Beside it, in a
             process of its own, the same watch on a loop that has nothing to do: what the machine alone
-            keeps a loop waiting for
+            keeps a loop waiting for. The clients run at low priority: on few cores these rounds without
+            a pause would otherwise show how the kernel shares a core, not how long the daemon holds its loop
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ LARGE_PART, SMALL_PART, INDEX_PART = 2 * MIB, 16 << 10, 4096
 SMALL_REQUEST = 1024
 RESERVED_BLOCKS = 256  # at a time, as an engine does for each chunk of a prefill
 CHUNK_BLOCKS, CHUNKS_IN_FLIGHT = 4, 4  # of 2 MiB; smaller blocks in chunks of as many bytes
+CLIENT_NICE = 10
 
 Bytes1D = npt.NDArray[np.uint8]
 Rows = dict[str, dict[str, float]]
@@ -432,6 +435,7 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
     num_blocks = (64 if quick else 977) * prompt_blocks
     with tempfile.TemporaryDirectory() as directory:
         node, idle = Watched("--serve", directory, str(num_blocks)), Watched("--idle")
+        os.nice(CLIENT_NICE)  # before the pool has threads: they inherit it
         bench = Bench(Path(directory) / "node.sock", INDEX_PART, 64 * MIB)
         source = np.zeros(prompt_blocks * INDEX_PART, dtype=np.uint8)
         prompts = [bench.keys(n, prompt_blocks) for n in range(num_blocks // prompt_blocks)]
