@@ -181,11 +181,15 @@ def test_corrupt_parts_are_computed(
 ) -> None:
     """Bytes that changed in the arena are never used. The user reads one line."""
     prompts = prompts_of("corrupt")
-    engine.store(prompts)
-    engine.drop_hbm()
-    corrupt_arena(node)
-    answers = [engine.answer(p) for p in prompts]
-    gate.check(prompts, answers)
+    for _ in range(20):  # the node's scrubber may be faster: then the blocks are gone
+        engine.store(prompts)
+        engine.drop_hbm()
+        corrupt_arena(node)
+        answers = [engine.answer(p) for p in prompts]
+        gate.check(prompts, answers)
+        if said:
+            break
+        engine.drop_hbm()
     assert engine.statistics().misses[MissReason.CORRUPT] >= 1
     assert said == ["fabric: blocks are not loaded (corrupt); vLLM computes them"]
 
