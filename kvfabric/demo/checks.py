@@ -164,8 +164,3 @@ def receipt_is_complete(name: str, receipt: Mapping[str, Any], holders: Iterable
     old, new = int(receipt["old_epoch"]), int(receipt["new_epoch"])
     seen = f"epoch {old} -> {new}, acknowledged by {', '.join(sorted(acked)) or 'nobody'}"
     return Check(name, new > old and not missing and bool(receipt["audit_head"]), seen)
-
-
-def holds(name: str, passed: bool, seen: str) -> Check:
-    """A condition that needs no more than a look."""
-    return Check(name, passed, seen)
