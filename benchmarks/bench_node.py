@@ -9,18 +9,21 @@ threads), and as a peer the simplest local store there is, one file a block on t
     store   2 MiB blocks: reserve, write the window, commit (copy and checksum in the daemon), pipelined
     small   16 KiB blocks, loaded and stored in requests of 1024
     large   a daemon filled with 1 M small blocks: memory of its index, stalls of its event loop while
-            engines match, load, store (so that it evicts) and a router takes snapshots. Beside it, in a
-            process of its own, the same watch on a loop that has nothing to do: what the machine alone
-            keeps a loop waiting for. The clients run at low priority: on few cores these rounds without
-            a pause would otherwise show how the kernel shares a core, not how long the daemon holds its loop
+            engines match, load, store (so that it evicts) and a router takes snapshots. Beside it, on each
+            core, a process of the highest priority notes when even it was not run: such a gap is the
+            machine's (a hypervisor's, on a shared one), and is taken off a stall that it lies in. The
+            clients run at low priority: on few cores these rounds without a pause would otherwise show how
+            the kernel shares a core, not how long the daemon holds its loop
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -28,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,9 @@ SMALL_REQUEST = 1024
 RESERVED_BLOCKS = 256  # at a time, as an engine does for each chunk of a prefill
 CHUNK_BLOCKS, CHUNKS_IN_FLIGHT = 4, 4  # of 2 MiB; smaller blocks in chunks of as many bytes
 CLIENT_NICE = 10
+ROUNDS, ROUND_S, QUICK_ROUND_S = 5, 20, 2
+STALL_MS, GAP_S = 2.0, 0.0005
+"""Shorter ones are not kept one by one."""
 
 Bytes1D = npt.NDArray[np.uint8]
 Rows = dict[str, dict[str, float]]
@@ -78,7 +84,7 @@ class Bench:
         tokens[0] = prompt
         return block_keys(tokens, BLOCK_TOKENS, self._key)
 
-    @contextmanager
+    @contextlib.contextmanager
     def request(self) -> Iterator[str]:
         self._requests += 1
         name = f"r{self._requests}"
@@ -313,12 +319,13 @@ def bench_small_blocks(
 
 
 class LoopWatch:
-    """Ticks every millisecond on a daemon's loop. What it keeps are the worst ticks so far, in ms:
+    """Ticks every millisecond on a daemon's loop, and keeps
 
-    `late_ms`   how late it came
-    `stall_ms`  how late, less what its thread waited for a core meanwhile, as the kernel counts it: the
-                loop's own work, and waiting for threads that hold the interpreter
-    `cpu_ms`    the longest stretch of processor time between two ticks
+    `late_ms`  of the worst tick so far, how late it came
+    `cpu_ms`   the longest stretch of processor time between two ticks
+    `stalls`   when each tick was due and came that was late by `STALL_MS` or more, not counting what its
+               thread waited for a core, as the kernel counts it, and by how many ms: the loop's own work,
+               and waiting for threads that hold the interpreter
     """
 
     def __init__(self) -> None:
@@ -329,7 +336,8 @@ class LoopWatch:
         self._tick()
 
     def reset(self) -> None:
-        self.late_ms = self.stall_ms = self.cpu_ms = 0.0
+        self.late_ms = self.cpu_ms = 0.0
+        self.stalls: list[tuple[float, float, float]] = []
 
     def _tick(self) -> None:
         now, cpu = self._loop.time(), time.thread_time()
@@ -337,7 +345,9 @@ class LoopWatch:
         if self._due:
             late = now - self._due
             self.late_ms = max(self.late_ms, late * 1e3)
-            self.stall_ms = max(self.stall_ms, (late - (waited - self._waited)) * 1e3)
+            stall_ms = (late - (waited - self._waited)) * 1e3
+            if stall_ms >= STALL_MS:
+                self.stalls.append((self._due, now, stall_ms))
             self.cpu_ms = max(self.cpu_ms, (cpu - self._cpu) * 1e3)
         self._due, self._cpu, self._waited = now + 0.001, cpu, waited
         self._loop.call_at(self._due, self._tick)
@@ -356,7 +366,7 @@ async def serve_watched(state_dir: Path, num_blocks: int) -> None:
         await answer_lines(node.store)
 
 
-async def answer_lines(store: BlockStore | None) -> None:
+async def answer_lines(store: BlockStore) -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -365,19 +375,43 @@ async def answer_lines(store: BlockStore | None) -> None:
     while line := await reader.readline():
         if line.strip() == b"reset":
             watch.reset()
-        answer = {"late_ms": watch.late_ms, "stall_ms": watch.stall_ms, "cpu_ms": watch.cpu_ms}
-        if store is not None:
-            statistics = store.statistics()
-            answer |= {
-                "index_bytes_per_block": statistics.index_bytes_per_block,
-                "num_blocks": statistics.num_blocks[TierName.HOST],
-                "evictions": statistics.evictions,
-            }
+        statistics = store.statistics()
+        answer = {
+            "late_ms": watch.late_ms,
+            "cpu_ms": watch.cpu_ms,
+            "stalls": watch.stalls,
+            "index_bytes_per_block": statistics.index_bytes_per_block,
+            "num_blocks": statistics.num_blocks[TierName.HOST],
+            "evictions": statistics.evictions,
+        }
         print(json.dumps(answer), flush=True)
 
 
+def watch_core(core: int) -> None:
+    """Answers lines as `answer_lines` does, with the gaps of this core: (from, to), monotonic seconds."""
+    os.sched_setaffinity(0, {core})
+    with contextlib.suppress(
+        PermissionError
+    ):  # then gaps are also what others of our priority took
+        os.nice(-20)
+    print("{}", flush=True)
+    gaps: list[tuple[float, float]] = []
+    before = time.monotonic()
+    while True:
+        asked = select.select([sys.stdin], [], [], GAP_S)[0]
+        now = time.monotonic()
+        if now - before > 2 * GAP_S:
+            gaps.append((before, now))
+        if asked:
+            if not sys.stdin.readline():
+                return
+            print(json.dumps({"gaps": gaps}), flush=True)
+            gaps, now = [], time.monotonic()
+        before = now
+
+
 class Watched:
-    """A process with a watched event loop: `serve_watched`, or one that has nothing to do."""
+    """A process that watches: `serve_watched` or `watch_core`."""
 
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, __file__, *arguments]
@@ -417,13 +451,16 @@ def take_snapshots(admin_socket: Path, stop: threading.Event) -> int:
 
 
 def work_on(
-    bench: Bench, prompts: list[list[BlockKey]], pool: ThreadPoolExecutor, seconds: float
+    bench: Bench,
+    prompts: list[list[BlockKey]],
+    pool: ThreadPoolExecutor,
+    fresh: Iterator[int],
+    seconds: float,
 ) -> dict[str, int]:
-    """Match and load random prompts and store new ones, for so long."""
+    """Match and load random prompts and store new ones, with numbers from `fresh`, for so long."""
     source = np.zeros(len(prompts[0]) * INDEX_PART, dtype=np.uint8)
     pick = np.random.default_rng(0)
     ends, done = time.monotonic() + seconds, {"matches": 0, "stores": 0}
-    fresh = len(prompts) + 1_000_000
     while time.monotonic() < ends:
         for _ in range(8):
             keys = prompts[int(pick.integers(len(prompts)))][:256]
@@ -432,17 +469,26 @@ def work_on(
                 if found:
                     bench.client.load(name, keys[:found], group=0, shard=0, deadline_s=DEADLINE_S)
             done["matches"] += 1
-        fresh += 1
-        bench.store(bench.keys(fresh, len(prompts[0])), source, pool)
+        bench.store(bench.keys(next(fresh), len(prompts[0])), source, pool)
         done["stores"] += 1
     return done
+
+
+_WORST = (
+    "loop_stall_ms_max",
+    "loop_stall_with_gaps_ms_max",
+    "loop_late_ms_max",
+    "loop_busy_ms_max",
+    "core_gap_ms_max",
+)
 
 
 def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
     prompt_blocks = 1024
     num_blocks = (64 if quick else 977) * prompt_blocks
     with tempfile.TemporaryDirectory() as directory:
-        node, idle = Watched("--serve", directory, str(num_blocks)), Watched("--idle")
+        node = Watched("--serve", directory, str(num_blocks))
+        cores = [Watched("--core", str(core)) for core in sorted(os.sched_getaffinity(0))]
         os.nice(CLIENT_NICE)  # before the pool has threads: they inherit it
         bench = Bench(Path(directory) / "node.sock", INDEX_PART, 64 * MIB)
         source = np.zeros(prompt_blocks * INDEX_PART, dtype=np.uint8)
@@ -451,34 +497,63 @@ def bench_index(quick: bool, pool: ThreadPoolExecutor) -> Rows:
         for keys in prompts:
             bench.store(keys, source, pool)
         fill_s = time.perf_counter() - started
-        filled = node.ask("reset")
-        idle.ask("reset")
-        stop = threading.Event()
-        snapshots = pool.submit(take_snapshots, Path(directory) / "admin.sock", stop)
-        try:
-            done = work_on(bench, prompts, pool, 2 if quick else 20)
-        finally:
-            stop.set()
-        row, control = node.ask("report"), idle.ask("report")
-        num_snapshots = snapshots.result()
+        filled = node.ask("report")
+        rounds = {}
+        seconds = QUICK_ROUND_S if quick else ROUND_S
+        work = partial(work_on, bench, prompts, pool, itertools.count(1_000_000), seconds)
+        for number in range(1 if quick else ROUNDS):
+            rounds[f"large index, round {number + 1}"] = watch_round(
+                node, cores, work, pool, Path(directory) / "admin.sock"
+            )
         bench.client.close()
-        node.close()
-        idle.close()
+        for watched in (node, *cores):
+            watched.close()
         return {
             "large index": {
                 "num_blocks": filled["num_blocks"],
                 "fill_blocks_per_s": len(prompts) * prompt_blocks / fill_s,
-                "index_bytes_per_block": row["index_bytes_per_block"],
-                "loop_stall_ms_max": row["stall_ms"],
-                "loop_late_ms_max": row["late_ms"],
-                "loop_busy_ms_max": row["cpu_ms"],
-                "idle_loop_stall_ms_max": control["stall_ms"],
-                "idle_loop_late_ms_max": control["late_ms"],
-                "evictions": row["evictions"] - filled["evictions"],
-                "snapshots": num_snapshots,
-                **done,
-            }
+                "index_bytes_per_block": filled["index_bytes_per_block"],
+                **{name: max(row[name] for row in rounds.values()) for name in _WORST},
+            },
+            **rounds,
         }
+
+
+def watch_round(
+    node: Watched,
+    cores: Sequence[Watched],
+    work: Callable[[], dict[str, int]],
+    pool: ThreadPoolExecutor,
+    admin_socket: Path,
+) -> dict[str, float]:
+    """What the loop and the cores saw while engines worked and a router took snapshots."""
+    for core in cores:
+        core.ask("reset")
+    before = node.ask("reset")
+    stop = threading.Event()
+    snapshots = pool.submit(take_snapshots, admin_socket, stop)
+    try:
+        done = work()
+    finally:
+        stop.set()
+    row = node.ask("report")
+    gaps = [gap for core in cores for gap in core.ask("report")["gaps"]]
+    own = [ms - overlap_ms(gaps, due, came) for due, came, ms in row["stalls"]]
+    return {
+        "loop_stall_ms_max": max(own, default=STALL_MS),
+        "loop_stall_with_gaps_ms_max": max((ms for *_, ms in row["stalls"]), default=STALL_MS),
+        "loop_late_ms_max": row["late_ms"],
+        "loop_busy_ms_max": row["cpu_ms"],
+        "core_gap_ms_max": max(((end - begin) * 1e3 for begin, end in gaps), default=0.0),
+        "evictions": row["evictions"] - before["evictions"],
+        "snapshots": snapshots.result(),
+        **done,
+    }
+
+
+def overlap_ms(gaps: Sequence[tuple[float, float]], begin: float, end: float) -> float:
+    """The longest that a single gap lies in [begin, end]."""
+    return 1e3 * max([0.0, *(min(end, to) - max(begin, since) for since, to in gaps)])
 
 
 def main() -> None:
@@ -509,11 +584,7 @@ def main() -> None:
         "blocks_per_s": rows["small: load"]["blocks_per_s"],
         "store_blocks_per_s": rows["small: store"]["blocks_per_s"],
         "index_bytes_per_block": rows["large index"]["index_bytes_per_block"],
-        "loop_stall_ms_max": rows["large index"]["loop_stall_ms_max"],
-        "loop_late_ms_max": rows["large index"]["loop_late_ms_max"],
-        "loop_busy_ms_max": rows["large index"]["loop_busy_ms_max"],
-        "idle_loop_stall_ms_max": rows["large index"]["idle_loop_stall_ms_max"],
-        "idle_loop_late_ms_max": rows["large index"]["idle_loop_late_ms_max"],
+        **{name: rows["large index"][name] for name in _WORST},
         "memcpy_gb_per_s": memcpy,
         "peer_tmpfs_load_over_memcpy": rows["peer: load, file a block on tmpfs"]["gb_per_s"]
         / memcpy,
@@ -530,7 +601,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         asyncio.run(serve_watched(Path(sys.argv[2]), int(sys.argv[3])))
-    elif sys.argv[1:2] == ["--idle"]:
-        asyncio.run(answer_lines(None))
+    elif sys.argv[1:2] == ["--core"]:
+        watch_core(int(sys.argv[2]))
     else:
         main()

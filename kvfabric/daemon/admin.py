@@ -82,8 +82,8 @@ class AdminSources:
 
     `status(sealed_keys)` fills tiers, usage, counters, `arena_adopted` and, if asked, the sealed keys of a
     NodeStatus; the rest is filled in here. `resident(tier)` yields slices of (namespace tag, parent prefix,
-    packed key prefixes); the event loop runs between slices. `purge(incarnations)` takes every block made of
-    these out of this node's tiers; without it they stay, out of reach, until they are evicted.
+    packed key prefixes), each asked for in a `turn` of the event loop. `purge(incarnations)` takes every
+    block made of these out of this node's tiers; without it they stay, out of reach, until they are evicted.
     """
 
     registry: Registry
@@ -91,6 +91,7 @@ class AdminSources:
     events: EventStream
     status: Callable[[bool], pb.NodeStatus]
     resident: Callable[[TierName], Runs]
+    turn: Callable[[], Awaitable[None]]
     purge: Callable[[Collection[bytes]], Awaitable[int]] | None = None
 
 
@@ -267,6 +268,7 @@ class _NodeEvents(pb_grpc.NodeEventsServicer):
         )
         for batch in events.hbm_runs():
             yield batch
+            await self._sources.turn()
         for slice_ in self._sources.resident(TierName.HOST):
             yield events.snapshot_batch(
                 [
@@ -276,7 +278,7 @@ class _NodeEvents(pb_grpc.NodeEventsServicer):
                     for tag, parent, keys in slice_
                 ]
             )
-            await asyncio.sleep(0)
+            await self._sources.turn()
         yield events.snapshot_batch([], end=True)
 
 

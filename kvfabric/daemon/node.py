@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import gc
 import logging
 import os
 import secrets
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvfabric.config import NodeConfig, split_address
+from kvfabric.daemon import garbage
 from kvfabric.daemon.admin import AdminServer, AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.handlers import Services
@@ -61,13 +61,9 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
             self._stack = stack.pop_all()
-        # What is there now stays: full collections, which stall the loop, need not walk it again.
-        gc.collect()
-        gc.freeze()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        gc.unfreeze()
         await self._stack.aclose()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -94,8 +90,9 @@ class Node:
         await self._open_http(stack)
         # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        waiting = group.create_task(self._await_arena())
-        stack.callback(waiting.cancel)
+        for work in (self._await_arena(), garbage.collect(self.store.turns.wait)):
+            stack.callback(group.create_task(work).cancel)
+        stack.enter_context(garbage.own_schedule())
 
     async def _open_store(self, stack: contextlib.AsyncExitStack) -> BlockStore:
         config = self.config
@@ -157,6 +154,7 @@ class Node:
             events=self.events,
             status=lambda sealed_keys: node_status(self, sealed_keys=sealed_keys),
             resident=self._resident,
+            turn=self.store.turns.wait,
             purge=self.store.purge,
         )
         return AdminServer(

@@ -5,8 +5,8 @@ Sockets, windows and backpressure are here; what a request means is in `handlers
 fails gets `Failed` and its connection lives.
 
 Backpressure: a connection has at most `MAX_RUNNING` requests under way and `MAX_OUTPUT_BYTES` of answers
-waiting; beyond that it is not read, so its engine's own socket fills. One connection works for at most
-`TURN_S` at a stretch before the others get their turn.
+waiting; beyond that it is not read, so its engine's own socket fills. Connections take turns with each other
+and with the store's own work (`kvfabric.store.turns`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 512
 MAX_RUNNING = 64
 MAX_OUTPUT_BYTES = 1 << 20
-TURN_S = 0.001
 HELLO_DEADLINE_S = 5.0
 _ACCEPT_PAUSE_S = 0.1
 
@@ -259,7 +258,6 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._caller = caller
         self._process = process
-        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._reader = FrameReader()
         self._frames: deque[tuple[int, bytes]] = deque()
@@ -337,9 +335,9 @@ class Connection(asyncio.Protocol):
 
     def _work(self) -> None:
         """Answer what is queued, as far as backpressure and this turn allow."""
-        turn_ends = self._loop.time() + TURN_S
+        turns = self._server.services.store.turns
         while self._frames and self._may_work():
-            if self._loop.time() > turn_ends:
+            if self._turn_due or not turns.is_open():
                 self._work_soon()
                 break
             self._answer(*self._frames.popleft())
@@ -353,10 +351,12 @@ class Connection(asyncio.Protocol):
     def _work_soon(self) -> None:
         if not self._turn_due:
             self._turn_due = True
-            self._loop.call_soon(self._next_turn)
+            self._server.services.store.turns.call(self._next_turn)
 
     def _next_turn(self) -> None:
         self._turn_due = False
+        if self._frames and self._may_work():
+            self._answer(*self._frames.popleft())
         self._work()
 
     def _may_work(self) -> bool:
@@ -387,10 +387,12 @@ class Connection(asyncio.Protocol):
     async def _finish(self, correlation: int, request: Request) -> None:
         try:
             with self._failing(correlation):
+                await self._server.services.store.turns.wait()
                 self._reply(correlation, await CONCURRENT[type(request)](self._caller, request))
         finally:
             self._running -= 1
-        self._work_soon()  # in a turn of its own: what this one did took its time already
+        if self._frames:
+            self._work_soon()
 
     @contextlib.contextmanager
     def _failing(self, correlation: int) -> Iterator[None]:

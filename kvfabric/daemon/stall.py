@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-
-SWITCH_S = 0.0005
-"""How long a pool thread may keep the interpreter from the loop; Python's own 5 ms are the whole bound."""
 
 
 class StallProbe:
-    """A timer that notes how late it is called. `max_s`: the worst so far; set it to 0 to begin anew.
-
-    While it runs, threads of this process hand the interpreter over every `SWITCH_S`.
-    """
+    """A timer that notes how late it is called. `max_s`: the worst so far; set it to 0 to begin anew."""
 
     def __init__(self, interval_s: float) -> None:
         self.max_s = 0.0
@@ -21,17 +14,13 @@ class StallProbe:
         self._loop = asyncio.get_running_loop()
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._switch_before_s = sys.getswitchinterval()
 
     def start(self) -> None:
-        self._switch_before_s = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_S)
         self._set()
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        sys.setswitchinterval(self._switch_before_s)
 
     def _set(self) -> None:
         self._due = self._loop.time() + self._interval_s

@@ -37,11 +37,11 @@ _ROWS_ROUND = 16
 
 AHEAD_SHARE = 1 / 128
 """Of the host tier, kept free between reserves, so that they seldom have to evict."""
-_AHEAD_BLOCKS = 32
+_AHEAD_BLOCKS = 16
 """Evicted ahead before others run."""
 _NOBODY = -1
 
-SNAPSHOT_ROWS, SNAPSHOT_RUNS = 1024, 128
+SNAPSHOT_ROWS, SNAPSHOT_RUNS = 512, 64
 """Of one step of a snapshot at most: in an index that has seen much, runs are short and many."""
 
 

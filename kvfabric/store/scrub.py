@@ -15,6 +15,7 @@ import numpy as np
 from kvfabric.store.copying import corrupt_parts
 from kvfabric.store.index import HOST, Array, Rows
 from kvfabric.store.residency import Residency
+from kvfabric.store.turns import Turns
 from kvfabric.tiers.pool import IoPool
 
 SLICE_PARTS = 128
@@ -40,11 +41,14 @@ class _Batch(NamedTuple):
 class Scrubber:
     """`drop` takes a block out of both tiers. `corrupt` counts parts from the start."""
 
-    def __init__(self, residency: Residency, pool: IoPool, drop: Callable[[int], None]) -> None:
+    def __init__(
+        self, residency: Residency, pool: IoPool, turns: Turns, drop: Callable[[int], None]
+    ) -> None:
         self.corrupt = 0
         self._residency = residency
         self._index = residency.index
         self._pool = pool
+        self._turns = turns
         self._drop = drop
         self._last_row = 0
 
@@ -53,6 +57,7 @@ class Scrubber:
         parts were corrupt. On cancellation: what was found so far is out."""
         found, walked = 0, 0
         while num_bytes > 0 and walked <= self._index.highest_row:
+            await self._turns.wait()
             rows, passed = self._next_rows(min(num_bytes, SLICE_BYTES))
             walked += passed
             for batch in self._batches(rows):

@@ -10,6 +10,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     reading    match, load, confirm            writing  reserve, commit, abort
     copying    window -> slot with checksum    ssd      promotion, spilling, breaker
     scrub      the arena's bytes, checked anew     purging  for good, and zeroed
+    turns      how all of it shares the event loop
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from kvfabric.store.reading import Reader
 from kvfabric.store.residency import EventSink, Residency, Run
 from kvfabric.store.scrub import Scrubber
 from kvfabric.store.ssd import SsdTraffic
+from kvfabric.store.turns import Turns
 from kvfabric.store.writing import Writer
 from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.base import Tier
@@ -50,9 +52,6 @@ __all__ = [
 ]
 
 _HOUSE_S = 0.5
-_SHORT_TURN_S, _TURNS = 0.001, 3
-"""Background work waits for a short turn of the loop, so many turns at most."""
-
 _TOUCH_BYTES = 64 * 1024 * 1024
 
 
@@ -154,19 +153,21 @@ class BlockStore:
         )
         access = Access(self._residency, self._leases, registry=registry, now=self._now)
         self._pool = IoPool(limits.copy_threads, "kvfabric-copy")
+        self.turns = Turns()
         self._reader = Reader(self._residency, self._leases, access, lease_s=limits.lease_s)
         self._writer = Writer(
             self._residency,
             self._leases,
             access,
             pool=self._pool,
+            turns=self.turns,
             copy_threads=limits.copy_threads,
         )
         self._ssd: SsdTraffic | None = None
         self._group = asyncio.TaskGroup()
         self._room_is_low = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
-        self._scrubber = Scrubber(self._residency, self._pool, self._drop)
+        self._scrubber = Scrubber(self._residency, self._pool, self.turns, self._drop)
         self._purger = Purger(self._residency, self._pool, partial(self._drop, wipe=True))
 
     async def __aenter__(self) -> Self:
@@ -360,16 +361,9 @@ class BlockStore:
             self._room_is_low.clear()
             more = True
             while more:
+                await self.turns.wait()
                 more = self._residency.evict_ahead()
-                await self._give_way()
-
-    async def _give_way(self) -> None:
-        """Let the others run, and again if they had much to do: slices add up within a turn of the loop."""
-        for _ in range(_TURNS):
-            began = self._clock()
-            await asyncio.sleep(0)
-            if self._clock() - began < _SHORT_TURN_S:
-                return
+                await asyncio.sleep(0)  # before it asks for another
 
     async def _keep_house(self) -> None:
         """End rights on time, charge dead SSD bytes, wipe, scrub; until cancelled."""
@@ -377,6 +371,7 @@ class BlockStore:
             await asyncio.sleep(_HOUSE_S)
             more = True
             while more:
+                await self.turns.wait()
                 more = self._leases.sweep()
                 await asyncio.sleep(0)
             if self._ssd is not None:

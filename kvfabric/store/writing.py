@@ -33,6 +33,7 @@ from kvfabric.store.index import (
 from kvfabric.store.lease import LeaseBook, RequestGrant, Reservation, Session
 from kvfabric.store.reading import ordinal_of
 from kvfabric.store.residency import Residency
+from kvfabric.store.turns import Turns
 from kvfabric.tiers.arena import Slots, slot_bytes
 from kvfabric.tiers.pool import IoPool
 from kvfabric.types import KEY_BYTES, GrantState, MissReason, SessionId
@@ -66,6 +67,7 @@ class Writer:
         access: Access,
         *,
         pool: IoPool,
+        turns: Turns,
         copy_threads: int,
     ) -> None:
         self.refusals: Counter[str] = Counter()
@@ -76,6 +78,7 @@ class Writer:
         self._leases = leases
         self._access = access
         self._pool = pool
+        self._turns = turns
         self._copy_threads = copy_threads
 
     # -- reserve -------------------------------------------------------------------------------------
@@ -309,6 +312,7 @@ class Writer:
         reservation.copying += 1
         try:
             sums = await self._copy(window, starts, slots, reservation.part_bytes)
+            await self._turns.wait()
         except BaseException:
             residency.give_back(slots, size)
             residency.cancel(rows, parts, size)

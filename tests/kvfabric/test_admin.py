@@ -31,6 +31,7 @@ from kvfabric.registry.embedded import EmbeddedRegistry
 from kvfabric.registry.holders import Holders, Round
 from kvfabric.registry.state import SERVING, RegistryState
 from kvfabric.registry.wire import state_from_pb
+from kvfabric.store.turns import Turns
 from kvfabric.types import BlockKey, TierName, template_scope
 
 TAG, SESSION = b"tag-0001", b"s" * 16
@@ -98,7 +99,9 @@ async def plane(
     events = EventStream(boot_id=b"b" * 16)
     keyring = Keyring.create_or_open(tmp_path)
     async with EmbeddedRegistry(tmp_path / "registry") as registry:
-        sources = AdminSources(registry, keyring, events, node_status, resident, purge)
+        sources = AdminSources(
+            registry, keyring, events, node_status, resident, Turns().wait, purge
+        )
         path = tmp_path / "admin.sock"
         server = AdminServer(path, sources, node_id="n1", epoch_lease_s=2.0, clock=clock)
         if holders is not None:

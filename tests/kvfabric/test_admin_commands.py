@@ -18,6 +18,7 @@ from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.embedded import EmbeddedRegistry
 from kvfabric.registry.state import PURGED, RETIRED, SERVING
+from kvfabric.store.turns import Turns
 
 ENGINE = pb.Engine(
     session=b"s" * 16,
@@ -75,7 +76,9 @@ async def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> AsyncIter
     times = iter(range(1000, 10**9, 10))  # so that leases of a previous life are long over
     async with EmbeddedRegistry(tmp_path / "registry") as registry:
         keyring = Keyring.create_or_open(tmp_path)
-        sources = AdminSources(registry, keyring, events, node_status, lambda _: iter(()))
+        sources = AdminSources(
+            registry, keyring, events, node_status, lambda _: iter(()), Turns().wait
+        )
         path = tmp_path / "admin.sock"
         server = AdminServer(
             path, sources, node_id="n1", epoch_lease_s=2.0, clock=lambda: float(next(times))

@@ -24,6 +24,7 @@ from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.protocol.messages import BlockRun, EngineEvents
 from kvfabric.registry.embedded import EmbeddedRegistry
 from kvfabric.registry.state import RETIRED, RegistryState
+from kvfabric.store.turns import Turns
 from kvfabric.types import BlockKey, NodeId, TierName
 from tests.router.standin import FINGERPRINT, StandInEngine, engines, until
 
@@ -48,6 +49,7 @@ class NodePart:
             self.events,
             lambda sealed_keys: pb.NodeStatus(),
             self._resident,
+            Turns().wait,
         )
         ahead = 0.0
         self.server = AdminServer(
