@@ -129,7 +129,9 @@ class Copies:
         self.slice_bytes = max(1, WINDOW_SLICE_BYTES // self.size) * self.size
         for start in range(0, len(self.window), self.slice_bytes):
             self.mover.pin(self.window[start : start + self.slice_bytes])
-        self.landing = self.mover.landing(self.arena)
+        landing = self.mover.landing(self.arena)
+        assert landing is not None
+        self.landing = landing
         begun = time.perf_counter()
         for start in range(0, self.total, ARENA_SLICE_BYTES):
             self.landing.pin(start, min(ARENA_SLICE_BYTES, self.total - start))

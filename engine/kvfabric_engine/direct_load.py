@@ -1,34 +1,27 @@
 """Arena -> pool without a copy by the CPU: DMA of one chunk beside the verification of the one before.
 
-    locate     many blocks a call                        the node leases them already
-    begin      DMA of a chunk into a buffer              \\ both read the arena
-    check      XXH3-128 of the same slots, by threads    /
+    locate     many blocks a call               the node leases them already
+    begin      DMA of a chunk into a buffer; then its checksums, of the buffer, on the device
     confirm    the slots were ours until now, else they are not used
     land       kernel: buffer -> pool
 
-Two chunks are open at a time, so the bus is busy while the node is asked. Whatever ends a load early, nothing
-reads the arena and nothing writes the pool any more when `run` returns.
+Several chunks are open at a time, so the bus is busy while the node is asked. Whatever ends a load early,
+nothing reads the arena and nothing writes the pool any more when `run` returns.
 """
 
 from __future__ import annotations
 
-import os
-import queue
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from kvfabric.errors import RemoteProtocolError
 from kvfabric.protocol.messages import Confirmed, Located
 from kvfabric.types import MissReason
 from kvfabric_engine.staging import Arrival, Landing, Pages
 
-MAX_CHECKERS = 8
-"""Threads that verify. One does 10 GB/s or so, the bus 55."""
 LOCATE_BYTES = 512 << 20
 """Asked for in one call: few calls, but no long one while blocks come from SSD."""
 
@@ -53,10 +46,8 @@ class NodeCalls:
 @dataclass(slots=True)
 class _Chunk:
     first: int
-    start: int  # of its parts among those of the answer
     located: Located
     arrival: Arrival
-    verification: Verification
 
 
 class DirectLoads:
@@ -64,15 +55,11 @@ class DirectLoads:
 
     def __init__(self, landing: Landing, arena: memoryview) -> None:
         self.landing = landing
-        self._arena = arena
-        self._num_checkers = max(1, min(MAX_CHECKERS, (os.cpu_count() or 1) // 2))
-        self._checkers = ThreadPoolExecutor(self._num_checkers, "kvf-check")
+        self._arena_bytes = len(arena)
 
     def close(self) -> None:
         """No load is running. Idempotent."""
-        self._checkers.shutdown(wait=True)
         self.landing.unpin()
-        self._arena = memoryview(b"")
 
     def run(self, calls: NodeCalls, blocks: Sequence[Pages], part_bytes: int) -> MissReason:
         """Load a part into each of `blocks` until one is missing; why it was, or NONE."""
@@ -80,14 +67,7 @@ class DirectLoads:
         try:
             return load.run()
         finally:
-            load.give_up()
             self.landing.wait()
-
-    def verify(self, located: Located) -> Verification:
-        """Begin to verify parts where they lie, about in order."""
-        return Verification(
-            self._checkers, self._num_checkers, self._arena, located, self.offsets(located)
-        )
 
     def offsets(self, located: Located) -> list[int]:
         """Where the parts lie. Raises RemoteProtocolError for one outside the arena."""
@@ -95,64 +75,11 @@ class DirectLoads:
         offsets = np.frombuffer(located.offsets, dtype="<u8")
         if len(offsets) < count or len(located.checksums) < 16 * count:
             raise RemoteProtocolError(f"{count} parts located, but {len(offsets)} described")
-        last = len(self._arena) - located.part_bytes
+        last = self._arena_bytes - located.part_bytes
         if count and (last < 0 or int(offsets[:count].max()) > last):
             raise RemoteProtocolError("a located part lies outside the arena")
         found: list[int] = offsets[:count].tolist()
         return found
-
-
-class Verification:
-    """Parts of one answer of the node, checked by several threads. For the thread that made it."""
-
-    def __init__(
-        self,
-        checkers: ThreadPoolExecutor,
-        num_checkers: int,
-        arena: memoryview,
-        located: Located,
-        offsets: Sequence[int],
-    ) -> None:
-        self._arena = arena
-        self._located = located
-        self._offsets = offsets
-        self._found: dict[int, bool] = {}
-        self._results: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
-        self._is_over = False
-        step = min(num_checkers, located.num_blocks)
-        self._jobs = [checkers.submit(self._check, start, step) for start in range(step)]
-        for job in self._jobs:
-            job.add_done_callback(self._ended)
-
-    def num_good(self, start: int, stop: int) -> int:
-        """How many leading parts of [start, stop) verified. Waits for them."""
-        for index in range(start, stop):
-            while index not in self._found:
-                checked, is_good = self._results.get()
-                if checked < 0 and not is_good:
-                    raise RemoteProtocolError("a thread that verifies parts failed")
-                self._found[checked] = is_good
-            if not self._found[index]:
-                return index - start
-        return stop - start
-
-    def give_up(self) -> None:
-        """Returns when no thread reads the arena for this any more."""
-        self._is_over = True
-        for job in self._jobs:
-            job.exception()
-
-    def _check(self, start: int, step: int) -> None:
-        located, size = self._located, self._located.part_bytes
-        for index in range(start, located.num_blocks, step):
-            if self._is_over:
-                return
-            part = self._arena[self._offsets[index] : self._offsets[index] + size]
-            expected = located.checksums[16 * index : 16 * index + 16]
-            self._results.put((index, xxhash.xxh3_128_digest(part) == expected))
-
-    def _ended(self, job: Future[None]) -> None:
-        self._results.put((-1, job.exception() is None))
 
 
 class _Load:
@@ -166,17 +93,17 @@ class _Load:
         self._blocks = blocks
         self._part_bytes = part_bytes
         self._open: deque[_Chunk] = deque()
-        self._waiting: deque[tuple[int, int, Located, Verification]] = deque()  # chunks to begin
-        self._verifications: list[Verification] = []
+        self._waiting: deque[tuple[int, Located]] = deque()  # chunks to begin
         self._next = 0  # first block that was not located
         self._reason = MissReason.NONE
         self._is_over = False  # what comes after has no parent here
 
     def run(self) -> MissReason:
+        most = self._loads.landing.max_arrivals
         while not self._is_over:
-            if len(self._open) < 2 and self._waiting:
+            if len(self._open) < most and self._waiting:
                 self._begin()
-            elif len(self._open) < 2 and self._can_locate():
+            elif len(self._open) < most and self._can_locate():
                 self._locate()
             elif self._open:
                 self._finish(self._open.popleft())
@@ -184,18 +111,13 @@ class _Load:
                 break
         return self._reason
 
-    def give_up(self) -> None:
-        """Wait for the verification of what is not used any more."""
-        for verification in self._verifications:
-            verification.give_up()
-
     def _can_locate(self) -> bool:
         return self._next < len(self._blocks) and self._reason is MissReason.NONE
 
     def _begin(self) -> None:
-        first, start, located, verification = self._waiting.popleft()
+        first, located = self._waiting.popleft()
         arrival = self._loads.landing.begin(self._loads.offsets(located))
-        self._open.append(_Chunk(first, start, located, arrival, verification))
+        self._open.append(_Chunk(first, located, arrival))
 
     def _locate(self) -> None:
         count = min(len(self._blocks) - self._next, max(1, LOCATE_BYTES // self._part_bytes))
@@ -207,17 +129,15 @@ class _Load:
             self._reason = MissReason(located.reason or MissReason.NONE)
             self._next = len(self._blocks)
         if located.num_blocks and self._loads.landing.covers(self._loads.offsets(located)):
-            self._verify(first, located)
+            self._queue(first, located)
         elif located.num_blocks:
             self._read(first, located)
 
-    def _verify(self, first: int, located: Located) -> None:
-        verification = self._loads.verify(located)
-        self._verifications.append(verification)
+    def _queue(self, first: int, located: Located) -> None:
         step = self._loads.landing.chunk_parts
         for start in range(0, located.num_blocks, step):
             chunk = parts_of(located, start, min(start + step, located.num_blocks))
-            self._waiting.append((first + start, start, chunk, verification))
+            self._waiting.append((first + start, chunk))
 
     def _read(self, first: int, located: Located) -> None:
         while self._open and not self._is_over:  # in the order of the chain
@@ -229,7 +149,7 @@ class _Load:
     def _finish(self, chunk: _Chunk) -> None:
         located = chunk.located
         chunk.arrival.done.wait()
-        good = chunk.verification.num_good(chunk.start, chunk.start + located.num_blocks)
+        good = self._num_good(chunk)
         reason = MissReason.NONE if good == located.num_blocks else MissReason.CORRUPT
         usable = 0
         if good:
@@ -239,6 +159,14 @@ class _Load:
                 reason = MissReason(confirmed.reason or MissReason.EXPIRED)
         self._loads.landing.land(chunk.arrival, self._blocks[chunk.first : chunk.first + usable])
         self._landed(chunk.first, usable, located, reason)
+
+    def _num_good(self, chunk: _Chunk) -> int:
+        """How many leading parts are in the buffer as they were stored."""
+        expected = chunk.located.checksums
+        for index, found in enumerate(self._loads.landing.checksums(chunk.arrival)):
+            if found != expected[16 * index : 16 * index + 16]:
+                return index
+        return chunk.located.num_blocks
 
     def _landed(self, first: int, count: int, located: Located, reason: MissReason) -> None:
         if count:

@@ -10,11 +10,11 @@ kernels, ordered by events; the engine's own stream is waited for, never held up
 
     gather   pages --kernel--> buffer --DMA a run of neighbouring parts--> window
     scatter  host --DMA--> buffer --kernel--> pages
-    land     arena --DMA a run of neighbouring slots--> buffer; the caller verifies; buffer --kernel--> pages
+    land     arena --DMA a run of neighbouring slots--> buffer, its checksums --kernels--> host; the caller
+             compares them; buffer --kernel--> pages
 
-The arena is read twice, by DMA and by whoever checks its checksums: both are the same bytes when a confirm
-after both says that the slots were not given away (design 4). DMA reads only what this mover itself
-page-locked: memory that the driver still holds for an earlier mapping of the address would give other bytes.
+DMA reads only what this mover itself page-locked: memory that the driver still holds for an earlier mapping
+of the address would give other bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 
 from kvfabric.errors import ConfigError, TransferError
+from kvfabric_engine.device_checksum import ACCUMULATOR_BYTES, DeviceChecksums, supports
 from kvfabric_engine.kernels import PagedRuns
 from kvfabric_engine.lanes import Fence, Passed, fence_here, new_lane
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
@@ -54,6 +55,8 @@ Pages = Sequence[int]
 PROBE_BYTES = 64
 STAGE_BYTES = 64 << 20
 """Of one of a direction's two buffers: 1.2 ms of DMA, longer than the calls to the node beside it take."""
+LANDING_BUFFERS = 3
+"""One is filled while the next is checked and the one before is spread."""
 REGISTER_READ_ONLY = 8
 """cudaHostRegisterReadOnly"""
 
@@ -104,6 +107,8 @@ class Landing(ABC):
 
     chunk_parts: int
     """Most parts of one `begin`."""
+    max_arrivals: int
+    """Most that may be open, begun and not landed, at once."""
 
     @abstractmethod
     def pin(self, offset: int, num_bytes: int) -> None:
@@ -119,7 +124,11 @@ class Landing(ABC):
 
     @abstractmethod
     def begin(self, offsets: Sequence[int]) -> Arrival:
-        """Start the DMA of parts into the next buffer. At most two arrivals may be open at once."""
+        """Start the DMA of parts into the next buffer, and their checksums behind it."""
+
+    @abstractmethod
+    def checksums(self, arrival: Arrival) -> list[bytes]:
+        """XXH3-128 of each of the arrival's parts, 16 B, of the buffer's bytes. After `done`."""
 
     @abstractmethod
     def land(self, arrival: Arrival, blocks: Sequence[Pages]) -> None:
@@ -131,11 +140,12 @@ class Landing(ABC):
 
 
 class Arrival(NamedTuple):
-    """Parts on their way into a buffer. `done`: the arena is not read for them any more."""
+    """Parts on their way into a buffer. `done`: they are there, checksums included."""
 
     buffer: torch.Tensor
     number: int
     done: Fence
+    accumulators: torch.Tensor | None = None  # of a landing: int64 [parts, 8], on the host
 
 
 def mover_for(pool: torch.Tensor, shape: PoolShape) -> Mover:
@@ -201,13 +211,13 @@ class HostMover(Mover):
 
 
 class _Direction:
-    """Two buffers, the lane of their DMA and the lane of their kernels. Used under its lock."""
+    """Some buffers, the lane of their DMA and the lane of their kernels. Used under its lock."""
 
-    def __init__(self, device: torch.device, num_bytes: int) -> None:
+    def __init__(self, device: torch.device, num_bytes: int, num_buffers: int = 2) -> None:
         self.lock = threading.Lock()
         self.dma = new_lane(device)
         self.kernels = new_lane(device)
-        self.free: list[Fence] = [Passed(), Passed()]  # when each buffer may be written again
+        self.free: list[Fence] = [Passed()] * num_buffers  # when each buffer may be written again
         self._device = device
         self._num_bytes = num_bytes
         self._buffers: list[torch.Tensor] = []
@@ -218,10 +228,10 @@ class _Direction:
         if not self._buffers:
             self._buffers = [
                 torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
-                for _ in range(2)
+                for _ in self.free
             ]
             fence_here(self._device).wait()  # the memory may be in use still by who had it before
-        self._turn = 1 - self._turn
+        self._turn = (self._turn + 1) % len(self.free)
         return self._turn, self._buffers[self._turn]
 
 
@@ -241,7 +251,7 @@ class StagedMover(Mover):
         size = self.chunk_parts * self.part_bytes
         self._out = _Direction(self._device, size)
         self._in = _Direction(self._device, size)
-        self._landing_in = _Direction(self._device, size)
+        self._landing_in = _Direction(self._device, size, LANDING_BUFFERS)
         self._pinned = PinnedMemory(self._device)
 
     def fence(self) -> Fence:
@@ -287,8 +297,11 @@ class StagedMover(Mover):
     def unpin(self, memory: memoryview) -> None:
         self._pinned.remove(address_of(memory))
 
-    def landing(self, arena: memoryview) -> Landing:
-        return _StagedLanding(self, self._landing_in, arena)
+    def landing(self, arena: memoryview) -> Landing | None:
+        if not supports(self.part_bytes):
+            return None
+        checksums = DeviceChecksums(self._device, self.part_bytes)
+        return _StagedLanding(self, self._landing_in, checksums, arena)
 
     def copy_in(
         self, side: _Direction, number: int, buffer: torch.Tensor, addresses: Sequence[int]
@@ -311,6 +324,10 @@ class StagedMover(Mover):
     @property
     def pinned(self) -> PinnedMemory:
         return self._pinned
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def _used(self, buffer: torch.Tensor, blocks: Sequence[Pages]) -> torch.Tensor:
         return buffer[: len(blocks) * self.part_bytes]
@@ -336,10 +353,22 @@ class StagedMover(Mover):
 
 
 class _StagedLanding(Landing):
-    def __init__(self, mover: StagedMover, side: _Direction, arena: memoryview) -> None:
+    def __init__(
+        self,
+        mover: StagedMover,
+        side: _Direction,
+        checksums: DeviceChecksums,
+        arena: memoryview,
+    ) -> None:
         self.chunk_parts = mover.chunk_parts
+        self.max_arrivals = len(side.free)
         self._mover = mover
         self._side = side
+        self._checksums = checksums
+        self._checks = new_lane(mover.device)
+        self._accumulators = [
+            mover.host_buffer(self.chunk_parts * ACCUMULATOR_BYTES) for _ in side.free
+        ]
         self._start = address_of(arena)
         self._arena = arena  # held: it must not be unmapped while it is page-locked
         self._slices: list[int] = []  # addresses
@@ -361,14 +390,25 @@ class _StagedLanding(Landing):
     def begin(self, offsets: Sequence[int]) -> Arrival:
         number, buffer = self._side.next()
         addresses = [self._start + offset for offset in offsets]
-        done = self._mover.copy_in(self._side, number, buffer, addresses)
-        return Arrival(buffer, number, done)
+        arrived = self._mover.copy_in(self._side, number, buffer, addresses)
+        parts = buffer[: len(offsets) * self._mover.part_bytes]
+        used = self._accumulators[number][: len(offsets) * ACCUMULATOR_BYTES]
+        on_host = torch.frombuffer(used, dtype=torch.int64).view(len(offsets), -1)
+        with self._checks.use():
+            self._checks.wait_for(arrived)
+            on_host.copy_(self._checksums.accumulate(parts), non_blocking=True)
+            return Arrival(buffer, number, self._checks.mark(), on_host)
+
+    def checksums(self, arrival: Arrival) -> list[bytes]:
+        assert arrival.accumulators is not None
+        return self._checksums.digests(arrival.accumulators)
 
     def land(self, arrival: Arrival, blocks: Sequence[Pages]) -> None:
         self._mover.spread(self._side, arrival, blocks)
 
     def wait(self) -> None:
         self._side.dma.mark().wait()
+        self._checks.mark().wait()
         self._side.kernels.mark().wait()
 
 

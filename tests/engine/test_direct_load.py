@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ import pytest
 import torch
 import xxhash
 from kvfabric_engine import direct_load
-from kvfabric_engine.direct_load import DirectLoads, NodeCalls, Verification, parts_of
+from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
 from kvfabric_engine.kernels import PagedRuns
+from kvfabric_engine.lanes import Lane
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.staging import Fence, Landing, StagedMover, address_of
@@ -42,7 +44,9 @@ class Arena:
         self.pool = SHAPE.create(torch.device("cpu"))
         paged = PagedRuns([pages_as_bytes(self.pool)])
         self.mover = StagedMover(paged, SHAPE.pages_per_block, stage_bytes=3 * SIZE)
-        self.landing: Landing = self.mover.landing(self.bytes.data)
+        landing = self.mover.landing(self.bytes.data)
+        assert landing is not None
+        self.landing: Landing = landing
         self.loads = DirectLoads(self.landing, self.bytes.data)
         self.landed = 0
         self.num_confirmed = NUM_PARTS
@@ -102,18 +106,6 @@ def arena() -> Iterator[Arena]:
     arena.loads.close()
 
 
-def test_a_failing_checker_fails_the_load(arena: Arena) -> None:
-    """And does not let it wait for ever."""
-    arena.pin()
-    short = msgspec.structs.replace(arena.located(0, 4), checksums=bytes(16 * 4))
-    verification = arena.loads.verify(short)
-    assert verification.num_good(0, 4) == 0
-    arena.loads._arena = memoryview(b"")
-    broken = Verification(arena.loads._checkers, 2, None, short, [0])  # type: ignore[arg-type]
-    with pytest.raises(RemoteProtocolError, match="thread"):
-        broken.num_good(0, 4)
-
-
 def test_everything_arrives_where_it_belongs(arena: Arena) -> None:
     """Slots in any order, chunks of three parts, each confirmed after it was read."""
     arena.pin()
@@ -138,9 +130,27 @@ def test_without_verification_the_corrupt_part_would_be_loaded(
     arena.pin()
     described = arena.located(0, NUM_PARTS)
     arena.bytes[arena.order[7] * SIZE + 5] ^= 1
-    monkeypatch.setattr(Verification, "num_good", lambda _, start, stop: stop - start)
+    monkeypatch.setattr(direct_load._Load, "_num_good", lambda _, chunk: chunk.located.num_blocks)
     assert arena.run(lambda first, n: parts_of(described, first, first + n)) is MissReason.NONE
     arena.check(NUM_PARTS)
+
+
+def test_bytes_that_change_on_their_way_into_the_device_are_found(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is checked lies in the buffer: a bit that only the copy has wrong never reaches the pool."""
+    arena.pin()
+    copy, start = Lane.copy, address_of(arena.bytes.data)
+    wrong = start + arena.order[7] * SIZE
+
+    def copy_wrongly(lane: Lane, target: int, source: int, num_bytes: int) -> None:
+        copy(lane, target, source, num_bytes)
+        if source <= wrong < source + num_bytes:
+            ctypes.memset(target + (wrong - source), int(arena.bytes[wrong - start]) ^ 1, 1)
+
+    monkeypatch.setattr(Lane, "copy", copy_wrongly)
+    assert arena.run() is MissReason.CORRUPT
+    arena.check(7)
 
 
 def test_part_that_is_not_confirmed_is_not_used(arena: Arena) -> None:
