@@ -174,7 +174,8 @@ def _multiply_fold(a: Words, b: Words) -> Words:
     lows, cross = a_low * b_low, a_high * b_low
     middle = (lows >> half) + (cross & low) + a_low * b_high
     upper = (cross >> half) + (middle >> half) + a_high * b_high
-    result: Words = upper ^ ((middle << half) | (lows & low))
+    lower = np.bitwise_or(middle << half, lows & low)
+    result: Words = np.bitwise_xor(upper, lower)
     return result
 
 
