@@ -68,7 +68,9 @@ class DeviceChecksums:
         self._scramble = _to_device(_key(_SCRAMBLE_KEY), device)
         self._last = _to_device(_key(_LAST_STRIPE_KEY), device)
         self._start = _to_device(np.array(_START, np.uint64), device)
-        self._part_bytes = part_bytes
+        self._merge_keys = np.stack([_key(_HIGH_KEY), _key(_LOW_KEY)])
+        starts = [~(part_bytes * _P64_2) & _MASK64, part_bytes * _P64_1 & _MASK64]
+        self._merge_start = np.array(starts, np.uint64)
 
     def accumulate(self, parts: torch.Tensor) -> torch.Tensor:
         """`parts`: contiguous uint8 [n * part_bytes]. Enqueued on the current stream; int64 [n, 8]."""
@@ -79,9 +81,12 @@ class DeviceChecksums:
     def digests(self, accumulators: torch.Tensor) -> list[bytes]:
         """`accumulators`, on the host, as checksums: XXH3-128, 16 B big-endian each."""
         lanes: Words = accumulators.numpy().view(np.uint64)
-        low = _merge(lanes, _LOW_KEY, self._part_bytes * _P64_1 & _MASK64)
-        high = _merge(lanes, _HIGH_KEY, ~(self._part_bytes * _P64_2) & _MASK64)
-        packed = np.stack([high, low], axis=1).astype(">u8").tobytes()
+        keyed = np.bitwise_xor(lanes[:, None], self._merge_keys)  # [n, halves, 8]
+        halves = self._merge_start + _multiply_fold(keyed[..., ::2], keyed[..., 1::2]).sum(axis=2)
+        halves ^= halves >> np.uint64(37)
+        halves *= np.uint64(0x165667919E3779F9)
+        halves ^= halves >> np.uint64(32)
+        packed = halves.astype(">u8").tobytes()
         return [packed[start : start + 16] for start in range(0, len(packed), 16)]
 
     def _sums_by_kernel(self, words: torch.Tensor) -> torch.Tensor:
@@ -154,17 +159,6 @@ def _key(offset: int) -> Words:
 
 def _to_device(words: Words, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(words.astype(np.uint64).view(np.int64)).to(device)
-
-
-def _merge(lanes: Words, offset: int, start: int) -> Words:
-    keyed: Words = np.bitwise_xor(lanes, _key(offset))
-    total: Words = np.full(len(lanes), start, np.uint64)
-    for pair in range(0, LANES, 2):
-        total += _multiply_fold(keyed[:, pair], keyed[:, pair + 1])
-    total ^= total >> np.uint64(37)
-    total *= np.uint64(0x165667919E3779F9)
-    total ^= total >> np.uint64(32)
-    return total
 
 
 def _multiply_fold(a: Words, b: Words) -> Words:

@@ -54,7 +54,7 @@ class PagedRuns:
         self._move(pages, out, to_parts=True)
 
     def scatter(self, data: torch.Tensor, pages: torch.Tensor) -> None:
-        """The reverse. `pages` must not name a page twice."""
+        """The reverse. `pages` must not name a page twice; a negative one gets nothing."""
         self._move(pages, data, to_parts=False)
 
     def _is_aligned(self) -> bool:
@@ -71,7 +71,7 @@ class PagedRuns:
             if to_parts:
                 rows[:, number] = region[pages]
             else:
-                region[pages] = rows[:, number]
+                region[pages[pages >= 0]] = rows[pages >= 0, number]
 
 
 def launch(
@@ -121,7 +121,7 @@ if triton is not None:
         page = tl.load(pages + run // num_regions)
         base = tl.load(bases + run % num_regions).to(tl.pointer_type(tl.int64))
         word = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-        inside = word < run_words
+        inside = (word < run_words) & (page >= 0)
         paged = tl.multiple_of(base + page * stride_words, VECTOR) + word
         linear = tl.multiple_of(parts + run * run_words, VECTOR) + word
         if TO_PARTS:

@@ -84,10 +84,7 @@ class _CudaLane(Lane):
         return _record(self._stream)
 
     def wait_for(self, fence: Fence) -> None:
-        if isinstance(fence, _Event):
-            self._stream.wait_event(fence.event)
-        else:
-            fence.wait()
+        _wait_on_device(self._stream, fence)
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         # Not torch's copy_, which takes 10 us of the interpreter's time: as long as 512 KiB of DMA.
@@ -116,6 +113,26 @@ def fence_here(device: torch.device) -> Fence:
     if device.type != "cuda":
         return Passed()
     return _record(torch.cuda.current_stream(device))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """The calling thread works on this device inside: of several, a new thread starts on the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def wait_here(device: torch.device, fence: Fence) -> None:
+    """What is launched on the device's current stream from now on runs after `fence`; blocks no thread."""
+    if device.type == "cuda":
+        _wait_on_device(torch.cuda.current_stream(device), fence)
+    else:
+        fence.wait()
+
+
+def _wait_on_device(stream: torch.cuda.Stream, fence: Fence) -> None:
+    if isinstance(fence, _Event):
+        stream.wait_event(fence.event)
+    else:
+        fence.wait()
 
 
 def _record(stream: torch.cuda.Stream) -> Fence:

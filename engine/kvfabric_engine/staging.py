@@ -32,7 +32,7 @@ import torch
 from kvfabric.errors import ConfigError, TransferError
 from kvfabric_engine.device_checksum import ACCUMULATOR_BYTES, DeviceChecksums, supports
 from kvfabric_engine.kernels import PagedRuns
-from kvfabric_engine.lanes import Fence, Passed, fence_here, new_lane
+from kvfabric_engine.lanes import Fence, Passed, fence_here, new_lane, on_device
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 
 __all__ = [
@@ -216,6 +216,7 @@ class _Direction:
     def __init__(self, device: torch.device, num_bytes: int, num_buffers: int = 2) -> None:
         self.lock = threading.Lock()
         self.dma = new_lane(device)
+        self.beside = new_lane(device)  # DMA too: the copies of two lanes leave the bus no gaps
         self.kernels = new_lane(device)
         self.free: list[Fence] = [Passed()] * num_buffers  # when each buffer may be written again
         self._device = device
@@ -267,13 +268,17 @@ class StagedMover(Mover):
                 stop = min(start + self.chunk_parts, len(blocks))
                 number, buffer = side.next()
                 side.kernels.wait_for(side.free[number])
-                self._paged.gather(index[start * k : stop * k], buffer[: (stop - start) * size])
+                self._read(index[start * k : stop * k], buffer[: (stop - start) * size], after)
                 side.dma.wait_for(side.kernels.mark())
                 first = buffer.data_ptr()
                 for run in self._pinned.runs(addresses[start:stop], size):
                     side.dma.copy(run.address, first + run.start, run.num_bytes)
                 side.free[number] = side.dma.mark()
             side.dma.mark().wait()
+
+    def _read(self, pages: torch.Tensor, buffer: torch.Tensor, after: Fence) -> None:
+        """Enqueue pages -> buffer on the current lane, for a gather behind `after`."""
+        self._paged.gather(pages, buffer)
 
     def scatter(self, data: Sequence[memoryview], blocks: Sequence[Pages]) -> None:
         side = self._in
@@ -287,8 +292,9 @@ class StagedMover(Mover):
             side.kernels.mark().wait()
 
     def host_buffer(self, num_bytes: int) -> memoryview:
-        pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        return pinned.numpy().data
+        is_cuda = self._device.type == "cuda"
+        with on_device(self._device):
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_cuda).numpy().data
 
     def pin(self, memory: memoryview) -> None:
         self._pinned.add(address_of(memory), memory.nbytes, is_writable=True)
@@ -307,10 +313,13 @@ class StagedMover(Mover):
         self, side: _Direction, number: int, buffer: torch.Tensor, addresses: Sequence[int]
     ) -> Fence:
         """Enqueue host -> buffer behind the buffer's last use; the fence is behind the copies."""
-        side.dma.wait_for(side.free[number])
+        lanes = (side.dma, side.beside)
+        for lane in lanes:
+            lane.wait_for(side.free[number])
         first = buffer.data_ptr()
-        for run in self._pinned.runs(addresses, self.part_bytes):
-            side.dma.copy(first + run.start, run.address, run.num_bytes)
+        for turn, run in enumerate(self._pinned.runs(addresses, self.part_bytes)):
+            lanes[turn % 2].copy(first + run.start, run.address, run.num_bytes)
+        side.dma.wait_for(side.beside.mark())
         return side.dma.mark()
 
     def spread(self, side: _Direction, arrival: Arrival, blocks: Sequence[Pages]) -> None:
@@ -428,6 +437,7 @@ class PinnedMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
+        self._device = device
         self._lock = threading.Lock()
         self._starts: list[int] = []
         self._ends: dict[int, int] = {}
@@ -437,8 +447,9 @@ class PinnedMemory:
         if self._is_cuda:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
             flags = 0 if is_writable else REGISTER_READ_ONLY
-            if int(runtime.cudaHostRegister(address, num_bytes, flags)) != 0:
-                return False
+            with on_device(self._device):
+                if int(runtime.cudaHostRegister(address, num_bytes, flags)) != 0:
+                    return False
         with self._lock:
             insort(self._starts, address)
             self._ends[address] = address + num_bytes
@@ -453,7 +464,8 @@ class PinnedMemory:
             self._starts.remove(address)
         if self._is_cuda:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
-            runtime.cudaHostUnregister(address)
+            with on_device(self._device):
+                runtime.cudaHostUnregister(address)
 
     def holds(self, address: int, num_bytes: int) -> bool:
         """Whether all these bytes are page-locked, by one registration or by neighbours."""

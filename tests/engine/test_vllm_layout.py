@@ -64,7 +64,7 @@ def test_every_form_round_trips(form: object) -> None:
     tensors: Tensors = form()
     mover = PagedMover(tensors, num_blocks=BLOCKS, pages_per_block=2)
     before = [page(tensors, block) for block in range(BLOCKS)]
-    copied = mover.copy([[3, 4]])
+    copied = mover.snapshot([[3, 4]])
     mover.zero([3, 4])
     buffer = mover.host_buffer(mover.part_bytes)
     mover.gather([[3, 4]], [buffer], after=copied)

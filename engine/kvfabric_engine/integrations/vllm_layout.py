@@ -1,4 +1,5 @@
-"""vLLM's KV tensors as parts: which bytes a block has, and how they get in and out. Knows no vLLM type.
+"""vLLM's KV tensors as parts: which bytes a block has, and how they get in and out of CPU memory (of a GPU:
+`vllm_device`). Knows no vLLM type.
 
 A page is one engine block of one layer, an opaque run of bytes (on CPU it is packed for the instruction set,
 not token by token). A part is `pages_per_block` engine blocks in the order of their tokens:
@@ -14,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +66,7 @@ def _run(layer: str, tensor: torch.Tensor, axis: int, start: int, size: int) -> 
 
 
 class _Copied(Fence):
-    """Blocks as they were when the fence was made, in buffers that go back with `free`."""
+    """A copy of the blocks, in buffers that go back with `free`."""
 
     def __init__(self, parts: dict[tuple[int, ...], memoryview]) -> None:
         self.parts = parts
@@ -78,50 +80,73 @@ class _Passed(Fence):
         return
 
 
-class PagedMover(Mover):
-    """vLLM's tensors in CPU memory. `copy` makes the fence behind which a save may be as late as it likes."""
+class VllmPool(Mover):
+    """What the connector's worker side needs of vLLM's tensors besides a mover."""
+
+    num_blocks: int
+    pages_per_block: int
+    page_bytes: int
+    form: str
+    """16 hex digits: equal iff blocks have the same pieces of the same layers."""
+    loads_after_step: bool = False
+    """Whether what vLLM does to fresh blocks in a step may still come while that step is prepared."""
+
+    @abstractmethod
+    def snapshot(self, blocks: Sequence[Pages]) -> Fence:
+        """After a step that computed blocks: a `gather` behind this fence reads them as they are now, however
+        late, or fails. Give it back with `free`."""
+
+    @abstractmethod
+    def free(self, snapshot: Fence) -> None:
+        """No gather behind `snapshot` comes any more."""
+
+    @abstractmethod
+    def reused(self, pages: Iterable[int]) -> None:
+        """Before a step that writes to these pages, which it was given anew."""
+
+    @abstractmethod
+    def zero(self, pages: Pages) -> None:
+        """What a failed load was to fill: whoever gets these blocks next must not find NaN."""
+
+
+class PagedMover(VllmPool):
+    """vLLM's tensors in CPU memory. A snapshot is a copy."""
 
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], *, num_blocks: int, pages_per_block: int
     ) -> None:
         """`tensors` by layer, in the engine's order. Raises ConfigError for what cannot be moved."""
-        if any(tensor.device.type != "cpu" for tensor in tensors.values()):
-            raise ConfigError("KV tensors on this device are not supported yet")
-        storages = _unshared(tensors)
+        storages = unshared(tensors)
         self._runs = [run for t in storages for run in find_runs(t, storages[t], num_blocks)]
         self._views = _views(storages, self._runs, num_blocks)
         self.num_blocks = num_blocks
         self.pages_per_block = pages_per_block
         self.page_bytes = sum(run.num_bytes for run in self._runs)
         self.part_bytes = pages_per_block * self.page_bytes
+        self.form = form_of(self._runs)
         self._lock = threading.Lock()
         self._spare: list[memoryview] = []
 
     def __repr__(self) -> str:
         return f"<PagedMover {self.num_blocks} blocks of {self.page_bytes} B, {len(self._views)} views>"
 
-    @property
-    def form(self) -> str:
-        """16 hex digits: equal iff blocks have the same pieces of the same layers."""
-        text = ";".join(f"{run.layer}:{run.num_bytes}" for run in self._runs)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
     def fence(self) -> Fence:
         return _Passed()
 
-    def copy(self, blocks: Sequence[Pages]) -> _Copied:
-        """Copy blocks out now; `gather` behind this fence reads the copy. Give it back with `free`."""
+    def snapshot(self, blocks: Sequence[Pages]) -> Fence:
         parts = {tuple(pages): self._buffer() for pages in blocks}
         for pages, buffer in parts.items():
             self._gather(pages, buffer)
         return _Copied(parts)
 
-    def free(self, copied: Fence) -> None:
-        """No gather behind `copied` comes any more."""
-        assert isinstance(copied, _Copied)
+    def free(self, snapshot: Fence) -> None:
+        assert isinstance(snapshot, _Copied)
         with self._lock:
-            self._spare += copied.parts.values()
-        copied.parts = {}
+            self._spare += snapshot.parts.values()
+        snapshot.parts = {}
+
+    def reused(self, pages: Iterable[int]) -> None:
+        return
 
     def gather(self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence) -> None:
         for pages, target in zip(blocks, out, strict=True):
@@ -139,7 +164,6 @@ class PagedMover(Mover):
                         view[page] = piece
 
     def zero(self, pages: Pages) -> None:
-        """What a failed load was to fill: whoever gets these blocks next must not find NaN."""
         for page in pages:
             if page > NULL_BLOCK:
                 for view in self._views:
@@ -201,7 +225,7 @@ class NoPool(Mover):
         return
 
 
-def prove(mover: PagedMover) -> None:
+def prove(mover: VllmPool) -> None:
     """Store, load, compare on the real tensors, before anything is served. Zeroes the blocks that it used.
 
     Raises ConfigError if what comes back is not bit for bit what was there.
@@ -213,10 +237,10 @@ def prove(mover: PagedMover) -> None:
     written = np.random.default_rng().integers(0, 256, mover.part_bytes, dtype=np.uint8)
     back = [mover.host_buffer(mover.part_bytes) for _ in range(3)]
     mover.scatter([written.data], [first])
-    copied = mover.copy([first])
+    snapshot = mover.snapshot([first])
+    mover.gather([first], back[:1], after=snapshot)
+    mover.free(snapshot)
     mover.zero(first)
-    mover.gather([first], back[:1], after=copied)
-    mover.free(copied)
     mover.scatter(back[:1], [second])
     mover.gather([first, second], back[1:], after=mover.fence())
     mover.zero([*first, *second])
@@ -226,7 +250,13 @@ def prove(mover: PagedMover) -> None:
         raise ConfigError("two blocks of these tensors share memory")
 
 
-def _unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def form_of(runs: Sequence[Run]) -> str:
+    """16 hex digits of the pieces that a block has."""
+    text = ";".join(f"{run.layer}:{run.num_bytes}" for run in runs)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without layers that use another layer's tensor."""
     by_address: dict[int, str] = {}
     for layer, tensor in tensors.items():

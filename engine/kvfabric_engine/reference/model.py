@@ -102,10 +102,9 @@ class Model:
         hidden = self.embedding[tokens]  # [T, H]
         with sdpa_kernel(_ATTENTION):
             for number, layer in enumerate(self.layers):
-                q, k, v = self._project(layer, hidden, cos, sin)
+                q, k_and_v = self._project(layer, hidden, cos, sin)
                 pages = pool[:, number]  # [num_pages, 2, page_tokens, K, D]
-                pages[page_of_row, 0, offset_of_row] = k
-                pages[page_of_row, 1, offset_of_row] = v
+                pages[page_of_row, :, offset_of_row] = k_and_v
                 mixed = [self._attend(q[index.rows], pages, index) for index in indexes]
                 attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
                 hidden = hidden + F.linear(attended, layer.output)
@@ -124,21 +123,26 @@ class Model:
 
     def _project(
         self, layer: LayerWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [T, A, D], k and v [T, K, D]; q and k normalised per head (if the model does) and rotated."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [T, A, D], k and v [T, 2, K, D]; q and k normalised per head (if the model does) and rotated.
+
+        Few operations on much rather than many on little: on a GPU a short span waits for their launches.
+        """
         s = self.shape
         heads = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
         heads = heads.view(len(hidden), s.num_heads + 2 * s.num_kv_heads, s.head_dim)
-        q, k, v = torch.split(heads, [s.num_heads, s.num_kv_heads, s.num_kv_heads], dim=1)
+        q_and_k, v = heads[:, : -s.num_kv_heads], heads[:, -s.num_kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+            q, k = self._norm(q_and_k[:, : s.num_heads], layer.q_norm), q_and_k[:, s.num_heads :]
+            q_and_k = torch.cat([q, self._norm(k, layer.k_norm)], dim=1)
+        rotated = _rotate(q_and_k, cos, sin)
+        return rotated[:, : s.num_heads], torch.stack([rotated[:, s.num_heads :], v], dim=1)
 
     def _attend(self, q: torch.Tensor, pages: torch.Tensor, index: _SpanIndex) -> torch.Tensor:
         """q [n, A, D] of one span over its own context; returns [n, A D]."""
-        context = pages[index.pages]  # [pages, 2, page_tokens, K, D], gathered
-        k = context[:, 0].flatten(0, 1)[: index.context].transpose(0, 1)  # [K, C, D]
-        v = context[:, 1].flatten(0, 1)[: index.context].transpose(0, 1)
+        # Keys and values gathered apart: [pages, page_tokens, K, D] each, so that the rest is views.
+        k = pages[:, 0][index.pages].flatten(0, 1)[: index.context].transpose(0, 1)  # [K, C, D]
+        v = pages[:, 1][index.pages].flatten(0, 1)[: index.context].transpose(0, 1)
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1).unsqueeze(0),
             k.unsqueeze(0),
@@ -209,6 +213,6 @@ def _load(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Wei
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on x [T, heads, D]; cos and sin [T, 1, D]."""
+    """RoPE on x [T, heads, D]; cos and sin [T, 1, D], the first half of sin with its sign turned."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + torch.cat([second, first], dim=-1) * sin

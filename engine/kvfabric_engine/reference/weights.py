@@ -73,14 +73,15 @@ class Rope:
     def tables(
         self, num_positions: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [num_positions, D]: both halves of a head share their angles."""
+        """cos and sin [num_positions, D]: both halves of a head share their angles; the first half of sin is
+        that of the angles turned round, as rotating uses it."""
         half = torch.arange(0, head_dim, 2, dtype=self.precision) / head_dim
         frequencies = 1.0 / self.theta**half
         if self.scaling is not None:
             frequencies = self.scaling.apply(frequencies)
         angles = torch.outer(torch.arange(num_positions, dtype=self.precision), frequencies)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+        cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
