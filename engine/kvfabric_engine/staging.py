@@ -32,7 +32,7 @@ import torch
 from kvfabric.errors import ConfigError, TransferError
 from kvfabric_engine.device_checksum import ACCUMULATOR_BYTES, DeviceChecksums, supports
 from kvfabric_engine.kernels import PagedRuns
-from kvfabric_engine.lanes import Fence, Passed, fence_here, new_lane, on_device
+from kvfabric_engine.lanes import Copy, Fence, Passed, fence_here, new_lane, on_device
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 
 __all__ = [
@@ -216,7 +216,6 @@ class _Direction:
     def __init__(self, device: torch.device, num_bytes: int, num_buffers: int = 2) -> None:
         self.lock = threading.Lock()
         self.dma = new_lane(device)
-        self.beside = new_lane(device)  # DMA too: the copies of two lanes leave the bus no gaps
         self.kernels = new_lane(device)
         self.free: list[Fence] = [Passed()] * num_buffers  # when each buffer may be written again
         self._device = device
@@ -271,8 +270,8 @@ class StagedMover(Mover):
                 self._read(index[start * k : stop * k], buffer[: (stop - start) * size], after)
                 side.dma.wait_for(side.kernels.mark())
                 first = buffer.data_ptr()
-                for run in self._pinned.runs(addresses[start:stop], size):
-                    side.dma.copy(run.address, first + run.start, run.num_bytes)
+                runs = self._pinned.runs(addresses[start:stop], size)
+                side.dma.copy([Copy(run.address, first + run.start, run.num_bytes) for run in runs])
                 side.free[number] = side.dma.mark()
             side.dma.mark().wait()
 
@@ -313,13 +312,10 @@ class StagedMover(Mover):
         self, side: _Direction, number: int, buffer: torch.Tensor, addresses: Sequence[int]
     ) -> Fence:
         """Enqueue host -> buffer behind the buffer's last use; the fence is behind the copies."""
-        lanes = (side.dma, side.beside)
-        for lane in lanes:
-            lane.wait_for(side.free[number])
+        side.dma.wait_for(side.free[number])
         first = buffer.data_ptr()
-        for turn, run in enumerate(self._pinned.runs(addresses, self.part_bytes)):
-            lanes[turn % 2].copy(first + run.start, run.address, run.num_bytes)
-        side.dma.wait_for(side.beside.mark())
+        runs = self._pinned.runs(addresses, self.part_bytes)
+        side.dma.copy([Copy(first + run.start, run.address, run.num_bytes) for run in runs])
         return side.dma.mark()
 
     def spread(self, side: _Direction, arrival: Arrival, blocks: Sequence[Pages]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ import xxhash
 from kvfabric_engine import direct_load
 from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
 from kvfabric_engine.kernels import PagedRuns
-from kvfabric_engine.lanes import Lane
+from kvfabric_engine.lanes import Copy, Lane
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.staging import Fence, Landing, StagedMover, address_of
@@ -143,10 +143,11 @@ def test_bytes_that_change_on_their_way_into_the_device_are_found(
     copy, start = Lane.copy, address_of(arena.bytes.data)
     wrong = start + arena.order[7] * SIZE
 
-    def copy_wrongly(lane: Lane, target: int, source: int, num_bytes: int) -> None:
-        copy(lane, target, source, num_bytes)
-        if source <= wrong < source + num_bytes:
-            ctypes.memset(target + (wrong - source), int(arena.bytes[wrong - start]) ^ 1, 1)
+    def copy_wrongly(lane: Lane, copies: Sequence[Copy]) -> None:
+        copy(lane, copies)
+        for target, source, num_bytes in copies:
+            if source <= wrong < source + num_bytes:
+                ctypes.memset(target + (wrong - source), int(arena.bytes[wrong - start]) ^ 1, 1)
 
     monkeypatch.setattr(Lane, "copy", copy_wrongly)
     assert arena.run() is MissReason.CORRUPT
