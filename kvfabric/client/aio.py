@@ -52,6 +52,8 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Recheck,
+    Rechecked,
     Release,
     Reply,
     Request,
@@ -197,6 +199,19 @@ class AsyncNodeClient(Client):
         generations = located.generations[: 4 * len(keys)]
         message = Confirm(request_id, b"".join(keys), generations, group, shard)
         return await self._call(message, Confirmed, deadline_s)
+
+    async def recheck(
+        self,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        *,
+        group: int,
+        shard: int,
+        deadline_s: float,
+    ) -> Rechecked:
+        """Tell the node that these leased parts did not verify; it looks for itself."""
+        message = Recheck(request_id, b"".join(keys), group, shard)
+        return await self._call(message, Rechecked, deadline_s)
 
     async def reserve(
         self,

@@ -51,6 +51,8 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Recheck,
+    Rechecked,
     Release,
     Reply,
     Request,
@@ -172,6 +174,19 @@ class NodeClient(Client):
         generations = located.generations[: 4 * len(keys)]
         message = Confirm(request_id, b"".join(keys), generations, group, shard)
         return self._call(message, Confirmed, deadline_s)
+
+    def recheck(
+        self,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        *,
+        group: int,
+        shard: int,
+        deadline_s: float,
+    ) -> Rechecked:
+        """Tell the node that these leased parts did not verify; it looks for itself."""
+        message = Recheck(request_id, b"".join(keys), group, shard)
+        return self._call(message, Rechecked, deadline_s)
 
     def reserve(
         self,

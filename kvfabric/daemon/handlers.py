@@ -31,6 +31,8 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Recheck,
+    Rechecked,
     Release,
     Reply,
     Request,
@@ -153,6 +155,16 @@ def confirm(caller: Caller, message: Confirm) -> Confirmed:
     )
 
 
+async def recheck(caller: Caller, message: Recheck) -> Rechecked:
+    """On cancellation what was found so far is out."""
+    _check_keys(message.keys)
+    return Rechecked(
+        await caller.services.store.recheck(
+            caller.session.id, message.request_id, message.keys, message.group, message.shard
+        )
+    )
+
+
 def reserve(caller: Caller, message: Reserve) -> Reserved:
     _check_keys(message.keys)
     _check_vector("parent", message.parent, KEY_BYTES, 1)
@@ -208,6 +220,7 @@ IN_ORDER: Mapping[type[Request], Callable[[Caller, Any], Reply]] = {
 CONCURRENT: Mapping[type[Request], Callable[[Caller, Any], Awaitable[Reply]]] = {
     Load: load,
     Commit: commit,
+    Recheck: recheck,
 }
 
 

@@ -5,8 +5,8 @@ of fixed-size things are packed bytes: keys 32 B each, indexes and generations u
 u64, checksums 16 B (XXH3-128, big-endian), states and tiers one byte; integers little-endian. Times are
 seconds relative to the receipt of the message, so the two clocks need not agree.
 
-A node looks at the first `MAX_KEYS` keys of a Match, Load or Confirm and the first `MAX_RESERVED` of a
-Reserve, so that no message keeps others waiting; the rest misses or is refused with reason `too_many`.
+A node looks at the first `MAX_KEYS` keys of a Match, Load, Confirm or Recheck and the first `MAX_RESERVED`
+of a Reserve, so that no message keeps others waiting; the rest misses or is refused with reason `too_many`.
 
 Flow of one request:
 
@@ -15,6 +15,7 @@ Flow of one request:
     Load       -> Located               per (group, shard), a worker; brings SSD blocks into the arena
       ... the worker copies from the arena and verifies ...
     Confirm    -> Confirmed             after the copies ended: rights, generations and epochs still hold
+    Recheck    -> Rechecked             what did not verify at the worker: is it corrupt here?
     Reserve    -> Reserved              per (group, shard), a worker; then it writes its window
     Commit     -> Committed             the daemon has copied and checksummed: the window is free again
     Release    -> Released              nothing of this request is touched any more
@@ -180,6 +181,16 @@ class Bye(msgspec.Struct, array_like=True, frozen=True, tag=12):
     """Orderly end of this connection: nothing of it is in flight and its window is not used any more."""
 
 
+class Recheck(msgspec.Struct, array_like=True, frozen=True, tag=13):
+    """Parts that this request leases did not verify where they were read: the node looks for itself, and
+    takes corrupt ones out. An engine's word alone takes nothing out."""
+
+    request_id: RequestId
+    keys: bytes
+    group: int
+    shard: int
+
+
 Request = (
     Hello
     | OpenHandle
@@ -193,6 +204,7 @@ Request = (
     | EngineEvents
     | Ping
     | Bye
+    | Recheck
 )
 
 
@@ -279,6 +291,12 @@ class Done(msgspec.Struct, array_like=True, frozen=True, tag=71):
     """Answer to Abort, Release, EngineEvents, Ping and Bye."""
 
 
+class Rechecked(msgspec.Struct, array_like=True, frozen=True, tag=73):
+    """How many of the parts were corrupt in the arena, and are gone."""
+
+    num_corrupt: int
+
+
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=72):
     """The request failed as a whole; `code` is a class of `kvfabric.errors`."""
 
@@ -287,5 +305,14 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag=72):
 
 
 Reply = (
-    Welcome | HandleOpened | Matched | Located | Confirmed | Reserved | Committed | Done | Failed
+    Welcome
+    | HandleOpened
+    | Matched
+    | Located
+    | Confirmed
+    | Reserved
+    | Committed
+    | Done
+    | Failed
+    | Rechecked
 )

@@ -220,6 +220,21 @@ class Reader:
             reason = MissReason.TOO_MANY if num_blocks == MAX_KEYS else MissReason.CORRUPT
         return Confirmed(num_blocks=num_blocks, reason=reason.value)
 
+    # -- recheck -------------------------------------------------------------------------------------
+
+    def leased(
+        self, session: SessionId, request_id: str, keys: bytes, part: tuple[int, int]
+    ) -> Rows:
+        """The blocks among `keys` that this request leases; none for an unknown request."""
+        found = self._leases.find(session, request_id)
+        if found is None:
+            return np.empty(0, dtype=np.uint32)
+        holder, request = found
+        ordinal_of(holder, *part)
+        rows = self._index.lookup(packed_keys(keys)[:MAX_KEYS])
+        held: Rows = np.unique(rows[np.isin(rows, request.rows)])
+        return held
+
 
 def leading(flags: Flags) -> int:
     """How many of the first are true."""

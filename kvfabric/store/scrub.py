@@ -65,6 +65,15 @@ class Scrubber:
                 num_bytes -= batch.num_bytes
         return found
 
+    async def recheck(self, rows: Rows) -> int:
+        """Check the parts of these blocks now; how many were corrupt. On cancellation: as `scrub`."""
+        found = 0
+        for start in range(0, len(rows), SLICE_PARTS):
+            await self._turns.wait()
+            for batch in self._batches(rows[start : start + SLICE_PARTS]):
+                found += await self._check(batch)
+        return found
+
     def _next_rows(self, num_bytes: int) -> tuple[Rows, int]:
         """Rows with about so many bytes in the arena; how many rows were passed to find them."""
         index = self._index

@@ -271,6 +271,14 @@ class BlockStore:
         """After the reader's copies ended: how many leading blocks it may use."""
         return self._reader.confirm(session, request_id, keys, generations, (group, shard))
 
+    async def recheck(
+        self, session: SessionId, request_id: str, keys: bytes, group: int, shard: int
+    ) -> int:
+        """A reader found these leased blocks corrupt: look for ourselves, and take out what is; how many
+        parts were. What it read was only wrong on its way otherwise. On cancellation: as `scrub`."""
+        rows = self._reader.leased(session, request_id, keys, (group, shard))
+        return await self._scrubber.recheck(rows)
+
     def reserve(
         self,
         session: SessionId,

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,14 +18,16 @@ from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.staging import Mover, Pages
 from kvfabric_engine.testing import Answer, ask, begin, small_config
 
+from kvfabric.client import NodeClient
 from kvfabric.daemon.admin_client import AdminClient
 from kvfabric.handle import Handle, from_segments, mint
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
+from kvfabric.protocol.messages import Located, Rechecked
 from kvfabric.testing.processes import NodeProcess
-from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, MissReason
+from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, BlockKey, MissReason
 
 pytestmark = pytest.mark.slow
 WAIT_S = 15.0
@@ -120,6 +123,36 @@ def test_restarted_engine_is_warm_and_answers_alike(
     loads, stores = audit(tmp_path / "second")["load"], audit(tmp_path / "first")["store"]
     assert len(loads) == 12
     assert set(loads) <= set(stores)
+
+
+def test_the_node_is_told_of_what_does_not_verify(
+    connected: Connect, cold: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for itself: bytes that only came wrong stay, and the answers are right all the same."""
+    first = connected()
+    answers(first)
+    first.stop()
+    read, recheck = NodeClient.read, NodeClient.recheck
+    found: list[tuple[list[BlockKey], int]] = []
+
+    def misread(client: NodeClient, located: Located, buffers: Sequence[memoryview]) -> int:
+        return max(0, read(client, located, buffers) - 1)
+
+    def tell(client: NodeClient, name: str, keys: list[BlockKey], **options: Any) -> Rechecked:
+        answer = recheck(client, name, keys, **options)
+        found.append((keys, answer.num_corrupt))
+        return answer
+
+    monkeypatch.setattr(NodeClient, "read", misread)
+    monkeypatch.setattr(NodeClient, "recheck", tell)
+    second = connected()
+    assert [a.token_ids for a in answers(second)] == cold
+    assert [(len(keys), num_corrupt) for keys, num_corrupt in found] == [(1, 0)] * len(cold)
+    monkeypatch.undo()
+    third = connected()
+    assert [a.reused.host for a in answers(third)] == [64, 96, 32]
+    second.stop()
+    third.stop()
 
 
 def test_swapped_blocks_change_answers(connected: Connect, cold: list[tuple[int, ...]]) -> None:

@@ -35,6 +35,7 @@ REQUESTS: tuple[m.Request, ...] = (
     m.EngineEvents((m.BlockRun(b"t" * 8, b"p" * 8, b"k" * 16),), (), True),
     m.Ping(),
     m.Bye(),
+    m.Recheck("r1", b"k" * 64, 0, 0),
 )
 REPLIES: tuple[m.Reply, ...] = (
     m.Welcome(1, b"s" * 16, b"b" * 16, "node", 1 << 20, 1 << 20, 30.0, 30.0, False),
@@ -46,6 +47,7 @@ REPLIES: tuple[m.Reply, ...] = (
     m.Committed(b"\1\1", "none"),
     m.Done(),
     m.Failed("bad_handle", "why"),
+    m.Rechecked(1),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -320,6 +320,30 @@ async def test_a_corrupt_part_is_found_by_the_reader_and_by_the_scrubber() -> No
         assert await rig.store.scrub(1 << 20) == 1
         assert await rig.store.scrub(1 << 20) == 0
         assert rig.match("r", KEYS) == (3, "absent")
+        assert rig.store.statistics().corrupt == 1
+        rig.store._residency.check()
+
+
+async def test_what_a_reader_doubts_is_looked_at_and_only_the_corrupt_goes() -> None:
+    """A leased part that is corrupt here is taken out at once; one that is not stays, as does what the
+    request does not lease."""
+    async with StoreRig() as rig:
+        await rig.put(KEYS)
+        rig.match("r", KEYS[:4])
+        located = await rig.load("r", KEYS[:4])
+        offset = int(np.frombuffer(located.offsets, dtype="<u8")[3])
+        rig.arena.view[offset + 7] ^= 1
+
+        async def recheck(request_id: str, keys: Sequence[BlockKey]) -> int:
+            return await rig.store.recheck(SESSION, request_id, b"".join(keys), 0, 0)
+
+        assert await recheck("r", KEYS[:3]) == 0
+        assert await recheck("stranger", KEYS) == 0
+        assert await recheck("r", KEYS[4:]) == 0
+        assert await recheck("r", KEYS) == 1
+        assert rig.confirm("r", KEYS[:4], located) == 3
+        rig.store.release(SESSION, ["r"])
+        assert rig.match("again", KEYS) == (3, "absent")
         assert rig.store.statistics().corrupt == 1
         rig.store._residency.check()
 
