@@ -1,7 +1,8 @@
 """vLLM's KV tensors on a GPU as parts. Knows no vLLM type.
 
 The same bytes in the same order as `vllm_layout` says, moved as the reference engine's are: one kernel for
-all layers of a chunk through buffers in device memory, DMA beside it, loads verified where they land (`staging`).
+all layers of a chunk through buffers in device memory, DMA beside it, loads verified where they land
+(`staging`).
 
     save   a step computes blocks -> `snapshot` marks that point -> the save thread gathers behind it
     reuse  vLLM gives such a block to another request while its gather is still to come: `reused` abandons
