@@ -30,7 +30,7 @@ from kvfabric.client import EngineHello, NodeClient, Window
 from kvfabric.errors import KVFabricError, NoSpace, TransferError
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Confirmed, EngineEvents, Located, Role
-from kvfabric.types import BlockKey, BlockLayout, GrantState, MissReason, TierName
+from kvfabric.types import BlockKey, BlockLayout, ExtraInput, GrantState, MissReason, TierName
 from kvfabric_engine.audit import PartAudit
 from kvfabric_engine.boundary import Boundary, reason_of
 from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
@@ -218,21 +218,33 @@ class Connector:
             self._audit.close()
 
     def open(
-        self, request_id: str, handle: str, salt: str, tokens: Sequence[int]
+        self,
+        request_id: str,
+        handle: str,
+        salt: str,
+        tokens: Sequence[int],
+        inputs: Callable[[], Sequence[ExtraInput]] = lambda: (),
     ) -> Future[Opened]:
         """Keys of a prompt. A refused handle means no reuse; no node means reuse in HBM by `salt` alone.
+
+        `inputs`: called on the control thread for what the KV depends on besides the tokens.
 
         A salt without a handle is a router that may not vouch for the request now (design 6): such a
         request shares with its own salt only, and never through the node's default tenant.
         """
         if salt and not handle:
-            return self._control.submit(self._open_local, salt, tokens, MissReason.NO_HANDLE)
+            return self._control.submit(
+                self._boundary.run,
+                "open",
+                lambda: self._open_local(salt, tokens, inputs, MissReason.NO_HANDLE),
+                lambda error: Opened(None, False, reason_of(error)),
+            )
         return self._submit(
             self._control,
             "open",
             request_id,
-            lambda: self._open(request_id, handle, tokens),
-            lambda error: self._open_failed(error, salt, tokens),
+            lambda: self._open(request_id, handle, tokens, inputs),
+            lambda error: self._open_failed(error, salt, tokens, inputs),
         )
 
     def match(self, request_id: str, keys: Sequence[BlockKey]) -> Future[PrefixMatch]:
@@ -374,23 +386,43 @@ class Connector:
             _, num_bytes = self._backlog.pop(number)
             self._saving_bytes -= num_bytes
 
-    def _open(self, request_id: str, handle: str, tokens: Sequence[int]) -> Opened:
+    def _open(
+        self,
+        request_id: str,
+        handle: str,
+        tokens: Sequence[int],
+        inputs: Callable[[], Sequence[ExtraInput]] = lambda: (),
+    ) -> Opened:
+        extra_inputs = inputs()
         with self._link.use() as client:
             deadline_s = self._options.deadlines.control_s
             opened = client.open_handle(request_id, handle, deadline_s=deadline_s)
-        keys = RequestKeys(opened, self._layout.block_tokens)
+        keys = RequestKeys(opened, self._layout.block_tokens, extra_inputs=extra_inputs)
         keys.extend(tokens)
         return Opened(keys, True, MissReason.NONE)
 
-    def _open_local(self, salt: str, tokens: Sequence[int], reason: MissReason) -> Opened:
-        keys = RequestKeys(self._local.open(salt), self._layout.block_tokens)
+    def _open_local(
+        self,
+        salt: str,
+        tokens: Sequence[int],
+        inputs: Callable[[], Sequence[ExtraInput]],
+        reason: MissReason,
+    ) -> Opened:
+        opened = self._local.open(salt)
+        keys = RequestKeys(opened, self._layout.block_tokens, extra_inputs=inputs())
         keys.extend(tokens)
         return Opened(keys, False, reason)
 
-    def _open_failed(self, error: BaseException, salt: str, tokens: Sequence[int]) -> Opened:
+    def _open_failed(
+        self,
+        error: BaseException,
+        salt: str,
+        tokens: Sequence[int],
+        inputs: Callable[[], Sequence[ExtraInput]],
+    ) -> Opened:
         reason = reason_of(error)
         if salt and isinstance(error, TransferError):
-            return self._open_local(salt, tokens, reason)
+            return self._open_local(salt, tokens, inputs, reason)
         return Opened(None, False, reason)
 
     def _match(self, request_id: str, keys: Sequence[BlockKey]) -> PrefixMatch:

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 
 from kvfabric.hashing import ROOT_PARENT, BlockHasher, namespace_key, namespace_tag, salt
 from kvfabric.protocol.messages import HandleOpened
-from kvfabric.types import BlockKey, Incarnation, Namespace, Segment, TenantId
+from kvfabric.types import BlockKey, ExtraInput, Incarnation, Namespace, Segment, TenantId
 from kvfabric_engine.pool_events import CachedKey
 
 
 class RequestKeys:
     """Keys of the full blocks of a growing token sequence, cut off where the request may cache no further.
 
-    `no_read`: look nothing up. `no_store`: leave nothing behind, in no tier.
+    `no_read`: look nothing up. `no_store`: leave nothing behind, in no tier. `extra_inputs`: what the KV
+    depends on besides the tokens (design 3); the salt does not take them in.
     """
 
     __slots__ = (
@@ -30,12 +31,19 @@ class RequestKeys:
         "_public_tag",
         "_tag",
         "block_tokens",
+        "is_limited",
         "no_read",
         "no_store",
         "salt",
     )
 
-    def __init__(self, opened: HandleOpened, block_tokens: int) -> None:
+    def __init__(
+        self,
+        opened: HandleOpened,
+        block_tokens: int,
+        *,
+        extra_inputs: Sequence[ExtraInput] = (),
+    ) -> None:
         self.block_tokens = block_tokens
         self.no_read = opened.no_read
         self.no_store = opened.no_store
@@ -49,11 +57,17 @@ class RequestKeys:
             opened.namespace_key,
             block_tokens,
             segments=segments,
+            extra_inputs=extra_inputs,
             public_key=opened.public_key or None,
             public_tokens=opened.public_tokens,
         )
         limit = opened.cacheable_tokens
         self._max_blocks = limit // block_tokens if limit >= 0 else None
+        self.is_limited = limit >= 0 or opened.no_read or opened.no_store
+        """Whether some of the request may not be cached: what goes by salt alone must not share it."""
+        if any(extra.first_token < opened.public_tokens for extra in extra_inputs):
+            # Public blocks have no inputs but tokens, and the node takes the first ones for public.
+            self._max_blocks = 0
         self._tag = namespace_tag(opened.namespace_key)
         self._public_tag = namespace_tag(opened.public_key) if opened.public_key else b""
         self._public_blocks = opened.public_tokens // block_tokens
@@ -66,11 +80,6 @@ class RequestKeys:
     @property
     def num_blocks(self) -> int:
         return len(self._keys)
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether some of the request may not be cached: what goes by salt alone must not share it."""
-        return self._max_blocks is not None or self.no_read or self.no_store
 
     def extend(self, tokens: Sequence[int]) -> None:
         """`tokens` is the whole sequence so far; what is new since the last call is hashed.

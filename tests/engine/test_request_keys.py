@@ -9,7 +9,7 @@ from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
 
 from kvfabric.hashing import ROOT_PARENT, BlockHasher, block_keys, namespace_tag
 from kvfabric.protocol.messages import HandleOpened, WireSegment
-from kvfabric.types import Incarnation, Segment
+from kvfabric.types import ExtraInput, Incarnation, Segment
 
 TOKENS = random.Random(1).choices(range(3, 259), k=100)
 KEY, PUBLIC_KEY = bytes(32), bytes([1]) * 32
@@ -61,6 +61,28 @@ def test_segments_and_public_prefix_enter_the_keys() -> None:
     assert tags == [namespace_tag(PUBLIC_KEY)] * 2 + [namespace_tag(KEY)] * 2
     assert public.identity(0).parent == ROOT_PARENT
     assert public.identity(2).parent == public.identity(1).key
+
+
+def test_extra_inputs_enter_the_keys() -> None:
+    """As the maker takes them; the salt is of the namespace alone."""
+    image = ExtraInput("image", bytes(32), "", (), 20, 10)
+    keys = RequestKeys(OPENED, 16, extra_inputs=[image])
+    for end in (10, 33, 100):
+        keys.extend(TOKENS[:end])
+    assert keys.first(100) == block_keys(TOKENS, 16, KEY, extra_inputs=[image])
+    assert keys.salt == RequestKeys(OPENED, 16).salt
+    assert not keys.is_limited
+
+
+def test_extra_inputs_are_never_public() -> None:
+    """The node takes the first blocks of such a chain for public: then there are none."""
+    opened = msgspec.structs.replace(OPENED, public_key=PUBLIC_KEY, public_tokens=40)
+    for first_token, num_blocks in ((0, 0), (39, 0), (40, 6)):
+        image = ExtraInput("image", bytes(32), "", (), first_token, 1)
+        keys = RequestKeys(opened, 16, extra_inputs=[image])
+        keys.extend(TOKENS)
+        assert keys.num_blocks == num_blocks
+        assert not keys.is_limited
 
 
 def test_local_namespaces_are_the_processs_own() -> None:

@@ -6,6 +6,7 @@ vLLM's own dummy weights are so small that another prompt's KV changes nothing: 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def write_checkpoint(folder: Path, *, kind: str = "full", seed: int = 0) -> Path
     folder.mkdir(parents=True)
     own = {"full": {}, "sliding": _SLIDING, "latent": _LATENT}[kind]
     (folder / "config.json").write_text(json.dumps(_CONFIG | own))
-    _write_tokenizer(folder)
-    normal = _Normal(seed)
+    write_tokenizer(folder)
+    normal = Normal(seed)
     weights = {
         "model.embed_tokens.weight": normal(VOCAB, HIDDEN, deviation=1.0),
         "model.norm.weight": torch.ones(HIDDEN),
@@ -93,7 +94,9 @@ def write_checkpoint(folder: Path, *, kind: str = "full", seed: int = 0) -> Path
     return folder
 
 
-class _Normal:
+class Normal:
+    """Random tensors, of the seed alone."""
+
     def __init__(self, seed: int) -> None:
         self._random = torch.Generator().manual_seed(seed)
 
@@ -101,7 +104,7 @@ class _Normal:
         return torch.randn(*shape, generator=self._random) * deviation
 
 
-def _attention(normal: _Normal) -> dict[str, torch.Tensor]:
+def _attention(normal: Normal) -> dict[str, torch.Tensor]:
     return {
         "q_proj": normal(HEADS * HEAD_DIM, HIDDEN),
         "k_proj": normal(KV_HEADS * HEAD_DIM, HIDDEN),
@@ -110,7 +113,7 @@ def _attention(normal: _Normal) -> dict[str, torch.Tensor]:
     }
 
 
-def _latent_attention(normal: _Normal) -> dict[str, torch.Tensor]:
+def _latent_attention(normal: Normal) -> dict[str, torch.Tensor]:
     nope, rope, value, rank = (
         _LATENT[name]
         for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
@@ -124,12 +127,16 @@ def _latent_attention(normal: _Normal) -> dict[str, torch.Tensor]:
     }
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """Words t0, t1, ...: one for each token id. The server needs one."""
-    vocabulary = {f"t{i}": i for i in range(VOCAB)}
+def write_tokenizer(folder: Path, *, special: Mapping[int, str] | None = None) -> None:
+    """Words t0, t1, ...: one for each token id, but for those of `special` tokens. The server needs one."""
+    names = special or {}
+    vocabulary = {names.get(i, f"t{i}"): i for i in range(VOCAB)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer: dict[str, Any] = {
         "version": "1.0",
-        "added_tokens": [],
+        "added_tokens": [
+            {"id": i, "content": name, "special": True, **flags} for i, name in names.items()
+        ],
         "normalizer": None,
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,

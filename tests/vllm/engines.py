@@ -102,7 +102,10 @@ class Vllm:
     def ask(
         self, prompts: Sequence[Sequence[int]], *, logits: bool = False, **fields: Any
     ) -> list[Answer]:
-        """Answer a batch. `fields` are added to every prompt (cache_salt) or, `handles`, one to each."""
+        """Answer a batch. `fields` are added to every prompt (cache_salt, items) or, `handles`, one to each.
+
+        `lora`: the LoRARequest of all of them. `embeddings`: what stands for the tokens.
+        """
         handles = fields.pop("handles", [None] * len(prompts))
         params = [
             SamplingParams(
@@ -114,9 +117,15 @@ class Vllm:
             )
             for handle in handles
         ]
-        salt = {"cache_salt": fields["cache_salt"]} if "cache_salt" in fields else {}
-        inputs: list[Any] = [{"prompt_token_ids": list(p), **salt} for p in prompts]
-        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        more: dict[str, Any] = (
+            {"cache_salt": fields["cache_salt"]} if "cache_salt" in fields else {}
+        )
+        more |= {"multi_modal_data": fields["items"]} if "items" in fields else {}
+        more |= {"multi_modal_uuids": fields["uuids"]} if "uuids" in fields else {}
+        inputs: list[Any] = [{"prompt_token_ids": list(p), **more} for p in prompts]
+        if "embeddings" in fields:
+            inputs = [{"prompt_embeds": rows, **more} for rows in fields["embeddings"]]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=fields.get("lora"))
         return [_answer(output) for output in outputs]
 
     def answer(self, tokens: Sequence[int], **fields: Any) -> Answer:

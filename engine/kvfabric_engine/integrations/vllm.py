@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from vllm import __version__ as vllm_version
+from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -43,6 +44,8 @@ from kvfabric.types import BlockLayout
 from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, ConnectorOptions
 from kvfabric_engine.integrations import vllm_identity as identity
+from kvfabric_engine.integrations.vllm_adapters import Adapters
+from kvfabric_engine.integrations.vllm_inputs import RequestInputs
 from kvfabric_engine.integrations.vllm_layout import NoPool, PagedMover, prove
 from kvfabric_engine.integrations.vllm_messages import FabricHandshake, FabricMetadata, Join
 from kvfabric_engine.integrations.vllm_metrics import FabricPromMetrics, FabricStats, StatsTaker
@@ -222,8 +225,8 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
         return self._fabric.side if self._fabric is not None else None
 
     def on_new_request(self, request: Any) -> None:
-        if (side := self._side) is not None:
-            self._boundary.run("open", lambda: side.new(request), lambda _: None)
+        if (fabric := self._fabric) is not None:
+            self._boundary.run("open", lambda: fabric.new(request), lambda _: None)
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
@@ -332,6 +335,13 @@ class _Fabric:
         self._pool: Any = None
         self._revision = ""
         self._socket = identity.node_socket(self._extra)
+        self._told: set[str] = set()
+        lora = config.lora_config
+        self._adapters = Adapters(
+            settings=lora.compute_hash() if lora is not None else "",
+            may_be_exchanged=envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING,
+            tell=self._tell_once,
+        )
         self._opened = threading.Event()
         self._is_closed = False
         self._join: Join
@@ -367,12 +377,38 @@ class _Fabric:
         )
         connector, mirror = self._new_connector(self._join)
         side = SchedulerSide(
-            connector, self._groups, mirror, join=self._join, may_load=self._may_load
+            connector,
+            self._groups,
+            mirror,
+            join=self._join,
+            may_load=self._may_load,
+            inputs_of=self._inputs_of,
         )
         side.bind_pool(self._pool)
         self.connector, self.side = connector, side
         if connector.wait_connected(START_S):
             _log.info("fabric: connected to the node at %s", self._socket)
+
+    def new(self, request: Any) -> None:
+        """Also while there is no connection yet: vLLM loads the adapters of such requests all the same."""
+        if request.lora_request is not None:
+            self._adapters.see(request.lora_request)
+        if self.side is not None:
+            self.side.new(request)
+
+    def _inputs_of(self, request: Any) -> RequestInputs:
+        return RequestInputs(
+            request,
+            adapters=self._adapters,
+            block_tokens=self._groups.block_tokens,
+            has_encoder_connector=self._config.ec_transfer_config is not None,
+            tell=self._tell_once,
+        )
+
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            _log.warning("fabric: %s", line)
 
     def _new_connector(self, join: Join) -> tuple[Connector, PoolMirror]:
         events = PoolEvents()
@@ -413,6 +449,7 @@ class _Fabric:
 
     def close(self) -> None:
         self._is_closed = True
+        self._adapters.close()
         if self.connector is not None:
             self.connector.close()
 

@@ -144,7 +144,7 @@ def model_revision(config: Any, version: str) -> str:
     folder = _folder(model)
     files = [] if folder is None else _weight_files(folder)
     is_real = bool(files) and str(config.load_config.load_format) != "dummy"
-    weights = b"".join(_file_digest(file) for file in files) if is_real else secrets.token_bytes(32)
+    weights = b"".join(file_digest(file) for file in files) if is_real else secrets.token_bytes(32)
     fields = [
         (1, weights),
         (2, _architecture(model).encode()),
@@ -177,7 +177,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
 
 
-def _file_digest(file: Path) -> bytes:
+def file_digest(file: Path) -> bytes:
+    """32 bytes of the file's name and content."""
     with file.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").digest()
     return hashlib.sha256(file.name.encode() + b"\0" + content).digest()

@@ -10,6 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvfabric.types import BlockKey, BlockLayout
+from kvfabric_engine.integrations.vllm_adapters import AdapterFiles
 from kvfabric_engine.integrations.vllm_identity import Shard
 
 
@@ -26,23 +27,31 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Blocks of a request into vLLM's blocks. `name`: the request at the node, leased by the scheduler."""
+    """Blocks of a request into vLLM's blocks. `name`: the request at the node, leased by the scheduler.
+
+    `adapter`: what must be as it was for the keys to be right.
+    """
 
     request_id: str
     name: str
     keys: list[BlockKey]
     pages: list[list[int]]
+    adapter: AdapterFiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
-    """Blocks that this step computes. `name` and `handle`: how the worker opens them at the node."""
+    """Blocks that this step computes. `name` and `handle`: how the worker opens them at the node.
+
+    `adapter`: what must still be as it was when they are computed for the keys to be right.
+    """
 
     name: str
     handle: str
     parent: BlockKey
     keys: list[BlockKey]
     pages: list[list[int]]
+    adapter: AdapterFiles | None = None
 
 
 @dataclass

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from kvfabric.types import MissReason, TierName
 from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, Opened, PrefixMatch
 from kvfabric_engine.integrations.vllm_identity import Groups
+from kvfabric_engine.integrations.vllm_inputs import RequestInputs, salt_with
 from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, SKIP
 from kvfabric_engine.integrations.vllm_messages import (
     FabricMetadata,
@@ -36,7 +36,6 @@ from kvfabric_engine.integrations.vllm_messages import (
 from kvfabric_engine.integrations.vllm_pool import PoolMirror
 from kvfabric_engine.request_keys import RequestKeys
 
-_log = logging.getLogger(__name__)
 Answer = tuple[int | None, bool]
 NOTHING: Answer = (0, False)
 LATER: Answer = (None, False)
@@ -59,7 +58,7 @@ class _Tracked:
 
     request: Any
     handle: str
-    is_cacheable: bool
+    inputs: RequestInputs
     may_load: bool
     phase: _Phase = _Phase.NEW
     name: str = ""
@@ -87,7 +86,10 @@ class _Orders:
 
 
 class SchedulerSide:
-    """Needs a started Connector of role SCHEDULER. `may_load` False: only store."""
+    """Needs a started Connector of role SCHEDULER. `may_load` False: only store.
+
+    `inputs_of`: what a request's KV depends on besides its tokens.
+    """
 
     def __init__(
         self,
@@ -97,12 +99,14 @@ class SchedulerSide:
         *,
         join: Join,
         may_load: bool,
+        inputs_of: Callable[[Any], RequestInputs],
     ) -> None:
         self._connector = connector
         self._groups = groups
         self._mirror = mirror
         self._join = join
         self._may_load = may_load
+        self._inputs_of = inputs_of
         self._boundary = Boundary()
         self._joined = b""
         self._tracked: dict[str, _Tracked] = {}
@@ -110,7 +114,6 @@ class SchedulerSide:
         self._orders = _Orders()
         self._pool: Any = None
         self._pool_map: object = None
-        self.refused: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<SchedulerSide {len(self._tracked)} requests, {len(self._loading)} loading>"
@@ -124,7 +127,7 @@ class SchedulerSide:
         tracked = _Tracked(
             request,
             _handle_of(request),
-            is_cacheable=self._is_cacheable(request),
+            self._inputs_of(request),
             may_load=self._may_load and not request.skip_reading_prefix_cache,
         )
         self._tracked[request.request_id] = tracked
@@ -225,29 +228,16 @@ class SchedulerSide:
 
     # --- one request ---------------------------------------------------------------------------------
 
-    def _is_cacheable(self, request: Any) -> bool:
-        """Whether the tokens alone say what the KV is."""
-        others = {
-            "LoRA": request.lora_request is not None,
-            "multimodal": bool(request.mm_features),
-            "prompt embedding": request.prompt_embeds is not None,
-            "streaming input": bool(getattr(request, "resumable", False)),
-        }
-        for kind in (kind for kind, is_there in others.items() if is_there):
-            if kind not in self.refused:
-                self.refused.add(kind)
-                _log.warning("fabric: %s requests are computed without the fabric", kind)
-            return False
-        return True
-
     def _open(self, tracked: _Tracked) -> None:
         if tracked.name:
             self._connector.release(tracked.name)
         tracked.name = tracked.next_name()
         tracked.num_mirrored = tracked.num_matched = 0
         salt = "" if tracked.handle else (tracked.request.cache_salt or "")
-        tokens = list(tracked.request.all_token_ids) if tracked.is_cacheable else []
-        tracked.opening = self._connector.open(tracked.name, tracked.handle, salt, tokens)
+        tokens = list(tracked.request.all_token_ids)
+        tracked.opening = self._connector.open(
+            tracked.name, tracked.handle, salt, tokens, tracked.inputs
+        )
         tracked.phase = _Phase.OPENING
 
     def _opened(self, tracked: _Tracked) -> bool:
@@ -256,13 +246,18 @@ class SchedulerSide:
         if not tracked.opening.done():
             return False
         opened, tracked.opening = tracked.opening.result(), None
-        keys = opened.keys if opened.in_fabric else None
-        tracked.keys = keys if tracked.is_cacheable else None
+        was_identified = opened.in_fabric and self._identify(tracked)
+        tracked.keys = opened.keys if opened.in_fabric and _is_known(tracked) else None
         if tracked.keys is None or tracked.keys.no_read or not tracked.may_load:
             tracked.phase = _Phase.MATCHED
         else:
             self._ask(tracked, tracked.keys)
-        return not _resalt(tracked.request, _salt_for(tracked, opened))
+        return not _rehash(tracked.request, _salt_for(tracked, opened), was_identified)
+
+    def _identify(self, tracked: _Tracked) -> bool:
+        """Only before vLLM ever scheduled the request: workers keep the names that they saw first."""
+        is_new = tracked.num_names == 1
+        return is_new and tracked.inputs.is_known and tracked.inputs.identify()
 
     def _ask(self, tracked: _Tracked, keys: RequestKeys) -> None:
         wanted = keys.first(tracked.request.num_tokens)
@@ -300,7 +295,8 @@ class SchedulerSide:
             for i in range(first, tracked.num_matched)
         ]
         keys = tracked.keys.first(tracked.num_matched * self._groups.block_tokens)[first:]
-        return LoadOrder(tracked.request.request_id, tracked.name, keys, pages)
+        files = tracked.inputs.adapter_files
+        return LoadOrder(tracked.request.request_id, tracked.name, keys, pages, files)
 
     def _lost_order(self, tracked: _Tracked, block_ids: Sequence[int]) -> LoadOrder:
         """A load of nothing: the worker reports every block of it as failed, and vLLM computes them."""
@@ -314,7 +310,7 @@ class SchedulerSide:
             return
         tracked.phase = _Phase.RUNNING
         keys, request = tracked.keys, tracked.request
-        if keys is None:
+        if keys is None or not tracked.inputs.is_trusted:
             return
         # The last sampled token is known before its KV is; drafts are computed before they are known.
         end = min(num_computed + output.num_scheduled_tokens[request_id], request.num_tokens)
@@ -339,7 +335,14 @@ class SchedulerSide:
         parent = chain[first - 1] if first else ROOT_PARENT
         name = tracked.next_name()
         self._orders.saves.append(
-            SaveOrder(name, tracked.handle, parent, chain[first:], pages[first:])
+            SaveOrder(
+                name,
+                tracked.handle,
+                parent,
+                chain[first:],
+                pages[first:],
+                tracked.inputs.adapter_files,
+            )
         )
         tracked.num_saved = end
 
@@ -370,29 +373,38 @@ def _handle_of(request: Any) -> str:
 def _salt_for(tracked: _Tracked, opened: Opened) -> str | None:
     """The salt that the request must have in HBM; None to leave it as it is.
 
-    With a handle it is that of the handle's namespace, whatever else came. What the node refuses or may not
-    cache in whole shares with nobody, nor does a handle without a salt while the node cannot be asked.
+    With a handle it is that of the handle's namespace, whatever else came; an adapter in the fabric has one
+    in any case. What the node refuses or may not cache in whole shares with nobody, nor does a handle
+    without a salt while the node cannot be asked.
     """
+    adapter = tracked.inputs.adapter if tracked.keys is not None else None
     if (
         tracked.handle
         and opened.in_fabric
         and opened.keys is not None
         and not opened.keys.is_limited
     ):
-        return opened.keys.salt
+        return salt_with(opened.keys.salt, adapter)
     if not tracked.handle and opened.keys is not None:
-        return None
+        return salt_with(opened.keys.salt, adapter) if adapter is not None else None
     is_unreached = opened.reason in UNREACHED
     if is_unreached and (tracked.request.cache_salt or not tracked.handle):
         return None
     return tracked.one_time_salt
 
 
-def _resalt(request: Any, salt: str | None) -> bool:
-    """Give the request a namespace of its own in HBM; True if that changed anything."""
-    if salt is None or request.cache_salt == salt:
+def _is_known(tracked: _Tracked) -> bool:
+    """Whether the keys say all that the request's KV depends on, in vLLM's own cache too."""
+    inputs = tracked.inputs
+    return inputs.is_known and inputs.is_trusted and inputs.are_identified
+
+
+def _rehash(request: Any, salt: str | None, was_identified: bool) -> bool:
+    """Give the request a namespace of its own in HBM; True if that or its items' names changed anything."""
+    if (salt is None or request.cache_salt == salt) and not was_identified:
         return False
-    request.cache_salt = salt
+    if salt is not None:
+        request.cache_salt = salt
     request.block_hashes.clear()
     request.update_block_hashes()
     return True

@@ -20,6 +20,7 @@ from kvfabric.protocol.messages import Role
 from kvfabric.types import MissReason
 from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, ConnectorOptions, Loaded, Saved
+from kvfabric_engine.integrations.vllm_adapters import AdapterFiles
 from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, PagedMover
 from kvfabric_engine.integrations.vllm_messages import FabricMetadata, Join, LoadOrder, SaveOrder
 from kvfabric_engine.pool_events import PoolEvents
@@ -51,6 +52,7 @@ class WorkerSide:
         self._connector: Connector | None = None
         self._boundary = Boundary()
         self._told: set[MissReason] = set()
+        self._outdated: set[str] = set()
         self._done: queue.SimpleQueue[tuple[LoadOrder, int]] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
@@ -99,7 +101,7 @@ class WorkerSide:
         self._boundary.run("load", lambda: self._begin_load(order), lambda _: self._fail(order))
 
     def _begin_load(self, order: LoadOrder) -> None:
-        if self._connector is None or not order.keys:
+        if self._connector is None or not order.keys or self._is_outdated(order.adapter):
             self._fail(order)
             return
         future = self._connector.load(order.name, order.keys, order.pages)
@@ -122,6 +124,8 @@ class WorkerSide:
         state = connector.statistics()
         if not state.is_up or state.saving_bytes > WINDOW_BYTES:
             return  # the cache is slower than the engine: not worth a copy
+        if self._is_outdated(order.adapter):
+            return
         copied = self._mover.copy(order.pages)
         future = connector.save(
             order.name, order.parent, order.keys, order.pages, copied, handle=order.handle
@@ -135,6 +139,15 @@ class WorkerSide:
 
         future.add_done_callback(ended)
         connector.release(order.name)
+
+    def _is_outdated(self, adapter: AdapterFiles | None) -> bool:
+        """Whether vLLM may have read other weights than those that the keys name."""
+        if adapter is None or adapter.are_unchanged():
+            return False
+        if adapter.folder not in self._outdated:
+            self._outdated.add(adapter.folder)
+            _log.warning("fabric: adapter %s changed on disk; vLLM computes it", adapter.folder)
+        return True
 
     def _tell(self, what: str, reason: MissReason) -> None:
         """One line for each reason, but for what the connector said and for what follows from another."""
