@@ -39,7 +39,7 @@ from kvfabric_engine.pinning import Pinning
 from kvfabric_engine.plan import PrefixMatch as PrefixMatch  # part of this interface
 from kvfabric_engine.pool_events import PoolEvents
 from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
-from kvfabric_engine.staging import Fence, Mover, Pages
+from kvfabric_engine.staging import Fence, LayerArrival, Mover, Pages
 
 R = TypeVar("R")
 GROUP = 0
@@ -258,16 +258,25 @@ class Connector:
         )
 
     def load(
-        self, request_id: str, keys: Sequence[BlockKey], blocks: Sequence[Pages]
+        self,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        begun: Callable[[LayerArrival], None] | None = None,
     ) -> Future[Loaded]:
-        """Bring matched `keys` into the pool's `blocks`. What fails is left to be computed."""
+        """Bring matched `keys` into the pool's `blocks`. What fails is left to be computed.
+
+        `begun`: for an engine that wants to compute layers as they come. It may be called, on the load's
+        thread; the blocks then hold unverified bytes until the future is done, and of what was not loaded
+        they hold anything.
+        """
         progress = [0]
         fence = self._mover.fence()  # the pages may be in use still by what had them before
         return self._submit(
             self._loading,
             "load",
             request_id,
-            lambda: self._load(request_id, keys, blocks, progress, fence),
+            lambda: self._load(request_id, keys, blocks, progress, fence, begun),
             lambda error: Loaded(progress[0], reason_of(error)),
         )
 
@@ -446,22 +455,43 @@ class Connector:
         blocks: Sequence[Pages],
         progress: list[int],
         fence: Fence,
+        begun: Callable[[LayerArrival], None] | None,
     ) -> Loaded:
-        begun = time.monotonic()
-        deadline = begun + self._options.deadlines.load_s
+        started = time.monotonic()
+        deadline = started + self._options.deadlines.load_s
         with self._link.use() as client:
             fence.wait()
             if self._direct is not None:
                 calls = self._node_calls(client, request_id, keys, blocks, progress, deadline)
-                reason = self._direct.run(calls, blocks, self._mover.part_bytes)
+                size, layers = self._mover.part_bytes, self._layout.num_layers
+                if begun is None:
+                    reason = self._direct.run(calls, blocks, size)
+                else:
+                    reason = self._direct.run_layers(calls, blocks, size, layers, begun)
                 if progress[0] < len(keys):
                     self._boundary.count(reason)
             else:
                 reason = self._load_copied(client, request_id, keys, blocks, progress, deadline)
+            if reason is MissReason.CORRUPT and progress[0] < len(keys):
+                self._recheck(client, request_id, keys[progress[0]])
         with self._lock:
             self._moved[0] += progress[0]
             self._requests[request_id].leased_keys = ()
-        return Loaded(progress[0], reason, time.monotonic() - begun)
+        return Loaded(progress[0], reason, time.monotonic() - started)
+
+    def _recheck(self, client: NodeClient, request_id: str, key: BlockKey) -> None:
+        """Have the node look at a block that did not verify here, or every hit on it would fail."""
+        self._boundary.run(
+            "recheck",
+            lambda: client.recheck(
+                request_id,
+                [key],
+                group=GROUP,
+                shard=self._options.shard,
+                deadline_s=self._options.deadlines.control_s,
+            ),
+            lambda _: None,
+        )
 
     def _load_copied(
         self,

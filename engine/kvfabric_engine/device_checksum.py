@@ -12,6 +12,8 @@ and the last mixing, of 64 bytes a part, on the host. Triton kernels on CUDA, to
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -75,8 +77,19 @@ class DeviceChecksums:
     def accumulate(self, parts: torch.Tensor) -> torch.Tensor:
         """`parts`: contiguous uint8 [n * part_bytes]. Enqueued on the current stream; int64 [n, 8]."""
         words = parts.view(torch.int64).view(-1, self._words)
-        sums = self._sums_by_kernel(words) if self._uses_kernel else self._sums(words)
-        return self._chain_by_kernel(words, sums) if self._uses_kernel else self._chain(words, sums)
+        if not self._uses_kernel:
+            return self._chain(words, self._sums(words))
+        order = torch.arange(len(words), device=words.device)
+        return self._by_kernel(_Paged(words, order, 1, self._words))
+
+    def accumulate_paged(self, region: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """As `accumulate`, of parts that lie in pages: `region` uint8 [num_pages, page_bytes] with contiguous
+        rows, `pages` int64 [n * pages a part] on the device. See `supports_pages`."""
+        page_bytes = region.shape[1]
+        if not self._uses_kernel:
+            return self.accumulate(region[pages].reshape(-1))
+        words = region.view(torch.int64)
+        return self._by_kernel(_Paged(words, pages, 8 * self._words // page_bytes, page_bytes // 8))
 
     def digests(self, accumulators: torch.Tensor) -> list[bytes]:
         """`accumulators`, on the host, as checksums: XXH3-128, 16 B big-endian each."""
@@ -89,31 +102,35 @@ class DeviceChecksums:
         packed = halves.astype(">u8").tobytes()
         return [packed[start : start + 16] for start in range(0, len(packed), 16)]
 
-    def _sums_by_kernel(self, words: torch.Tensor) -> torch.Tensor:
-        rows = self._num_blocks + 1
-        sums = torch.empty(len(words), rows, LANES, dtype=torch.int64, device=words.device)
-        _sum_blocks[(len(words), triton.cdiv(rows, BLOCKS_A_PROGRAM))](
-            words,
+    def _by_kernel(self, paged: _Paged) -> torch.Tensor:
+        count, rows = len(paged.pages) // paged.part_pages, self._num_blocks + 1
+        sums = paged.words.new_empty(count, rows, LANES)
+        found = paged.words.new_empty(count, LANES)
+        stride = paged.words.stride(0)
+        _sum_blocks[(count, triton.cdiv(rows, BLOCKS_A_PROGRAM))](
+            paged.words,
+            paged.pages,
             self._keys,
             sums,
-            self._words,
+            paged.part_pages,
+            paged.page_words,
+            stride,
             self._num_blocks,
             self._last_stripes,
             BLOCKS=BLOCKS_A_PROGRAM,
             num_warps=8,
         )
-        return sums
-
-    def _chain_by_kernel(self, words: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-        found = torch.empty(len(words), LANES, dtype=torch.int64, device=words.device)
-        _chain_blocks[(len(words),)](
-            words,
+        _chain_blocks[(count,)](
+            paged.words,
+            paged.pages,
             sums,
             self._start,
             self._scramble,
             self._last,
             found,
-            self._words,
+            paged.part_pages,
+            paged.page_words,
+            stride,
             self._num_blocks,
             PRIME=_P32_1,
             STEP=UNROLL,
@@ -139,6 +156,20 @@ class DeviceChecksums:
             found = found + sums[:, block]
             found = (found ^ ((found >> 47) & 0x1FFFF) ^ self._scramble) * _P32_1
         return found + sums[:, self._num_blocks] + _mixed(words[:, -LANES:], self._last)
+
+
+class _Paged(NamedTuple):
+    """Where the words of parts lie: int64 [num_pages, page_words] with contiguous rows."""
+
+    words: torch.Tensor
+    pages: torch.Tensor
+    part_pages: int
+    page_words: int
+
+
+def supports_pages(page_bytes: int) -> bool:
+    """Whether each KiB of a part lies in one page."""
+    return page_bytes % BLOCK_BYTES == 0
 
 
 def supports(part_bytes: int) -> bool:
@@ -178,9 +209,12 @@ if triton is not None:
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
     def _sum_blocks(  # type: ignore[no-untyped-def] # noqa: PLR0913 - triton evaluates annotations
         words,
+        pages,
         keys,
         sums,
-        part_words,
+        part_pages,
+        page_words,
+        stride_words,
         num_blocks,
         last_stripes,
         BLOCKS: tl.constexpr,
@@ -193,10 +227,14 @@ if triton is not None:
         count = tl.where(block < num_blocks, 16, tl.where(block == num_blocks, last_stripes, 0))
         there = (stripe[None, :, None] < count[:, None, None]) & (lane[None, None, :] >= 0)
         inside = stripe[:, None] * 8 + lane[None, :]
-        word = block[:, None, None] * 128 + inside[None, :, :]
-        first = words + part * part_words
-        data = tl.load(first + word, mask=there, other=0)
-        swapped = tl.load(first + (word ^ 1), mask=there, other=0)
+        begin = block.to(tl.int64) * 128
+        number = tl.minimum(begin // page_words, part_pages - 1)
+        page = tl.load(pages + part * part_pages + number)
+        first = page * stride_words + (begin - number * page_words)
+        word = first[:, None, None] + inside[None, :, :]
+        other = first[:, None, None] + (inside ^ 1)[None, :, :]
+        data = tl.load(words + word, mask=there, other=0)
+        swapped = tl.load(words + other, mask=there, other=0)
         keyed = data ^ tl.load(keys + inside)[None, :, :]
         product = (keyed & low) * ((keyed >> 32) & low)
         added = tl.sum(tl.where(there, product + swapped, 0), axis=1)
@@ -207,12 +245,15 @@ if triton is not None:
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
     def _chain_blocks(  # type: ignore[no-untyped-def] # noqa: PLR0913 - triton evaluates annotations
         words,
+        pages,
         sums,
         start,
         scramble,
         last,
         found,
-        part_words,
+        part_pages,
+        page_words,
+        stride_words,
         num_blocks,
         PRIME: tl.constexpr,
         STEP: tl.constexpr,
@@ -232,7 +273,8 @@ if triton is not None:
         for block in range(whole, num_blocks):
             state += tl.load(row + block * 8)
             state = (state ^ ((state >> 47) & 0x1FFFF) ^ key) * prime
-        end = words + part * part_words + part_words - 8
+        page = tl.load(pages + (part + 1) * part_pages - 1)
+        end = words + page * stride_words + page_words - 8
         keyed = tl.load(end + lane) ^ tl.load(last + lane)
         state += (keyed & low) * ((keyed >> 32) & low) + tl.load(end + (lane ^ 1))
         state += tl.load(row + num_blocks * 8)

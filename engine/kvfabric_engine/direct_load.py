@@ -5,6 +5,9 @@
     confirm    the slots were ours until now, else they are not used
     land       kernel: buffer -> pool
 
+`run_layers` instead brings some layers of all blocks at a time straight into the pool, for an engine that has
+nothing else to do but to compute behind them, and verifies there.
+
 Several chunks are open at a time, so the bus is busy while the node is asked. Whatever ends a load early,
 nothing reads the arena and nothing writes the pool any more when `run` returns.
 """
@@ -20,7 +23,7 @@ import numpy as np
 from kvfabric.errors import RemoteProtocolError
 from kvfabric.protocol.messages import Confirmed, Located
 from kvfabric.types import MissReason
-from kvfabric_engine.staging import Arrival, Landing, Pages
+from kvfabric_engine.staging import Arrival, Landing, LayerArrival, Pages
 
 LOCATE_BYTES = 512 << 20
 """Asked for in one call: few calls, but no long one while blocks come from SSD."""
@@ -68,6 +71,40 @@ class DirectLoads:
             return load.run()
         finally:
             self.landing.wait()
+
+    def run_layers(
+        self,
+        calls: NodeCalls,
+        blocks: Sequence[Pages],
+        part_bytes: int,
+        num_layers: int,
+        begun: Callable[[LayerArrival], None],
+    ) -> MissReason:
+        """As `run`, but the bytes are in `blocks` before they are verified: `begun` is told when which layers
+        will be, and what is made of them counts only if all of this load does. A load that cannot go so goes
+        as `run` does, and `begun` is not called."""
+        located = calls.locate(0, len(blocks))
+        if located.num_blocks < len(blocks) or located.part_bytes != part_bytes:
+            return self.run(calls, blocks, part_bytes)
+        offsets = self.offsets(located)
+        if not self.landing.covers(offsets):
+            return self.run(calls, blocks, part_bytes)
+        try:
+            arrival = self.landing.begin_layers(offsets, blocks, num_layers)
+            if arrival is None:
+                return self.run(calls, blocks, part_bytes)
+            begun(arrival)
+            arrival.done.wait()
+            good = num_good(located, self.landing.layer_checksums(arrival))
+            usable = calls.confirm(0, parts_of(located, 0, good)).num_blocks if good else 0
+        finally:
+            self.landing.wait()
+        usable = min(good, usable)
+        if usable:
+            calls.landed(0, usable)
+        if good < located.num_blocks:
+            return MissReason.CORRUPT
+        return MissReason.NONE if usable == good else MissReason.EXPIRED
 
     def offsets(self, located: Located) -> list[int]:
         """Where the parts lie. Raises RemoteProtocolError for one outside the arena."""
@@ -149,7 +186,7 @@ class _Load:
     def _finish(self, chunk: _Chunk) -> None:
         located = chunk.located
         chunk.arrival.done.wait()
-        good = self._num_good(chunk)
+        good = num_good(located, self._loads.landing.checksums(chunk.arrival))
         reason = MissReason.NONE if good == located.num_blocks else MissReason.CORRUPT
         usable = 0
         if good:
@@ -160,19 +197,20 @@ class _Load:
         self._loads.landing.land(chunk.arrival, self._blocks[chunk.first : chunk.first + usable])
         self._landed(chunk.first, usable, located, reason)
 
-    def _num_good(self, chunk: _Chunk) -> int:
-        """How many leading parts are in the buffer as they were stored."""
-        expected = chunk.located.checksums
-        for index, found in enumerate(self._loads.landing.checksums(chunk.arrival)):
-            if found != expected[16 * index : 16 * index + 16]:
-                return index
-        return chunk.located.num_blocks
-
     def _landed(self, first: int, count: int, located: Located, reason: MissReason) -> None:
         if count:
             self._calls.landed(first, count)
         if count < located.num_blocks:
             self._reason, self._is_over = reason, True
+
+
+def num_good(located: Located, checksums: Sequence[bytes]) -> int:
+    """How many leading parts have the checksums that they were stored with."""
+    expected = located.checksums
+    for index, found in enumerate(checksums):
+        if found != expected[16 * index : 16 * index + 16]:
+            return index
+    return located.num_blocks
 
 
 def parts_of(located: Located, start: int, stop: int) -> Located:

@@ -49,6 +49,10 @@ class PagedRuns:
         self._bases = torch.tensor([r.data_ptr() for r in regions], device=self.device)
         self.uses_kernel = triton is not None and first.is_cuda and self._is_aligned()
 
+    @property
+    def only_region(self) -> torch.Tensor | None:
+        return self._regions[0] if len(self._regions) == 1 else None
+
     def gather(self, pages: torch.Tensor, out: torch.Tensor) -> None:
         """`pages`: int64 [n] on the device. `out`: contiguous uint8, n * page_bytes long."""
         self._move(pages, out, to_parts=True)

@@ -12,6 +12,8 @@ kernels, ordered by events; the engine's own stream is waited for, never held up
     scatter  host --DMA--> buffer --kernel--> pages
     land     arena --DMA a run of neighbouring slots--> buffer, its checksums --kernels--> host; the caller
              compares them; buffer --kernel--> pages
+    layers   arena --DMA some layers of every page--> pages, then the next layers; checksums of the pages
+             last: the model computes a layer while the next ones are on the bus; that counts if they agree
 
 DMA reads only what this mover itself page-locked: memory that the driver still holds for an earlier mapping
 of the address would give other bytes.
@@ -22,7 +24,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +32,14 @@ import numpy.typing as npt
 import torch
 
 from kvfabric.errors import ConfigError, TransferError
-from kvfabric_engine.device_checksum import ACCUMULATOR_BYTES, DeviceChecksums, supports
+from kvfabric_engine.device_checksum import (
+    ACCUMULATOR_BYTES,
+    DeviceChecksums,
+    supports,
+    supports_pages,
+)
 from kvfabric_engine.kernels import PagedRuns
-from kvfabric_engine.lanes import Copy, Fence, Passed, fence_here, new_lane, on_device
+from kvfabric_engine.lanes import Copies, Fence, Passed, fence_here, new_lane, on_device
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 
 __all__ = [
@@ -49,12 +56,15 @@ __all__ = [
     "prove_layout",
 ]
 
+Addresses = npt.NDArray[np.int64]
 Pages = Sequence[int]
 """The pages of one fabric block, in the order of their tokens: `pages_per_block` indexes into the pool."""
 
 PROBE_BYTES = 64
 STAGE_BYTES = 64 << 20
 """Of one of a direction's two buffers: 1.2 ms of DMA, longer than the calls to the node beside it take."""
+LAYER_GROUPS = 4
+"""Of a load that the model computes behind: few copies, long ones, and only the last is waited for whole."""
 LANDING_BUFFERS = 3
 """One is filled while the next is checked and the one before is spread."""
 REGISTER_READ_ONLY = 8
@@ -135,6 +145,17 @@ class Landing(ABC):
         """Write the arrival's leading parts into `blocks`, its buffer is free then. Waits for nothing."""
 
     @abstractmethod
+    def begin_layers(
+        self, offsets: Sequence[int], blocks: Sequence[Pages], num_layers: int
+    ) -> LayerArrival | None:
+        """Start the DMA of parts straight into `blocks`, unverified, layer by layer; None where the pool does
+        not lie so that it can."""
+
+    @abstractmethod
+    def layer_checksums(self, arrival: LayerArrival) -> list[bytes]:
+        """As `checksums`, of the bytes in the blocks. After `done`."""
+
+    @abstractmethod
     def wait(self) -> None:
         """Until no DMA reads the arena and everything landed is in the pool."""
 
@@ -146,6 +167,15 @@ class Arrival(NamedTuple):
     number: int
     done: Fence
     accumulators: torch.Tensor | None = None  # of a landing: int64 [parts, 8], on the host
+
+
+class LayerArrival(NamedTuple):
+    """Parts on their way into their blocks. `before`: what must have passed before a layer (0, and each at
+    which the next ones begin) reads them. `done`: all are there, checksums included."""
+
+    before: Mapping[int, Fence]
+    done: Fence
+    accumulators: torch.Tensor
 
 
 def mover_for(pool: torch.Tensor, shape: PoolShape) -> Mover:
@@ -243,6 +273,7 @@ class StagedMover(Mover):
     def __init__(
         self, paged: PagedRuns, pages_per_block: int, *, stage_bytes: int = STAGE_BYTES
     ) -> None:
+        self.page_bytes = paged.page_bytes
         self.part_bytes = pages_per_block * paged.page_bytes
         self.chunk_parts = max(1, stage_bytes // self.part_bytes)
         self._pages_per_block = pages_per_block
@@ -271,7 +302,9 @@ class StagedMover(Mover):
                 side.dma.wait_for(side.kernels.mark())
                 first = buffer.data_ptr()
                 runs = self._pinned.runs(addresses[start:stop], size)
-                side.dma.copy([Copy(run.address, first + run.start, run.num_bytes) for run in runs])
+                side.dma.copy(
+                    _copies((run.address, first + run.start, run.num_bytes) for run in runs)
+                )
                 side.free[number] = side.dma.mark()
             side.dma.mark().wait()
 
@@ -315,7 +348,7 @@ class StagedMover(Mover):
         side.dma.wait_for(side.free[number])
         first = buffer.data_ptr()
         runs = self._pinned.runs(addresses, self.part_bytes)
-        side.dma.copy([Copy(first + run.start, run.address, run.num_bytes) for run in runs])
+        side.dma.copy(_copies((first + run.start, run.address, run.num_bytes) for run in runs))
         return side.dma.mark()
 
     def spread(self, side: _Direction, arrival: Arrival, blocks: Sequence[Pages]) -> None:
@@ -333,6 +366,15 @@ class StagedMover(Mover):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def page_major(self) -> torch.Tensor | None:
+        """uint8 [num_pages, page_bytes] if each page is one run of bytes."""
+        return self._paged.only_region
+
+    def index(self, blocks: Sequence[Pages]) -> torch.Tensor:
+        """As kernels take it, on the current stream."""
+        return self._index(blocks)
 
     def _used(self, buffer: torch.Tensor, blocks: Sequence[Pages]) -> torch.Tensor:
         return buffer[: len(blocks) * self.part_bytes]
@@ -410,6 +452,52 @@ class _StagedLanding(Landing):
 
     def land(self, arrival: Arrival, blocks: Sequence[Pages]) -> None:
         self._mover.spread(self._side, arrival, blocks)
+
+    def begin_layers(
+        self, offsets: Sequence[int], blocks: Sequence[Pages], num_layers: int
+    ) -> LayerArrival | None:
+        region, layer_bytes = self._mover.page_major, self._mover.page_bytes // num_layers
+        if region is None or not supports_pages(region.shape[1]):
+            return None
+        sources, targets = self._page_addresses(region, offsets, blocks)
+        before: dict[int, Fence] = {}
+        groups = min(LAYER_GROUPS, num_layers)
+        for group in range(groups):
+            first, stop = num_layers * group // groups, num_layers * (group + 1) // groups
+            start, size = first * layer_bytes, (stop - first) * layer_bytes
+            self._side.dma.copy(self._split(sources + start, targets + start, size))
+            before[first] = self._side.dma.mark()
+        used = self._mover.host_buffer(len(offsets) * ACCUMULATOR_BYTES)
+        on_host = torch.frombuffer(used, dtype=torch.int64).view(len(offsets), -1)
+        with self._checks.use():
+            index = self._mover.index(blocks)
+            self._checks.wait_for(self._side.dma.mark())
+            on_host.copy_(self._checksums.accumulate_paged(region, index), non_blocking=True)
+            return LayerArrival(before, self._checks.mark(), on_host)
+
+    def layer_checksums(self, arrival: LayerArrival) -> list[bytes]:
+        return self._checksums.digests(arrival.accumulators)
+
+    def _page_addresses(
+        self, region: torch.Tensor, offsets: Sequence[int], blocks: Sequence[Pages]
+    ) -> tuple[Addresses, Addresses]:
+        """Of every page of every part: in the arena, and in the pool."""
+        pages = np.array([page for block in blocks for page in block], dtype=np.int64)
+        per_part = len(pages) // len(offsets)
+        starts = np.repeat(np.array(offsets, dtype=np.int64) + self._start, per_part)
+        within = np.tile(np.arange(per_part, dtype=np.int64) * region.shape[1], len(offsets))
+        return starts + within, pages * region.stride(0) + region.data_ptr()
+
+    def _split(self, sources: Addresses, targets: Addresses, size: int) -> Copies:
+        """Copies of `size` bytes each, cut where one would cross into another registration."""
+        starts = np.array(sorted(self._slices), dtype=np.int64)
+        edges = starts[np.searchsorted(starts, sources + (size - 1), side="right") - 1]
+        heads = np.clip(edges - sources, 0, size)
+        heads[heads == 0] = size
+        tails = size - heads
+        whole = np.stack([targets, sources, heads], axis=1)
+        rest = np.stack([targets + heads, sources + heads, tails], axis=1)[tails > 0]
+        return np.concatenate([whole, rest]).astype(np.uint64)
 
     def wait(self) -> None:
         self._side.dma.mark().wait()
@@ -503,6 +591,10 @@ class PinnedMemory:
         if index + 1 < len(self._starts):
             end = min(end, self._starts[index + 1])
         return -1, end, False
+
+
+def _copies(rows: Iterable[tuple[int, int, int]]) -> Copies:
+    return np.array(list(rows), dtype=np.uint64).reshape(-1, 3)
 
 
 def address_of(memory: memoryview) -> int:

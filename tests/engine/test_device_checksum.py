@@ -58,6 +58,19 @@ def test_every_byte_counts(device: str) -> None:
         assert _digests(bad.tobytes(), size, device) != expected, place
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("page_bytes", [1024, 3072, 64 * 1024])
+def test_parts_in_pages_have_the_same(page_bytes: int, device: str) -> None:
+    """Pages anywhere, in any order, with other bytes between them."""
+    whole = np.random.default_rng(2).integers(0, 256, (12, page_bytes + 512), np.uint8)
+    region = torch.from_numpy(whole).to(device)[:, :page_bytes]
+    pages = [7, 2, 11, 0, 3, 9]
+    data = b"".join(whole[page, :page_bytes].tobytes() for page in pages)
+    checksums = DeviceChecksums(torch.device(device), 3 * page_bytes)
+    found = checksums.accumulate_paged(region, torch.tensor(pages, device=device))
+    assert checksums.digests(found.cpu()) == _expected(data, 3 * page_bytes)
+
+
 @pytest.mark.parametrize("part_bytes", [0, 64, 240, 1000, 1028])
 def test_sizes_that_are_no_kv(part_bytes: int) -> None:
     assert not supports(part_bytes)

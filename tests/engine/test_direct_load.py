@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,10 +17,19 @@ import xxhash
 from kvfabric_engine import direct_load
 from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
 from kvfabric_engine.kernels import PagedRuns
-from kvfabric_engine.lanes import Copy, Lane
+from kvfabric_engine.lanes import Copies, Lane
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.reference.engine import Engine
-from kvfabric_engine.staging import Fence, Landing, StagedMover, address_of
+from kvfabric_engine.reference.sequence import Sequence
+from kvfabric_engine.staging import (
+    Fence,
+    Landing,
+    LayerArrival,
+    Pages,
+    StagedMover,
+    _StagedLanding,
+    address_of,
+)
 from kvfabric_engine.testing import Answer, ask, small_config
 
 from kvfabric.errors import DeadlineExceeded, RemoteProtocolError
@@ -130,7 +140,7 @@ def test_without_verification_the_corrupt_part_would_be_loaded(
     arena.pin()
     described = arena.located(0, NUM_PARTS)
     arena.bytes[arena.order[7] * SIZE + 5] ^= 1
-    monkeypatch.setattr(direct_load._Load, "_num_good", lambda _, chunk: chunk.located.num_blocks)
+    monkeypatch.setattr(direct_load, "num_good", lambda located, _: located.num_blocks)
     assert arena.run(lambda first, n: parts_of(described, first, first + n)) is MissReason.NONE
     arena.check(NUM_PARTS)
 
@@ -143,9 +153,9 @@ def test_bytes_that_change_on_their_way_into_the_device_are_found(
     copy, start = Lane.copy, address_of(arena.bytes.data)
     wrong = start + arena.order[7] * SIZE
 
-    def copy_wrongly(lane: Lane, copies: Sequence[Copy]) -> None:
+    def copy_wrongly(lane: Lane, copies: Copies) -> None:
         copy(lane, copies)
-        for target, source, num_bytes in copies:
+        for target, source, num_bytes in copies.tolist():
             if source <= wrong < source + num_bytes:
                 ctypes.memset(target + (wrong - source), int(arena.bytes[wrong - start]) ^ 1, 1)
 
@@ -270,6 +280,63 @@ def test_engine_loads_straight_from_the_arena(tmp_path: Path) -> None:
         second.stop()
         assert [a.token_ids for a in again] == cold
         assert [a.reused.host for a in again] == [64, 96, 448]
+
+
+@pytest.mark.slow
+def test_what_is_computed_behind_a_load_counts_only_if_all_of_it_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle engine computes the rest of a prompt while its layers arrive. A part that then does not verify
+    is computed anew with all behind it, and the answer is right; with that guard removed it is not."""
+    with Engine(small_config()) as engine:
+        cold = [ask(engine, prompt, max_tokens=8).token_ids for prompt in PROMPTS]
+    behind: list[int] = []
+    compute = Engine._compute_behind
+
+    def watch(engine: Engine, sequence: Sequence, *rest: Any) -> None:
+        compute(engine, sequence, *rest)
+        behind.append(len(sequence.ahead))
+
+    monkeypatch.setattr(Engine, "_compute_behind", watch)
+    with NodeProcess(tmp_path / "node") as node:
+        first = _staged_engine(node)
+        _answers(first)
+        first.stop()
+        second = _staged_engine(node)
+        assert [a.token_ids for a in _answers(second)] == cold
+        assert behind == [1, 1, 1]
+        _arrive_wrongly(monkeypatch, block=2)
+        second.clear_prefix_cache()
+        wrong = _answers(second)
+        assert [a.token_ids for a in wrong] == cold
+        assert [a.reused.host for a in wrong] == [32, 32, 32]
+        assert behind == [1] * 6
+        monkeypatch.setattr(direct_load, "num_good", lambda located, _: located.num_blocks)
+        second.clear_prefix_cache()
+        assert all(a.token_ids != right for a, right in zip(_answers(second), cold, strict=True))
+        second.stop()
+
+
+def _arrive_wrongly(monkeypatch: pytest.MonkeyPatch, *, block: int) -> None:
+    """Layers of this block of each load arrive as zeros in the pool."""
+    begin = _StagedLanding.begin_layers
+
+    def begin_wrongly(
+        landing: _StagedLanding, offsets: list[int], blocks: list[Pages], num_layers: int
+    ) -> LayerArrival | None:
+        region = landing._mover.page_major
+        copy = Lane.copy
+
+        def copy_and_spoil(lane: Lane, copies: Copies) -> None:
+            copy(lane, copies)
+            assert region is not None
+            region[list(blocks[block])] = 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, "copy", copy_and_spoil)
+            return begin(landing, offsets, blocks, num_layers)
+
+    monkeypatch.setattr(_StagedLanding, "begin_layers", begin_wrongly)
 
 
 class _Held(Fence):

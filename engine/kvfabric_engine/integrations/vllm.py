@@ -45,8 +45,9 @@ from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, ConnectorOptions
 from kvfabric_engine.integrations import vllm_identity as identity
 from kvfabric_engine.integrations.vllm_adapters import Adapters
+from kvfabric_engine.integrations.vllm_device import DeviceMover
 from kvfabric_engine.integrations.vllm_inputs import RequestInputs
-from kvfabric_engine.integrations.vllm_layout import NoPool, PagedMover, prove
+from kvfabric_engine.integrations.vllm_layout import NoPool, PagedMover, VllmPool, prove
 from kvfabric_engine.integrations.vllm_messages import FabricHandshake, FabricMetadata, Join
 from kvfabric_engine.integrations.vllm_metrics import FabricPromMetrics, FabricStats, StatsTaker
 from kvfabric_engine.integrations.vllm_pool import PoolMirror
@@ -121,11 +122,7 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
         self, kv_caches: dict[str, torch.Tensor], groups: identity.Groups
     ) -> identity.Shard:
         tensors = {name: kv_caches[name] for name in groups.layers}
-        mover = PagedMover(
-            tensors,
-            num_blocks=self._kv_cache_config.num_blocks,
-            pages_per_block=groups.pages_per_block,
-        )
+        mover = self._new_mover(tensors, groups)
         prove(mover)
         rank = self._vllm_config.parallel_config.rank
         extra = self._extra
@@ -141,8 +138,24 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
             num_layers=len(tensors),
             page_bytes=mover.page_bytes,
             form=mover.form,
-            packing=f"vllm-{vllm_version} {_instruction_set()}",
+            packing=f"vllm-{vllm_version} {_packing(first)}",
             dtype=str(first.dtype).removeprefix("torch."),
+        )
+
+    def _new_mover(self, tensors: dict[str, torch.Tensor], groups: identity.Groups) -> VllmPool:
+        kinds = {tensor.device.type for tensor in tensors.values()}
+        mover: type[PagedMover | DeviceMover] = PagedMover
+        if kinds != {"cpu"}:
+            mover = DeviceMover
+            if kinds != {"cuda"} or not self._extra.get("untested_gpu"):
+                raise ConfigError(
+                    f"KV on {', '.join(sorted(kinds))} was not run with vLLM yet; to try it on a CUDA "
+                    'device, set "untested_gpu": true in kv_connector_extra_config'
+                )
+        return mover(
+            tensors,
+            num_blocks=self._kv_cache_config.num_blocks,
+            pages_per_block=groups.pages_per_block,
         )
 
     @property
@@ -153,16 +166,18 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
         return FabricHandshake(self._shard) if self._shard is not None else None
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        # Before the forward: loads run beside it. Saves need nothing here, they were copied in their step.
-        self._begin(kv_connector_metadata)
+        # Before the forward: loads run beside it, and saves hear which blocks have others now.
+        self._begin(kv_connector_metadata, is_before_step=True)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self._begin(self._connector_metadata)
+        self._begin(self._connector_metadata, is_before_step=False)
 
-    def _begin(self, orders: object) -> None:
+    def _begin(self, orders: object, *, is_before_step: bool) -> None:
         if self._worker is not None and isinstance(orders, FabricMetadata):
             worker, known = self._worker, orders
-            self._boundary.run("load", lambda: worker.begin(known), lambda _: None)
+            self._boundary.run(
+                "load", lambda: worker.begin(known, is_before_step=is_before_step), lambda _: None
+            )
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -458,7 +473,10 @@ def _tell_alone(error: ConfigError) -> None:
     _log.error("fabric: %s; this engine runs without the fabric", error)
 
 
-def _instruction_set() -> str:
-    """What decides how attention packs a page on this machine, and the last bits of what is in it."""
+def _packing(tensor: torch.Tensor) -> str:
+    """What decides how attention packs a page here, and the last bits of what is in it."""
+    if tensor.is_cuda:
+        form = f"{list(tensor.shape)} {list(tensor.stride())}"
+        return f"{torch.cuda.get_device_name(tensor.device)} {form}"
     amx = "+amx" if torch.cpu._is_amx_tile_supported() else ""
     return f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}{amx}"

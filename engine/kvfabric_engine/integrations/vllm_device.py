@@ -72,7 +72,6 @@ class DeviceMover(StagedMover, VllmPool):
         super().__init__(paged, pages_per_block, stage_bytes=stage_bytes)
         self.num_blocks = num_blocks
         self.pages_per_block = pages_per_block
-        self.page_bytes = paged.page_bytes
         self.form = form_of(runs)
         self._lock = (
             threading.Lock()

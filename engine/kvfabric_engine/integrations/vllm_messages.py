@@ -56,11 +56,12 @@ class SaveOrder:
 
 @dataclass
 class FabricMetadata(KVConnectorMetadata):
-    """One step's orders. `join` is there when the session changed."""
+    """One step's orders. `join` is there when the session changed; `reused`: pages given out anew."""
 
     join: Join | None = None
     loads: list[LoadOrder] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
+    reused: list[int] = field(default_factory=list)
 
 
 @dataclass

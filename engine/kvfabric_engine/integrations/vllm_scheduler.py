@@ -83,6 +83,7 @@ class _Tracked:
 class _Orders:
     loads: list[LoadOrder] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
+    reused: list[int] = field(default_factory=list)
 
 
 class SchedulerSide:
@@ -185,13 +186,13 @@ class SchedulerSide:
         """Orders for the step that `output` schedules. Loads are ordered whatever becomes of the rest."""
         self._boundary.run("plan", lambda: self._plan(output), lambda _: None)
         orders, self._orders = self._orders, _Orders()
-        return FabricMetadata(self._new_join(), orders.loads, orders.saves)
+        return FabricMetadata(self._new_join(), orders.loads, orders.saves, orders.reused)
 
     def _plan(self, output: Any) -> None:
         self._notice_reset()
         for new in output.scheduled_new_reqs:
             ids = new.block_ids[0][new.num_computed_tokens // self._groups.page_tokens :]
-            self._mirror.reused(ids)
+            self._reused(ids)
             self._scheduled(new.req_id, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
@@ -199,8 +200,12 @@ class SchedulerSide:
             if fresh:
                 is_whole = request_id in cached.resumed_req_ids
                 start = computed // self._groups.page_tokens if is_whole else 0
-                self._mirror.reused(fresh[0][start:])
+                self._reused(fresh[0][start:])
             self._scheduled(request_id, computed, output)
+
+    def _reused(self, pages: Sequence[int]) -> None:
+        self._mirror.reused(pages)
+        self._orders.reused += pages
 
     def loaded(self, request_ids: Sequence[str]) -> None:
         """Every worker reported these loads, failed or not."""
@@ -289,7 +294,7 @@ class SchedulerSide:
         assert tracked.keys is not None
         k, local = self._groups.pages_per_block, tracked.num_local // self._groups.page_tokens
         first = tracked.num_local // self._groups.block_tokens
-        self._mirror.reused(block_ids[local : tracked.num_matched * k])
+        self._reused(block_ids[local : tracked.num_matched * k])
         pages = [
             [block_ids[p] if p >= local else SKIP for p in range(i * k, i * k + k)]
             for i in range(first, tracked.num_matched)

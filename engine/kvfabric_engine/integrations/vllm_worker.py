@@ -1,8 +1,8 @@
 """A worker's half of the vLLM connector: moves bytes between vLLM's tensors and the node.
 
 Loads run beside the step that orders them, on the connector's load thread. Nothing unverified touches the
-tensors; what could not be loaded is zeroed and reported in the step that reports the load. Saves are copied
-out in the step that computed them, before vLLM may give the blocks to others, and are stored from the copy.
+tensors; what could not be loaded is zeroed and reported in the step that reports the load. Saves are of a
+snapshot that is taken in the step that computed them, before vLLM may give the blocks to others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvfabric.types import MissReason
 from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, ConnectorOptions, Loaded, Saved
 from kvfabric_engine.integrations.vllm_adapters import AdapterFiles
-from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, PagedMover
+from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, VllmPool
 from kvfabric_engine.integrations.vllm_messages import FabricMetadata, Join, LoadOrder, SaveOrder
 from kvfabric_engine.pool_events import PoolEvents
 
@@ -42,9 +42,7 @@ class Report(NamedTuple):
 class WorkerSide:
     """`shard`: which part of a block these tensors hold."""
 
-    def __init__(
-        self, mover: PagedMover, *, shard: int, socket: str, audit_parts: str = ""
-    ) -> None:
+    def __init__(self, mover: VllmPool, *, shard: int, socket: str, audit_parts: str = "") -> None:
         self._mover = mover
         self._shard = shard
         self._socket = socket
@@ -62,17 +60,21 @@ class WorkerSide:
     def connector(self) -> Connector | None:
         return self._connector
 
-    def begin(self, orders: FabricMetadata) -> None:
+    def begin(self, orders: FabricMetadata, *, is_before_step: bool) -> None:
         """Start this step's loads. Called once or more a step: orders are taken once."""
+        reused, orders.reused = orders.reused, []
+        self._mover.reused(reused)
         if orders.join is not None:
             join, orders.join = orders.join, None
             self._boundary.run("join", lambda: self._join(join), lambda _: None)
+        if is_before_step and self._mover.loads_after_step:
+            return
         loads, orders.loads = orders.loads, []
         for order in loads:
             self._load(order)
 
     def save(self, orders: FabricMetadata) -> None:
-        """Copy out what this step computed, store it in the background."""
+        """Store what this step computed, in the background."""
         saves, orders.saves = orders.saves, []
         if self._connector is None:
             return
@@ -126,13 +128,13 @@ class WorkerSide:
             return  # the cache is slower than the engine: not worth a copy
         if self._is_outdated(order.adapter):
             return
-        copied = self._mover.copy(order.pages)
+        snapshot = self._mover.snapshot(order.pages)
         future = connector.save(
-            order.name, order.parent, order.keys, order.pages, copied, handle=order.handle
+            order.name, order.parent, order.keys, order.pages, snapshot, handle=order.handle
         )
 
         def ended(future: Future[Saved]) -> None:
-            self._mover.free(copied)
+            self._mover.free(snapshot)
             saved = future.result()
             if saved.num_stored + saved.num_present < len(order.keys):
                 self._tell("stored", saved.reason)

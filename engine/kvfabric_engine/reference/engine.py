@@ -38,7 +38,7 @@ from kvfabric_engine.plan import FetchPlan, Planner, PrefixMatch, Prompt, Rates,
 from kvfabric_engine.pool_events import PoolEvents
 from kvfabric_engine.reference.block_manager import BlockManager, CachedBlock, PoolStatistics
 from kvfabric_engine.reference.measure import measure_rates
-from kvfabric_engine.reference.model import Model
+from kvfabric_engine.reference.model import NOTHING, Model
 from kvfabric_engine.reference.sampler import Sampler
 from kvfabric_engine.reference.scheduler import (
     PREFILL_TOKENS_A_STEP,
@@ -57,7 +57,7 @@ from kvfabric_engine.reference.sequence import (
 )
 from kvfabric_engine.reference.tokens import tokenizer_of
 from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
-from kvfabric_engine.staging import mover_for, prove_layout
+from kvfabric_engine.staging import LayerArrival, mover_for, prove_layout
 
 R = TypeVar("R")
 
@@ -350,12 +350,32 @@ class Engine:
         assert self.connector is not None
         k = self.shape.pages_per_block
         blocks = range(plan.first, plan.first + plan.num_blocks)
+        in_host = all(match.tiers[block] is TierName.HOST for block in blocks)
         loaded = self.connector.load(
             sequence.request_id,
             [keys[block] for block in blocks],
             [tuple(sequence.pages[block * k : (block + 1) * k]) for block in blocks],
+            partial(self._begun, sequence, plan) if in_host and self._is_free(sequence) else None,
         )
         self._when_done(loaded, partial(self._loaded, sequence, match, plan))
+
+    def _is_free(self, sequence: Sequence) -> bool:
+        """Whether computing behind its load would keep nobody else waiting."""
+        return not sequence.is_aborted and self._scheduler.is_alone(sequence)
+
+    def _begun(self, sequence: Sequence, plan: FetchPlan, arrival: LayerArrival) -> None:
+        """Called on the load's thread: its layers are on their way, one after the other."""
+        self._post(lambda: self._compute_behind(sequence, plan, arrival))
+
+    def _compute_behind(self, sequence: Sequence, plan: FetchPlan, arrival: LayerArrival) -> None:
+        """Compute the rest of the prompt behind the load, layer by layer; `_loaded` says if it counts."""
+        if sequence.phase is not Phase.FETCHING or not self._is_free(sequence):
+            return
+        before = arrival.before
+        for work in self._scheduler.ahead(sequence, plan.first + plan.num_blocks):
+            logits = self.model.forward(self.pool, [work.span], before)
+            sequence.ahead.append((work.span, logits))
+            before = NOTHING
 
     def _loaded(
         self, sequence: Sequence, match: PrefixMatch, plan: FetchPlan, loaded: Loaded
@@ -371,7 +391,13 @@ class Engine:
                 host=size * tiers.count(TierName.HOST),
                 ssd=size * tiers.count(TierName.SSD),
             )
+        ahead, sequence.ahead = sequence.ahead, []
+        counts = loaded.num_blocks == plan.num_blocks and not sequence.is_aborted
         self._start(sequence, loaded.num_blocks)
+        if ahead and counts:
+            sequence.is_alone = False  # its time to the first token says nothing of a prefill's
+            for span, logits in ahead:
+                self._advance(Work(sequence, span), logits)
 
     def _start(self, sequence: Sequence, num_fetched_blocks: int) -> None:
         if sequence.is_aborted:

@@ -8,9 +8,10 @@ Shapes: T tokens of a forward, H hidden, A query heads, K KV heads, D head dim, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvfabric.config import EngineConfig
 from kvfabric.errors import ConfigError
+from kvfabric_engine.lanes import Fence, wait_here
 from kvfabric_engine.reference.weights import DTYPES, LayerWeights, Weights, draw_weights
 
+NOTHING: Mapping[int, Fence] = MappingProxyType({})
 # Without cuDNN's: it builds a plan for each new length of context, which costs more than the attention.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -88,8 +91,12 @@ class Model:
         return self.shape.rope.describe()
 
     @torch.inference_mode()
-    def forward(self, pool: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+    def forward(
+        self, pool: torch.Tensor, spans: Sequence[Span], before: Mapping[int, Fence] = NOTHING
+    ) -> torch.Tensor:
         """Compute all spans in one batch and write their KV into `pool` (shape: see `layout`).
+
+        `before`: what must have passed before a layer reads the pool; no thread waits for it on a GPU.
 
         Returns float32 [number of spans with sample, vocab] on the model's device, in the spans' order.
         Spans must belong to different sequences: none may read what another one writes here.
@@ -102,6 +109,8 @@ class Model:
         hidden = self.embedding[tokens]  # [T, H]
         with sdpa_kernel(_ATTENTION):
             for number, layer in enumerate(self.layers):
+                if number in before:
+                    wait_here(self.device, before[number])
                 q, k_and_v = self._project(layer, hidden, cos, sin)
                 pages = pool[:, number]  # [num_pages, 2, page_tokens, K, D]
                 pages[page_of_row, :, offset_of_row] = k_and_v
@@ -111,7 +120,7 @@ class Model:
                 gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(
                     2, dim=-1
                 )
-                hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+                hidden = hidden + F.linear(F.silu(gate).mul_(up), layer.down)
         last = [index.rows.stop - 1 for index, s in zip(indexes, spans, strict=True) if s.sample]
         chosen = self._norm(
             hidden[self._move(torch.tensor(last, dtype=torch.int64))], self.final_norm
@@ -215,4 +224,4 @@ def _load(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Wei
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE on x [T, heads, D]; cos and sin [T, 1, D], the first half of sin with its sign turned."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)

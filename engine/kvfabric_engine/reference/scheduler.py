@@ -112,11 +112,23 @@ class Scheduler:
             if sequence.phase is not Phase.RUNNING or not self._grow(sequence):
                 continue  # preempted by an older sequence, or by itself
             limit = 1 if sequence.num_computed == len(sequence.tokens) - 1 else budget
-            spans = self._cut(sequence, limit)
+            spans = self._cut(sequence, sequence.num_computed, limit)
             work += [Work(sequence, span) for span in spans]
             if limit == budget:
                 budget -= sum(len(span.token_ids) for span in spans)
         return work
+
+    def is_alone(self, sequence: Sequence) -> bool:
+        """Whether it is being fetched, and nothing else is or runs."""
+        return self._fetching == [sequence] and not self._running
+
+    def ahead(self, sequence: Sequence, num_blocks: int) -> list[Work]:
+        """What `plan` would say once this many of its blocks are loaded, if that is all the rest of the
+        sequence; else nothing."""
+        spans = self._cut(sequence, num_blocks * self._shape.block_tokens, self._prefill_tokens)
+        if not spans or spans[-1].end < len(sequence.tokens):
+            return []
+        return [Work(sequence, span) for span in spans]
 
     def computed(self, work: Work) -> None:
         """The span's KV is in the pool: blocks that it completes enter the prefix cache."""
@@ -193,10 +205,10 @@ class Scheduler:
         self._waiting.appendleft(victim)
         self._preemptions += 1
 
-    def _cut(self, sequence: Sequence, limit: int) -> list[Span]:
-        """Spans of at most `limit` tokens together, from the first token not computed."""
+    def _cut(self, sequence: Sequence, start: int, limit: int) -> list[Span]:
+        """Spans of at most `limit` tokens together, from token `start`."""
         spans: list[Span] = []
-        start, total = sequence.num_computed, len(sequence.tokens)
+        total = len(sequence.tokens)
         stop = min(total, start + limit)
         while start < stop:
             end = self._grid_end(sequence, start) if self._deterministic else stop
