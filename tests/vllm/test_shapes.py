@@ -50,8 +50,23 @@ def test_blocks_of_several_pages(checkpoint: Path) -> None:
         assert answer.num_cached == 640
 
 
-def test_half_precision(checkpoint: Path) -> None:
-    args = {"dtype": "bfloat16"}
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        pytest.param(
+            {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+            marks=pytest.mark.skipif(
+                "avx512f" not in Path("/proc/cpuinfo").read_text(),
+                reason="vLLM has no fp8 KV on CPUs without AVX-512",
+            ),
+        ),
+    ],
+    ids=["bf16", "fp16", "fp8"],
+)
+def test_fewer_bits(checkpoint: Path, args: dict[str, Any]) -> None:
+    """Half precision, and fp8 KV with static scales."""
     assert round_trip(checkpoint, learned(checkpoint, **args), args) == [640, 256, 512]
 
 
