@@ -192,6 +192,7 @@ class EngineProcess:
     def __exit__(self, *exc: object) -> None:
         self._lines.close()
         self._socket.close()
+        self._process.terminate()  # nothing of it is wanted any more
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
