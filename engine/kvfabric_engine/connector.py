@@ -33,7 +33,7 @@ from kvfabric.protocol.messages import Confirmed, EngineEvents, Located, Role
 from kvfabric.types import BlockKey, BlockLayout, ExtraInput, GrantState, MissReason, TierName
 from kvfabric_engine.audit import PartAudit
 from kvfabric_engine.boundary import Boundary, reason_of
-from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
+from kvfabric_engine.direct_load import LOCATE_BYTES, DirectLoads, NodeCalls, parts_of
 from kvfabric_engine.node_link import LinkCalls, NodeLink
 from kvfabric_engine.pinning import Pinning
 from kvfabric_engine.plan import PrefixMatch as PrefixMatch  # part of this interface
@@ -45,7 +45,8 @@ R = TypeVar("R")
 GROUP = 0
 """The one KV group that this connector moves."""
 WIRE_TIERS = (TierName.HOST, TierName.SSD)
-STAGING_BYTES = 16 << 20
+STAGING_BYTES = 64 << 20
+"""Read, verified and confirmed at once by a load that the CPU copies: each time asks the node once."""
 CONTROL_THREADS = 2
 RELEASES_PER_MESSAGE = 1000
 
@@ -502,19 +503,50 @@ class Connector:
         progress: list[int],
         deadline: float,
     ) -> MissReason:
-        reason = MissReason.NONE
-        staging = self._staging_buffers()
+        reason, step = MissReason.NONE, max(1, LOCATE_BYTES // self._mover.part_bytes)
         while progress[0] < len(keys):
             done = progress[0]
-            chunk = keys[done : done + len(staging)]
-            usable, reason = self._fetch(client, request_id, chunk, deadline)
-            self._mover.scatter(staging[:usable], blocks[done : done + usable])
-            self._record_load(client, chunk[:usable], blocks[done : done + usable])
-            progress[0] += usable
-            if usable < len(chunk):
+            wanted, rest = keys[done : done + step], blocks[done : done + step]
+            located = client.load(
+                request_id,
+                wanted,
+                group=GROUP,
+                shard=self._options.shard,
+                deadline_s=_left(deadline),
+            )
+            reason = MissReason(located.reason or MissReason.NONE)
+            for count, found in self._read(client, request_id, wanted, rest, located, deadline):
+                first = progress[0]
+                self._record_load(
+                    client, keys[first : first + count], blocks[first : first + count]
+                )
+                progress[0] += count
+                reason = found if found is not MissReason.NONE else reason
+            if progress[0] < done + len(wanted):
                 self._boundary.count(reason)
                 break
         return reason
+
+    def _read(
+        self,
+        client: NodeClient,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        blocks: Sequence[Pages],
+        located: Located,
+        deadline: float,
+    ) -> Iterator[tuple[int, MissReason]]:
+        """Located parts -> pool by the CPU, as many at a time as staging holds; how many came each time, and
+        why the last time not all did."""
+        staging = self._staging_buffers()
+        for start in range(0, located.num_blocks, len(staging)):
+            part = parts_of(located, start, min(start + len(staging), located.num_blocks))
+            wanted = keys[start : start + part.num_blocks]
+            usable, reason = self._take(client, request_id, wanted, part, deadline)
+            self._mover.scatter(staging[:usable], blocks[start : start + usable])
+            yield usable, reason
+            if usable < part.num_blocks:
+                return
 
     def _node_calls(
         self,
@@ -541,16 +573,10 @@ class Connector:
             )
 
         def read(first: int, located: Located) -> tuple[int, MissReason]:
-            staging = self._staging_buffers()
-            for start in range(0, located.num_blocks, len(staging)):
-                part = parts_of(located, start, min(start + len(staging), located.num_blocks))
-                begin = first + start
-                wanted = keys[begin : begin + part.num_blocks]
-                usable, reason = self._take(client, request_id, wanted, part, deadline)
-                self._mover.scatter(staging[:usable], blocks[begin : begin + usable])
-                if usable < part.num_blocks:
-                    return start + usable, reason
-            return located.num_blocks, MissReason.NONE
+            stop = first + located.num_blocks
+            wanted, places = keys[first:stop], blocks[first:stop]
+            read = list(self._read(client, request_id, wanted, places, located, deadline))
+            return sum(count for count, _ in read), read[-1][1]
 
         def landed(first: int, count: int) -> None:
             progress[0] = first + count
@@ -570,16 +596,6 @@ class Connector:
             self._staging = [whole[i * size : (i + 1) * size] for i in range(count)]
         return self._staging
 
-    def _fetch(
-        self, client: NodeClient, request_id: str, keys: Sequence[BlockKey], deadline: float
-    ) -> tuple[int, MissReason]:
-        """Parts of `keys` -> staging; how many leading ones are verified, confirmed and so usable."""
-        shard = self._options.shard
-        located = client.load(
-            request_id, keys, group=GROUP, shard=shard, deadline_s=_left(deadline)
-        )
-        return self._take(client, request_id, keys, located, deadline)
-
     def _take(
         self,
         client: NodeClient,
@@ -588,8 +604,8 @@ class Connector:
         located: Located,
         deadline: float,
     ) -> tuple[int, MissReason]:
-        """Located parts -> staging, as `_fetch`."""
-        reason = MissReason(located.reason or MissReason.NONE)
+        """Parts -> staging; how many leading ones are verified, confirmed and so usable."""
+        reason = MissReason.NONE
         good = client.read(located, self._staging) if located.num_blocks else 0
         if good < located.num_blocks:
             reason = MissReason.CORRUPT
