@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kvfabric.config import EngineConfig
 from kvfabric.errors import ConfigError
 from kvfabric_engine.lanes import Fence, wait_here
+from kvfabric_engine.reference.heads import HeadShape, Places, place_heads
 from kvfabric_engine.reference.weights import DTYPES, LayerWeights, Weights, draw_weights
 
 NOTHING: Mapping[int, Fence] = MappingProxyType({})
@@ -104,16 +105,15 @@ class Model:
         tokens = self._move(torch.tensor([t for span in spans for t in span.token_ids]))
         positions = self._move(torch.cat([torch.arange(s.start, s.end) for s in spans]))
         indexes = self._indexes(spans, page_tokens=pool.shape[3])
-        page_of_row, offset_of_row = self._slots(spans, page_tokens=pool.shape[3])
-        cos, sin = self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        slots = self._slots(spans, page_tokens=pool.shape[3])
+        places = Places(*slots, self._cos[positions], self._sin[positions])
         hidden = self.embedding[tokens]  # [T, H]
         with sdpa_kernel(_ATTENTION):
             for number, layer in enumerate(self.layers):
                 if number in before:
                     wait_here(self.device, before[number])
-                q, k_and_v = self._project(layer, hidden, cos, sin)
                 pages = pool[:, number]  # [num_pages, 2, page_tokens, K, D]
-                pages[page_of_row, :, offset_of_row] = k_and_v
+                q = self._project(layer, hidden, places, pages)
                 mixed = [self._attend(q[index.rows], pages, index) for index in indexes]
                 attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
                 hidden = hidden + F.linear(attended, layer.output)
@@ -131,21 +131,17 @@ class Model:
         return F.rms_norm(x, (x.shape[-1],), weight, self.shape.rms_epsilon)
 
     def _project(
-        self, layer: LayerWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [T, A, D], k and v [T, 2, K, D]; q and k normalised per head (if the model does) and rotated.
-
-        Few operations on much rather than many on little: on a GPU a short span waits for their launches.
-        """
+        self, layer: LayerWeights, hidden: torch.Tensor, places: Places, pages: torch.Tensor
+    ) -> torch.Tensor:
+        """q [T, A, D]; keys and values go to their pages."""
         s = self.shape
         heads = F.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
         heads = heads.view(len(hidden), s.num_heads + 2 * s.num_kv_heads, s.head_dim)
-        q_and_k, v = heads[:, : -s.num_kv_heads], heads[:, -s.num_kv_heads :]
+        norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._norm(q_and_k[:, : s.num_heads], layer.q_norm), q_and_k[:, s.num_heads :]
-            q_and_k = torch.cat([q, self._norm(k, layer.k_norm)], dim=1)
-        rotated = _rotate(q_and_k, cos, sin)
-        return rotated[:, : s.num_heads], torch.stack([rotated[:, s.num_heads :], v], dim=1)
+            norms = layer.q_norm, layer.k_norm
+        shape = HeadShape(s.num_heads, s.num_kv_heads, s.head_dim, s.rms_epsilon)
+        return place_heads(heads, shape, norms, places, pages)
 
     def _attend(self, q: torch.Tensor, pages: torch.Tensor, index: _SpanIndex) -> torch.Tensor:
         """q [n, A, D] of one span over its own context; returns [n, A D]."""
@@ -183,8 +179,8 @@ class Model:
             for span in spans
             for position in range(span.start, span.end)
         ]
-        slots = self._move(torch.tensor(places))
-        return slots[:, 0], slots[:, 1]
+        slots = self._move(torch.tensor(places).T.contiguous())
+        return slots[0], slots[1]
 
     def _causal(self, num: int, context: int) -> torch.Tensor:
         """What the last `num` tokens of a context may see of it, [num, context]."""
@@ -219,9 +215,3 @@ def _load(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Wei
             f"{shape.max_positions}"
         )
     return read_weights(folder, shape, dtype=dtype, device=device)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE on x [T, heads, D]; cos and sin [T, 1, D], the first half of sin with its sign turned."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
