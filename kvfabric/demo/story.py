@@ -259,6 +259,7 @@ class Story:
         self._progress.stage("starting both engines anew, their memory empty")
         mark = self._fleet.audit_mark()
         await self._fleet.kill_engines(range(NUM_ENGINES))
+        await self._fleet.wait_engines_forgotten()
         await self._fleet.start_engines(range(NUM_ENGINES), fabric=True)
         await self._fleet.wait_engines_known()
         self._progress.end()
