@@ -21,6 +21,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kvfabric.errors import ConfigError, UnknownTenant
+from kvfabric.failpoints import failpoint
 from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, TenantId
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,9 @@ def _write_private(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        failpoint("keyring.written")
         temporary.rename(path)
+        failpoint("keyring.renamed")
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(directory)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from kvfabric.failpoints import failpoint
 from kvfabric.tiers.arena import PAGE_BYTES, Arena
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,9 @@ class ArenaRecord:
         }
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(document, file)
+        failpoint("arena.recorded")
         temporary.replace(path)
+        failpoint("arena.replaced")
 
     @classmethod
     def load(cls, path: Path) -> ArenaRecord | None:
@@ -166,6 +169,7 @@ class ArenaKeeper:
             return None
         arena = self._set(Arena.adopt(descriptor))
         self.adopted = True
+        failpoint("arena.adopted")
         return arena
 
     def save(self, processes: set[ProcessId]) -> None:

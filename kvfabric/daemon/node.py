@@ -21,7 +21,6 @@ from kvfabric.daemon import garbage
 from kvfabric.daemon.admin import AdminServer, AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.handlers import Services
-from kvfabric.daemon.http import HttpServer
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
@@ -172,6 +171,8 @@ class Node:
     async def _open_http(self, stack: contextlib.AsyncExitStack) -> None:
         if not self.config.http:
             return
+        from kvfabric.daemon.http import HttpServer  # a fifth of a node's imports
+
         host, port = split_address(self.config.http, "node.http")
         server = HttpServer(
             host, port, samples=lambda: node_samples(self), not_ready=self.not_ready

@@ -27,6 +27,7 @@ import lmdb
 import msgspec
 
 from kvfabric.errors import ClosedError, ConfigError, Conflict, KVFabricError, NoSpace
+from kvfabric.failpoints import failpoint
 from kvfabric.registry import audit
 from kvfabric.registry.audit import AuditRecord
 from kvfabric.registry.base import Change, Registry
@@ -191,6 +192,8 @@ class _Database:
                 txn.put(_U64.pack(record.sequence), head + encoded, db=self._tables["audit"])
                 txn.put(b"audit_head", head, db=self._tables["meta"])
                 txn.put(b"version", _U64.pack(after.version), db=self._tables["meta"])
+                failpoint("registry.changed")
+            failpoint("registry.committed")
         except (lmdb.MapFullError, lmdb.DiskError) as exc:
             raise NoSpace(f"the registry in {self._directory} is full: {exc}") from exc
         except (lmdb.Error, OSError) as exc:

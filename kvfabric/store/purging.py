@@ -13,6 +13,7 @@ from itertools import islice
 
 import numpy as np
 
+from kvfabric.failpoints import failpoint
 from kvfabric.store.copying import zero_slots
 from kvfabric.store.index import Rows
 from kvfabric.store.residency import Residency
@@ -50,6 +51,7 @@ class Purger:
             for row in rows[np.isin(lineages, doomed)].tolist():
                 if struck.intersection(self._incarnations(row)):
                     self._drop(row)
+                    failpoint("store.purge.dropped")
                     num_blocks += 1
                 if num_blocks % _DROPS == 0:
                     await asyncio.sleep(0)
@@ -69,6 +71,7 @@ class Purger:
                 places = [(slot.page, slot.num_bytes) for slot in slots]
                 await self._pool.run(partial(zero_slots, arena.view, places))
                 self._residency.wiped(len(slots))
+                failpoint("store.purge.wiped")
 
     def _slices(self) -> Iterator[Rows]:
         start = 1

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvfabric.failpoints import failpoint
 from kvfabric.store.index import HIT, HOST, LOADING, QUEUED, RESERVED, SSD, BlockIndex, Rows
 from kvfabric.store.policy import EvictionPolicy
 from kvfabric.store.quota import TierAccounts
@@ -249,6 +250,7 @@ class Residency:
                 break
             blocks += took
         self._finish(removal)
+        failpoint("store.evicted")
         return blocks
 
     def _evict_from(

@@ -15,6 +15,7 @@ from itertools import islice
 import numpy as np
 
 from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace
+from kvfabric.failpoints import failpoint
 from kvfabric.hashing import ROOT_PARENT
 from kvfabric.store.index import (
     HIT,
@@ -212,6 +213,7 @@ class SsdTraffic:
         good = False
         try:
             await self._tier.read_into(location, identity, buffer)
+            failpoint("store.promote.read")
             # Purged or reclaimed meanwhile: what was read must not bring it back.
             good = bool(index.part_state.cell[part] & SSD)
         except CorruptBlock:
@@ -225,6 +227,7 @@ class SsdTraffic:
             if good:
                 self.counts["promotions"] += 1
                 residency.publish(_rows(row), _rows(part), size, slots, identity.checksum)
+                failpoint("store.promote.published")
             else:
                 residency.give_back(slots, size)
                 residency.cancel(_rows(row), _rows(part), size)
@@ -354,6 +357,7 @@ class SsdTraffic:
         state = index.part_state.cell[part]
         if state & HOST and not state & SSD and index.part_generation.cell[part] == generation:
             self._residency.sealed(row, part, identity.num_bytes, location)
+            failpoint("store.sealed")
         else:
             self._tier.delete([identity.part])
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.errors import RemoteProtocolError
+from kvfabric.failpoints import failpoint
 from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol.messages import MAX_RESERVED, Committed, Reserved
 from kvfabric.store.access import Access, cacheable
@@ -157,6 +158,7 @@ class Writer:
         residency.hold(kept)
         reason = self._reserve_spans(session, chain, reservation)
         residency.unhold(kept)
+        failpoint("store.reserved")
         reservation.open = states == _GRANTED
         granted = bool(reservation.open.any())
         if not granted:
@@ -312,6 +314,7 @@ class Writer:
         reservation.copying += 1
         try:
             sums = await self._copy(window, starts, slots, reservation.part_bytes)
+            failpoint("store.commit.copied")
             await self._turns.wait()
         except BaseException:
             residency.give_back(slots, size)
@@ -328,6 +331,7 @@ class Writer:
         else:
             self.stored_blocks += residency.publish(rows, parts, size, slots, sums)
             self.stored_bytes += len(rows) * reservation.part_bytes
+            failpoint("store.commit.published")
         if not reservation.copying and not reservation.open.any():
             self._leases.end_reservation(reservation)
         return not reason, reason

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from kvfabric.errors import CorruptBlock, TransferError
+from kvfabric.failpoints import failpoint
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.records import (
@@ -89,11 +90,14 @@ class SegmentFile:
             )
             try:
                 os.posix_fallocate(fd, 0, num_bytes)
+                failpoint("segment.create.allocated")
                 page = direct_io.aligned_buffer(PAGE_BYTES)
                 page[:] = encode_file_header(header)
                 direct_io.write_all(fd, [page], 0)
                 os.fsync(fd)
+                failpoint("segment.create.synced")
                 direct_io.sync_directory(directory)
+                failpoint("segment.create.named")
             except BaseException:
                 os.close(fd)
                 path.unlink()
@@ -136,10 +140,12 @@ class SegmentFile:
             buffers += [head, *_aligned_payload(record.payload, tail)]
         with direct_io.translated(f"write {self.path}"):
             direct_io.write_all(self._fd, buffers, records[0].offset)
+            failpoint("segment.appended")
 
     def sync(self) -> None:
         with direct_io.translated(f"sync {self.path}"):
             os.fdatasync(self._fd)
+            failpoint("segment.synced")
 
     def read(self, offset: int, identity: PartIdentity, buffer: memoryview) -> memoryview:
         """Read the record's payload, straight into `buffer` where it is aligned and long enough.
@@ -186,6 +192,7 @@ class SegmentFile:
         """Durably remove the name. Readers that hold the file finish undisturbed."""
         with direct_io.translated(f"remove {self.path}"):
             self.path.unlink(missing_ok=True)
+            failpoint("segment.unlinked")
             direct_io.sync_directory(self.path.parent)
 
     def hold(self) -> None:

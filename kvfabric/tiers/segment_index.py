@@ -28,6 +28,7 @@ from typing import NamedTuple, Self
 import lmdb
 
 from kvfabric.errors import CorruptBlock, NoSpace, TransferError
+from kvfabric.failpoints import failpoint
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.records import (
@@ -117,6 +118,7 @@ class SegmentIndex:
             index._path.mkdir(mode=0o700)
         with index._transaction() as (txn, tables):
             txn.put(_FORMAT_KEY, _FORMAT, db=tables.facts)
+        failpoint("index.created")
         return index
 
     @classmethod
@@ -126,6 +128,7 @@ class SegmentIndex:
         if index._doubt.exists() or not (index._path / "data.mdb").exists():
             return None
         index._doubt.touch(mode=0o600)
+        failpoint("index.doubted")
         try:
             is_sound = index._is_sound()
         except (TransferError, NoSpace, CorruptBlock):
@@ -140,6 +143,7 @@ class SegmentIndex:
         """What is in the index is complete."""
         with direct_io.translated(f"remove {self._doubt}"):
             self._doubt.unlink()
+        failpoint("index.trusted")
 
     def close(self) -> None:
         with self._lock:
@@ -208,6 +212,8 @@ class SegmentIndex:
                     decided += _apply_put(opened, change)
                 else:
                     decided += _apply_forget(opened, change)
+            failpoint("index.changed")
+        failpoint("index.committed")
         return decided
 
     def extents(self) -> Iterator[Extent]:

@@ -39,6 +39,7 @@ from kvfabric.errors import (
     NoSpace,
     TransferError,
 )
+from kvfabric.failpoints import failpoint
 from kvfabric.tiers.base import Location, PartIdentity, Tier, TierStatistics
 from kvfabric.tiers.pool import IoPool, finished
 from kvfabric.tiers.records import (
@@ -542,6 +543,7 @@ class SegmentTier(Tier):
             file.retire()
             file.unlink()
             raise
+        failpoint("segment.create.registered")
         return file
 
     async def _reclaim(self) -> None:
@@ -553,10 +555,12 @@ class SegmentTier(Tier):
         number = oldest.file.header.number
         # Out of the index first: what is gone must not come back after a crash.
         parts = await self._pool.run(partial(self._index.drop_segment, number))
+        failpoint("segment.reclaim.forgotten")
         for first in range(0, len(parts), _DROPPED):
             self._on_dropped(parts[first : first + _DROPPED])
             await asyncio.sleep(0)
         await self._pool.run(oldest.file.unlink)
+        failpoint("segment.reclaim.done")
         oldest.file.retire()
         del self._segments[number]
 
