@@ -55,6 +55,9 @@ class NodeConfig:
     host_bytes: int = _key(1 << 30, "size of the host tier")
     ssd_dir: str = _key("", "directory of the SSD tier (default: STATE_DIR/ssd)")
     ssd_bytes: int = _key(4 << 30, "size of the SSD tier, dead bytes included; 0 for none")
+    ssd_deadline_s: float = _key(
+        5.0, "how long a read or write of the SSD tier may take before it counts as failed"
+    )
     max_blocks: int = _key(1 << 20, "most blocks that the index holds, all tiers together")
     window_bytes: int = _key(256 << 20, "largest window that an engine worker gets")
     lease_s: float = _key(30.0, "how long a match may be used without being renewed")
@@ -68,7 +71,7 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "host_bytes", "max_blocks", "window_bytes", "lease_s", "reservation_s")
-        _positive(self, "epoch_lease_s", "sessions_return_s")
+        _positive(self, "epoch_lease_s", "sessions_return_s", "ssd_deadline_s")
         _not_negative(self, "ssd_bytes")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 

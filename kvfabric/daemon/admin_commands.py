@@ -61,6 +61,7 @@ def _status(args: argparse.Namespace) -> int:
             for tier in status.tiers
         ],
     )
+    lines += [f"{tier.tier} is degraded: {tier.detail}" for tier in status.tiers if tier.detail]
     lines += _table(
         ("engine", "endpoint", "model", "revision", "block"),
         [

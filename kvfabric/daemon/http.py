@@ -46,10 +46,13 @@ class HttpServer:
         *,
         samples: Callable[[], Iterable[Sample]],
         not_ready: Callable[[], str],
+        degraded: Callable[[], str],
     ) -> None:
-        """`not_ready`: why the node should get no traffic yet; empty when it is ready."""
+        """`not_ready`: why the node should get no traffic yet; `degraded`: what of it is out of service
+        while the rest serves. Empty: nothing is to be said."""
         self._host, self._port = host, port
         self._not_ready = not_ready
+        self._degraded = degraded
         self._registry = CollectorRegistry()
         self._registry.register(_Samples(samples))
         app = web.Application()
@@ -84,5 +87,6 @@ class HttpServer:
         return web.Response(text="ok\n")
 
     async def _readyz(self, request: web.Request) -> web.Response:
-        reason = self._not_ready()
-        return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
+        reason, degraded = self._not_ready(), self._degraded()
+        text = reason or (f"ok, degraded: {degraded}" if degraded else "ok")
+        return web.Response(text=f"{text}\n", status=503 if reason else 200)

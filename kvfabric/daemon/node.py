@@ -24,12 +24,13 @@ from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
-from kvfabric.daemon.status import node_samples, node_status
+from kvfabric.daemon.status import degraded, node_samples, node_status
 from kvfabric.errors import ConfigError, NoSpace, TransferError
 from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.embedded import EmbeddedRegistry
+from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.segments import SegmentTier
@@ -38,7 +39,8 @@ from kvfabric.types import TierName
 log = logging.getLogger(__name__)
 
 _STALL_PROBE_S = 0.05
-_ADOPTION_POLL_S = 0.2
+_POLL_S = 0.2
+"""Between looks at whether a tier that is not there can be had now."""
 
 
 class Node:
@@ -50,6 +52,10 @@ class Node:
         self.http_address = ""
         self.events = EventStream(boot_id=self.boot_id)
         self.ssd: SegmentTier | None = None
+        # Of what these tiers need to be there at all; once there, SSD has breakers of its own.
+        self.host_breaker = Breaker("the host tier", time.monotonic)
+        self.ssd_breaker = Breaker("the SSD tier", time.monotonic)
+        self._ssd_stack = contextlib.AsyncExitStack()
         self._started = time.monotonic()
         self._stack = contextlib.AsyncExitStack()
 
@@ -75,54 +81,68 @@ class Node:
         )
         self.keeper = ArenaKeeper(config.state_dir / "arena.json", self.boot_id, config.host_bytes)
         stack.callback(self.keeper.close)
-        self.store = await self._open_store(stack)
+        await stack.enter_async_context(self._ssd_stack)  # left after the store
+        self.store = await stack.enter_async_context(self._make_store())
+        await self._open_ssd()
+        self.sessions = Sessions(self.store, self)
+        self.engines = self._make_server()
         self.probe = StallProbe(_STALL_PROBE_S)
         self.probe.start()
         stack.callback(self.probe.stop)
         await self.keeper.refresh()
         if not self.keeper.waiting_for:
-            self.store.attach_arena(self.keeper.create())
-        self.sessions = Sessions(self.store, self)
+            self._make_arena()
         stack.push_async_callback(self.store.seal)  # after the engines' socket is closed, below
-        self.engines = await stack.enter_async_context(self._make_server())
+        await stack.enter_async_context(self.engines)
         await stack.enter_async_context(self._make_admin())
         await self._open_http(stack)
         # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        for work in (self._await_arena(), garbage.collect(self.store.turns.wait)):
+        for work in (
+            self._await_arena(),
+            self._await_ssd(),
+            garbage.collect(self.store.turns.wait),
+        ):
             stack.callback(group.create_task(work).cancel)
         stack.enter_context(garbage.own_schedule())
 
-    async def _open_store(self, stack: contextlib.AsyncExitStack) -> BlockStore:
+    def _make_store(self) -> BlockStore:
         config = self.config
-        if config.ssd_bytes:
-            tier = SegmentTier(
-                config.ssd_path,
-                capacity_bytes=config.ssd_bytes,
-                clock=time.monotonic,
-                on_dropped=lambda parts: self.store.ssd_dropped(parts),
-            )
-            try:
-                self.ssd = await stack.enter_async_context(tier)
-            except (NoSpace, TransferError) as exc:
-                # The other tiers serve: a disk that is full or broken is no reason to be down.
-                log.error("no SSD tier until the next start: %s", exc)  # noqa: TRY400
         limits = StoreLimits(
             host_bytes=config.host_bytes,
             ssd_bytes=config.ssd_bytes,
             max_blocks=config.max_blocks,
             lease_s=config.lease_s,
             reservation_s=config.reservation_s,
+            ssd_deadline_s=config.ssd_deadline_s,
         )
-        return await stack.enter_async_context(
-            BlockStore(
-                limits=limits,
-                registry=lambda: self.registry.state,
-                clock=time.monotonic,
-                events=self.events,
-                ssd=self.ssd,
-            )
+        return BlockStore(
+            limits=limits,
+            registry=lambda: self.registry.state,
+            clock=time.monotonic,
+            events=self.events,
+            ssd=None,
         )
+
+    async def _open_ssd(self) -> None:
+        """Have the SSD tier, or open its breaker: a disk that is full or broken is no reason to be down."""
+        config = self.config
+        if not config.ssd_bytes:
+            return
+        tier = SegmentTier(
+            config.ssd_path,
+            capacity_bytes=config.ssd_bytes,
+            clock=time.monotonic,
+            on_dropped=lambda parts: self.store.ssd_dropped(parts),
+        )
+        try:
+            await self._ssd_stack.enter_async_context(tier)
+        except (NoSpace, TransferError) as exc:
+            self.ssd_breaker.fail(str(exc))
+            return
+        await self.store.attach_ssd(tier)
+        self.ssd = tier
+        self.ssd_breaker.succeed()
 
     def _make_server(self) -> EngineServer:
         config = self.config
@@ -175,10 +195,24 @@ class Node:
 
         host, port = split_address(self.config.http, "node.http")
         server = HttpServer(
-            host, port, samples=lambda: node_samples(self), not_ready=self.not_ready
+            host,
+            port,
+            samples=lambda: node_samples(self),
+            not_ready=self.not_ready,
+            degraded=self._degraded,
         )
         await stack.enter_async_context(server)
         self.http_address = server.address
+
+    def _degraded(self) -> str:
+        return "; ".join(f"{tier}: {why}" for tier, why in degraded(self).items() if why)
+
+    async def _await_ssd(self) -> None:
+        """Until there is an SSD tier: try again when its breaker allows."""
+        while self.config.ssd_bytes and self.ssd is None:
+            await asyncio.sleep(_POLL_S)
+            if self.ssd_breaker.begin():
+                await self._open_ssd()
 
     # ------------------------------------------------------------------ the arena
 
@@ -189,7 +223,11 @@ class Node:
         without a host tier.
         """
         waited = time.monotonic() - self._started
-        if self.keeper.arena is None and waited < self.config.sessions_return_s:
+        if (
+            self.keeper.waiting_for
+            and self.keeper.arena is None
+            and waited < self.config.sessions_return_s
+        ):
             return f"adopting: {len(self.keeper.waiting_for)} processes have the arena"
         return ""
 
@@ -209,6 +247,16 @@ class Node:
         finally:
             os.close(descriptor)
 
+    def _make_arena(self) -> None:
+        """Have a fresh arena, or open the breaker: refused memory is no reason to be down."""
+        try:
+            arena = self.keeper.create()
+        except (NoSpace, OSError) as exc:
+            self.host_breaker.fail(str(exc))
+            return
+        self.host_breaker.succeed()
+        self._attach(arena)
+
     def _attach(self, arena: Arena) -> None:
         self.store.attach_arena(arena)
         self.engines.drop_without_arena()
@@ -217,10 +265,11 @@ class Node:
         """Until there is an arena: make one as soon as nobody has the earlier one any more."""
         warned = False
         while self.keeper.is_missing():
-            await asyncio.sleep(_ADOPTION_POLL_S)
+            await asyncio.sleep(_POLL_S)
             await self.keeper.refresh()
             if self.keeper.is_missing() and not self.keeper.waiting_for:
-                self._attach(self.keeper.create())
+                if self.host_breaker.begin():
+                    self._make_arena()
             elif self.keeper.is_missing() and not warned and not self.not_ready():
                 warned = True
                 pids = sorted(process.pid for process in self.keeper.waiting_for)

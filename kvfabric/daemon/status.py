@@ -19,6 +19,10 @@ _PREFIX = "kvfabric_node_"
 def node_samples(node: Node) -> Iterator[Sample]:
     """Everything that /metrics shows."""
     yield from _store_samples(node.store.statistics())
+    details = degraded(node)
+    for tier, there in ((TierName.HOST, node.keeper.arena), (TierName.SSD, node.ssd)):
+        up = there is not None and not details[tier]
+        yield Sample(_PREFIX + "tier_up_info", float(up), (tier,))
     sessions, counts = node.sessions, node.engines.counts
     values: tuple[tuple[str, float], ...] = (
         ("sessions", len(sessions.live())),
@@ -41,14 +45,13 @@ def node_samples(node: Node) -> Iterator[Sample]:
 def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
     """Tiers, usage and counters. `sealed_keys`: also list every key that SSD holds durably."""
     store = node.store.statistics()
-    states = {
-        TierName.HOST: "adopting" if node.keeper.arena is None else "serving",
-        TierName.SSD: _ssd_state(node, store),
-    }
+    details = degraded(node)
+    states = {TierName.HOST: _host_state(node), TierName.SSD: _ssd_state(node)}
     tiers = [
         pb.TierStatus(
             tier=tier,
-            state=state,
+            state="degraded" if details[tier] else state,
+            detail=details[tier],
             capacity_bytes=store.capacity_bytes.get(tier, 0),
             used_bytes=store.used_bytes.get(tier, 0),
             draining_bytes=store.draining_bytes if tier == TierName.HOST else 0,
@@ -77,10 +80,22 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
     )
 
 
-def _ssd_state(node: Node, store: StoreStatistics) -> str:
+def degraded(node: Node) -> dict[TierName, str]:
+    """Why each tier is out of service, wholly or in part; empty for one that is not."""
+    ssd = [f"{what}: {why}" for what, why in node.store.degraded().items()]
+    if node.ssd_breaker.reason:
+        ssd.append(node.ssd_breaker.reason)
+    return {TierName.HOST: node.host_breaker.reason, TierName.SSD: "; ".join(ssd)}
+
+
+def _host_state(node: Node) -> str:
+    return "adopting" if node.keeper.arena is None else "serving"
+
+
+def _ssd_state(node: Node) -> str:
     if not node.config.ssd_bytes:
         return "off"
-    return "serving" if store.ssd_up else "degraded"
+    return "opening" if node.ssd is None else "serving"
 
 
 def _counters(node: Node, store: StoreStatistics) -> dict[str, int]:
@@ -107,7 +122,6 @@ def _store_samples(store: StoreStatistics) -> Iterator[Sample]:
     ):
         for tier, amount in by_tier.items():
             yield Sample(_PREFIX + metric, amount, (tier,))
-    yield Sample(_PREFIX + "tier_up_info", float(store.ssd_up), (TierName.SSD,))
     values: tuple[tuple[str, float], ...] = (
         ("leased_bytes", store.leased_bytes),
         ("draining_bytes", store.draining_bytes),

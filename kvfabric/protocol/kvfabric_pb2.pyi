@@ -338,20 +338,22 @@ class StatusRequest(_message.Message):
     def __init__(self, sealed_keys: _Optional[bool] = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "state", "capacity_bytes", "used_bytes", "draining_bytes", "num_blocks")
+    __slots__ = ("tier", "state", "capacity_bytes", "used_bytes", "draining_bytes", "num_blocks", "detail")
     TIER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     tier: str
     state: str
     capacity_bytes: int
     used_bytes: int
     draining_bytes: int
     num_blocks: int
-    def __init__(self, tier: _Optional[str] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., draining_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    detail: str
+    def __init__(self, tier: _Optional[str] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., draining_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class TenantUsage(_message.Message):
     __slots__ = ("tenant_id", "host_bytes", "ssd_bytes", "leased_bytes")

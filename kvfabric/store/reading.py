@@ -89,7 +89,7 @@ class Reader:
         somebody gets.
         """
         index = self._index
-        ssd_works = self.ssd is not None and not self.ssd.breaker.is_open
+        ssd_works = self.ssd is not None and not self.ssd.read_breaker.is_open
         counts = index.available_parts if ssd_works else index.host_parts
         readable: Flags = (rows != NO_ROW) & (counts.array[rows] == session.layout.num_parts)
         readable &= index.lineage.array[rows] == expected
@@ -112,7 +112,7 @@ class Reader:
         index, row = self._index, int(rows[position])
         own = row != NO_ROW and index.lineage.cell[row] == expected[position]
         if own and index.available_parts.cell[row] == session.layout.num_parts:
-            ssd_down = self.ssd is None or self.ssd.breaker.is_open
+            ssd_down = self.ssd is None or self.ssd.read_breaker.is_open
             only_there = index.host_parts.cell[row] < session.layout.num_parts
             return MissReason.TIER_DOWN if ssd_down and only_there else MissReason.EXPIRED
         if own and any(index.part_state.cell[part] & RESERVED for part in index.parts_of(row)):
@@ -174,7 +174,7 @@ class Reader:
             return MissReason.ABSENT  # never leased by this request
         if not self._index.part_state.cell[int(parts[position])] & SSD:
             return MissReason.CORRUPT  # leased and gone: it did not verify, or was withdrawn
-        if self.ssd is None or self.ssd.breaker.is_open:
+        if self.ssd is None or self.ssd.read_breaker.is_open:
             return MissReason.TIER_DOWN
         return MissReason.EVICTED  # no room for it in the arena
 

@@ -119,6 +119,7 @@ class Residency:
         self._events = events
         self._now = now
         self.unwiped: deque[DetachedSlot] = deque()
+        self.overdue_bytes = 0
         self._detached: dict[int, list[DetachedSlot]] = {}
 
     def tenant_slot(self, tenant: TenantId) -> int:
@@ -311,6 +312,18 @@ class Residency:
         index.part_state.array[parts] &= np.uint8(0xFF & ~(RESERVED | LOADING))
         self.host.add("reserved", index.tenants_of(rows), -num_bytes)
         self.unhold(rows)
+
+    def begin_overdue(self, tenant: int, num_bytes: int) -> None:
+        """A begun part is not filled in time: nobody waits for it, and its slot drains."""
+        self.overdue_bytes += num_bytes
+        self.host.add_one("reserved", tenant, -num_bytes)
+        self.host.add_one("detached", tenant, num_bytes)
+
+    def end_overdue(self, tenant: int, num_bytes: int) -> None:
+        """It has ended after all: `publish` or `cancel` comes next."""
+        self.overdue_bytes -= num_bytes
+        self.host.add_one("detached", tenant, -num_bytes)
+        self.host.add_one("reserved", tenant, num_bytes)
 
     def publish(
         self, rows: Rows, parts: Rows, num_bytes: int, slots: Slots, checksums: bytes
@@ -508,7 +521,7 @@ class Residency:
         host = self.host
         assert ready == sum(account.ready for account in host.accounts)
         slots = [slot for slots in self._detached.values() for slot in slots]
-        detached = sum(slot.num_bytes for slot in (*slots, *self.unwiped))
+        detached = sum(slot.num_bytes for slot in (*slots, *self.unwiped)) + self.overdue_bytes
         assert detached == sum(account.detached for account in host.accounts)
         assert host.used <= host.capacity_bytes
         assert int(self._complete(live[index.lineage.array[live] != 0]).sum()) == (

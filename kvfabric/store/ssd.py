@@ -1,8 +1,9 @@
 """Blocks between arena and SSD tier: promotion on load, spilling in the background, warm start.
 
-Owns what is on its way, and the breaker. A block is admitted to SSD on its second use, or when it was
-used and is about to be evicted; blocks used once never cost a write. An error of the tier is a miss and
-opens the breaker: for some seconds the tier is skipped, then tried again.
+Owns what is on its way, and the breakers. A block is admitted to SSD on its second use, or when it was
+used and is about to be evicted; blocks used once never cost a write. An error of the tier, or an operation
+that is not done within its deadline, is a miss and opens the breaker of reads or of writes: a disk that is
+full still reads. The slot that a late read fills drains until the read has ended.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace
 from kvfabric.failpoints import failpoint
 from kvfabric.hashing import ROOT_PARENT
+from kvfabric.store.breaker import Breaker
 from kvfabric.store.index import (
     HIT,
     HOST,
@@ -35,7 +37,6 @@ from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
 from kvfabric.tiers.base import Location, PartIdentity, Tier
 from kvfabric.types import BlockKey, Part, PartSpec
 
-BREAKER_PAUSE_S = 5.0
 MAX_QUEUED_BLOCKS = 65_536
 SSD_ROWS_SHARE = 0.75
 """Of the index: blocks on SSD may not keep new ones from being stored."""
@@ -43,23 +44,9 @@ SSD_ROWS_SHARE = 0.75
 _SEED_SLICE = 256
 
 
-class Breaker:
-    """Open after a failure: the tier is out of service until the pause is over."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._open_until = float("-inf")
-
-    @property
-    def is_open(self) -> bool:
-        return self._clock() < self._open_until
-
-    def fail(self) -> None:
-        self._open_until = self._clock() + BREAKER_PAUSE_S
-
-
 class SsdTraffic:
-    """`group` owns the tasks; `spill_bytes` bounds what is being written at once."""
+    """`group` owns the tasks; `spill_bytes` bounds what is being written at once. `deadline_s`: how long
+    a read or write may take before it counts as failed."""
 
     def __init__(
         self,
@@ -69,15 +56,20 @@ class SsdTraffic:
         clock: Callable[[], float],
         group: asyncio.TaskGroup,
         spill_bytes: int,
+        deadline_s: float,
     ) -> None:
-        self.breaker = Breaker(clock)
+        self.read_breaker = Breaker("SSD reading", clock)
+        self.write_breaker = Breaker("SSD writing", clock)
         self.counts: Counter[str] = Counter()
         self._tier = tier
         self._residency = residency
         self._index = residency.index
         self._group = group
         self._spill_bytes = spill_bytes
-        self._loading: dict[int, asyncio.Task[None]] = {}
+        self._deadline_s = deadline_s
+        # Of parts being read: done with the read or at its deadline, whichever comes first.
+        self._loading: dict[int, asyncio.Future[None]] = {}
+        self._probing = False
         # A queued block is not held: it may be evicted first, and its row reused. The first word of
         # its key tells.
         self._queue: deque[tuple[int, int]] = deque()
@@ -172,14 +164,20 @@ class SsdTraffic:
         parts = index.parts(rows, ordinal)
         state = index.part_state.array[parts]
         wanted = (state & SSD != 0) & (state & (HOST | LOADING | RESERVED) == 0)
-        if wanted.any() and not self.breaker.is_open:
+        if wanted.any() and self.read_breaker.begin():
             self._start_reads(rows[wanted], parts[wanted], ordinal)
-        tasks = [self._loading[part] for part in parts.tolist() if part in self._loading]
-        if tasks:
-            await asyncio.wait(tasks)
+        ends = [self._loading[part] for part in parts.tolist() if part in self._loading]
+        if ends:
+            await asyncio.wait(ends)
 
     def _start_reads(self, rows: Rows, parts: Rows, ordinal: int) -> None:
         """Of one layout; the chain is cut where room ends, since what follows would be of no use."""
+        before = len(self._loading)
+        self._start_by_tenant(rows, parts, ordinal)
+        if len(self._loading) == before:
+            self.read_breaker.abandon()
+
+    def _start_by_tenant(self, rows: Rows, parts: Rows, ordinal: int) -> None:
         residency, index = self._residency, self._index
         spec = index.layout_at(int(rows[0])).specs[ordinal]
         size = slot_bytes(spec.num_bytes)
@@ -195,7 +193,8 @@ class SsdTraffic:
             for position, at in enumerate(begun.tolist()):
                 one = Slots(*(vector[position : position + 1] for vector in slots))
                 part = int(parts[at])
-                self._loading[part] = self._group.create_task(
+                self._loading[part] = asyncio.get_running_loop().create_future()
+                self._group.create_task(
                     self._read(int(rows[at]), part, ordinal, one), name="kvfabric-promote"
                 )
             if count < len(mine):
@@ -205,25 +204,30 @@ class SsdTraffic:
         residency, index = self._residency, self._index
         identity = self.identity(row, part, ordinal)
         size = slot_bytes(identity.num_bytes)
-        location = Location(
-            index.part_ssd_file.cell[part], index.part_ssd_page.cell[part] * PAGE_BYTES
-        )
+        location = self._place_of(part)
         assert residency.arena is not None
         buffer = residency.arena.part(int(slots.first_pages[0]), size)
+        late = _Late(residency, index.lineage_tenant.cell[index.lineage.cell[row]], size)
+        timer = asyncio.get_running_loop().call_later(
+            self._deadline_s, self._read_is_late, part, late
+        )
         good = False
         try:
             await self._tier.read_into(location, identity, buffer)
             failpoint("store.promote.read")
             # Purged or reclaimed meanwhile: what was read must not bring it back.
             good = bool(index.part_state.cell[part] & SSD)
+            self.read_breaker.succeed()
         except CorruptBlock:
             self.counts["corrupt"] += 1
             residency.forget_sealed(row, part, identity.num_bytes)
-        except (KVFabricError, OSError):
-            self._fail()
+            self.read_breaker.succeed()  # the medium answered
+        except (KVFabricError, OSError) as exc:
+            self._fail(self.read_breaker, str(exc))
         finally:
+            timer.cancel()
+            late.settle()
             buffer.release()
-            del self._loading[part]
             if good:
                 self.counts["promotions"] += 1
                 residency.publish(_rows(row), _rows(part), size, slots, identity.checksum)
@@ -231,6 +235,60 @@ class SsdTraffic:
             else:
                 residency.give_back(slots, size)
                 residency.cancel(_rows(row), _rows(part), size)
+            self._end_wait(part)
+
+    def _read_is_late(self, part: int, late: _Late) -> None:
+        """Who waits gets a miss; the slot drains, since the device may still write into it."""
+        late.drain()
+        self._fail(self.read_breaker, f"a read is not done after {self._deadline_s:g} s")
+        self._end_wait(part)
+
+    def _end_wait(self, part: int) -> None:
+        waiting = self._loading.pop(part, None)
+        if waiting is not None:
+            waiting.set_result(None)
+
+    def probe(self) -> None:
+        """With reads half open and nobody who loads: read some part, so that the tier comes back."""
+        index, breaker = self._index, self.read_breaker
+        if not breaker.is_half_open or self._probing:
+            return
+        rows = np.flatnonzero(index.ssd_parts.array[: index.highest_row + 1])
+        breaker.begin()
+        if not len(rows):
+            breaker.succeed()  # nothing that could be read badly
+            return
+        row = int(rows[0])
+        ordinal, part = next(
+            (ordinal, part)
+            for ordinal, part in enumerate(index.parts_of(row))
+            if index.part_state.cell[part] & SSD
+        )
+        self._probing = True
+        self._group.create_task(
+            self._probe(self.identity(row, part, ordinal), self._place_of(part))
+        )
+
+    async def _probe(self, identity: PartIdentity, location: Location) -> None:
+        late = f"a read is not done after {self._deadline_s:g} s"
+        timer = asyncio.get_running_loop().call_later(
+            self._deadline_s, self.read_breaker.fail, late
+        )
+        try:
+            scratch = memoryview(bytearray(slot_bytes(identity.num_bytes)))
+            await self._tier.read_into(location, identity, scratch)
+        except (KVFabricError, OSError) as exc:
+            self.read_breaker.fail(str(exc))
+        else:
+            self.read_breaker.succeed()
+        finally:
+            timer.cancel()
+            self.read_breaker.abandon()
+            self._probing = False
+
+    def _place_of(self, part: int) -> Location:
+        index = self._index
+        return Location(index.part_ssd_file.cell[part], index.part_ssd_page.cell[part] * PAGE_BYTES)
 
     def identity(self, row: int, part: int, ordinal: int) -> PartIdentity:
         """What the record of a part says, as the index has it."""
@@ -249,9 +307,9 @@ class SsdTraffic:
             checksum=index.part_checksum[part].tobytes(),
         )
 
-    def _fail(self) -> None:
+    def _fail(self, breaker: Breaker, reason: str) -> None:
         self.counts["errors"] += 1
-        self.breaker.fail()
+        breaker.fail(reason)
 
     # -- spilling ------------------------------------------------------------------------------------
 
@@ -259,7 +317,7 @@ class SsdTraffic:
         """Queue blocks of the host tier that had their second use, as far as the queue has room."""
         index = self._index
         for row in rows.tolist():
-            if len(self._queue) >= MAX_QUEUED_BLOCKS or self.breaker.is_open:
+            if len(self._queue) >= MAX_QUEUED_BLOCKS or self.write_breaker.is_open:
                 return
             if self._wants(row):
                 index.flags.cell[row] |= SPILLING
@@ -268,7 +326,7 @@ class SsdTraffic:
 
     def save(self, row: int) -> bool:
         """Start writing a block that is about to be evicted; True if it is, and so can not go yet."""
-        if self.breaker.is_open or self._writing_bytes >= self._spill_bytes:
+        if self.write_breaker.is_open or self._writing_bytes >= self._spill_bytes:
             return False
         if not self._wants(row):
             return False
@@ -294,7 +352,7 @@ class SsdTraffic:
                 if index.keys.cell[4 * row] != word or not index.flags.cell[row] & SPILLING:
                     continue
                 index.flags.cell[row] &= ~SPILLING
-                if not self.breaker.is_open and self._wants(row):
+                if not self.write_breaker.is_open and self._wants(row):
                     self._write(row)
                 if len(self._queue) % 64 == 0:
                     await asyncio.sleep(0)
@@ -313,6 +371,8 @@ class SsdTraffic:
         if not _ssd_admits(residency.ssd, tenant, charge):
             self.counts["refused"] += 1
             return False
+        if not self.write_breaker.begin():
+            return False
         index.flags.cell[row] |= SPILLING
         self._writing_bytes += charge
         residency.ssd.accounts[tenant].reserved += charge
@@ -326,17 +386,25 @@ class SsdTraffic:
         charge = sum(
             record_bytes(index.layout_at(row).specs[ordinal].num_bytes) for ordinal, _ in missing
         )
+        late = f"a write is not done after {self._deadline_s:g} s"
+        timer = asyncio.get_running_loop().call_later(
+            self._deadline_s, self._fail, self.write_breaker, late
+        )
         try:
             for ordinal, part in missing:
                 if not index.part_state.cell[part] & HOST:
                     break  # discarded meanwhile
                 await self._write_part(row, part, ordinal)
-        except NoSpace:
+                self.write_breaker.succeed()
+        except NoSpace as exc:
             self.counts["refused"] += 1
+            self.write_breaker.fail(str(exc))
             index.flags.cell[row] &= ~HIT  # not tried again before its next use
-        except (KVFabricError, OSError):
-            self._fail()
+        except (KVFabricError, OSError) as exc:
+            self._fail(self.write_breaker, str(exc))
         finally:
+            timer.cancel()
+            self.write_breaker.abandon()
             self._writing_bytes -= charge
             residency.ssd.accounts[tenant].reserved -= charge
             index.flags.cell[row] &= ~SPILLING
@@ -364,7 +432,7 @@ class SsdTraffic:
     async def drain(self) -> None:
         """Wait until nothing is queued or being written; a failing tier's queue is given up."""
         while self._queue or self._writing_bytes:
-            if self.breaker.is_open:
+            if self.write_breaker.is_open:
                 self._give_queue_up()
             self._changed.set()
             await asyncio.sleep(0.005)
@@ -413,6 +481,24 @@ class SsdTraffic:
         accounts = self._residency.ssd
         for tenant, num_bytes in dead.items():
             accounts.accounts[self._residency.tenant_slot(tenant)].detached = num_bytes
+
+
+class _Late:
+    """The charge of one slot that a read fills: reserved, and draining once the read is late."""
+
+    def __init__(self, residency: Residency, tenant: int, num_bytes: int) -> None:
+        self._residency, self._tenant, self._num_bytes = residency, tenant, num_bytes
+        self._drains = False
+
+    def drain(self) -> None:
+        self._drains = True
+        self._residency.begin_overdue(self._tenant, self._num_bytes)
+
+    def settle(self) -> None:
+        """The read has ended: as if it had not been late."""
+        if self._drains:
+            self._drains = False
+            self._residency.end_overdue(self._tenant, self._num_bytes)
 
 
 def _ssd_admits(accounts: TierAccounts, tenant: int, num_bytes: int) -> bool:

@@ -9,6 +9,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     lease      sessions, leases, reservations  access   what a request may do
     reading    match, load, confirm            writing  reserve, commit, abort
     copying    window -> slot with checksum    ssd      promotion, spilling, breaker
+    breaker    when SSD is left alone
     scrub      the arena's bytes, checked anew     purging  for good, and zeroed
     turns      how all of it shares the event loop
 """
@@ -59,7 +60,8 @@ _TOUCH_BYTES = 64 * 1024 * 1024
 class StoreLimits:
     """Sizes in bytes, times in seconds. `lease_share`: of the host tier, see `quota`.
 
-    `copy_threads` also scrub. `spill_bytes`: being written to SSD at once. `scrub_bytes_per_s`: how
+    `copy_threads` also scrub. `spill_bytes`: being written to SSD at once; `ssd_deadline_s`: how long one
+    read or write of it may take before it counts as failed. `scrub_bytes_per_s`: how
     fast the arena is re-checked in the background; 0 for not at all.
     """
 
@@ -71,6 +73,7 @@ class StoreLimits:
     lease_share: float = 0.1
     copy_threads: int = 2
     spill_bytes: int = 64 * 1024 * 1024
+    ssd_deadline_s: float = 5.0
     scrub_bytes_per_s: int = 64 * 1024 * 1024
 
 
@@ -109,15 +112,14 @@ class StoreStatistics:
     ssd_writes: int
     ssd_errors: int
     ssd_refused: int
-    ssd_up: bool
     index_bytes_per_block: float
 
 
 class BlockStore:
     """An async context manager: entering indexes what the SSD tier holds, leaving ends its tasks.
 
-    `registry` returns None while the node holds no epoch lease: then everything misses. `ssd`, if any,
-    is entered before and left after the store, and calls `ssd_dropped`.
+    `registry` returns None while the node holds no epoch lease: then everything misses. `ssd`, if it is
+    there from the start, is entered before and left after the store, and calls `ssd_dropped`.
     """
 
     def __init__(
@@ -176,17 +178,7 @@ class BlockStore:
         self._start(self._keep_house())
         self._start(self._keep_room())
         if self._tier is not None:
-            self._ssd = SsdTraffic(
-                self._tier,
-                self._residency,
-                clock=self._clock,
-                group=self._group,
-                spill_bytes=self.limits.spill_bytes,
-            )
-            self._residency.save = self._ssd.save
-            await self._ssd.seed()
-            self._start(self._ssd.run())
-            self._reader.ssd = self._ssd
+            await self.attach_ssd(self._tier)
         return self
 
     async def __aexit__(
@@ -213,6 +205,24 @@ class BlockStore:
         self._residency.arena = arena
         self._host.resize(arena.size_bytes)
         self._start(self._touch(arena))
+
+    async def attach_ssd(self, tier: Tier) -> None:
+        """The SSD tier, once; it may come while the store serves, and is left after the store. Its blocks
+        are indexed when this returns. On cancellation the store is to be left."""
+        if self._ssd is not None:
+            raise LocalProtocolError("the store has an SSD tier already")
+        self._ssd = SsdTraffic(
+            tier,
+            self._residency,
+            clock=self._clock,
+            group=self._group,
+            spill_bytes=self.limits.spill_bytes,
+            deadline_s=self.limits.ssd_deadline_s,
+        )
+        await self._ssd.seed()
+        self._residency.save = self._ssd.save
+        self._start(self._ssd.run())
+        self._reader.ssd = self._ssd
 
     # -- sessions and requests -----------------------------------------------------------------------
 
@@ -384,6 +394,7 @@ class BlockStore:
                 await asyncio.sleep(0)
             if self._ssd is not None:
                 self._ssd.refresh_charges()
+                self._ssd.probe()
             await self._purger.wipe()
             if self._residency.arena is not None and self.limits.scrub_bytes_per_s:
                 await self.scrub(int(self.limits.scrub_bytes_per_s * _HOUSE_S))
@@ -420,9 +431,15 @@ class BlockStore:
             ssd_writes=counts.get("writes", 0),
             ssd_errors=counts.get("errors", 0),
             ssd_refused=counts.get("refused", 0),
-            ssd_up=self._ssd is not None and not self._ssd.breaker.is_open,
             index_bytes_per_block=self._index.bytes_per_block,
         )
+
+    def degraded(self) -> dict[str, str]:
+        """What of the SSD tier is out of service or not yet known to be well again: why."""
+        if self._ssd is None:
+            return {}
+        breakers = (self._ssd.read_breaker, self._ssd.write_breaker)
+        return {breaker.name: breaker.reason for breaker in breakers if breaker.reason}
 
     def _tenant_usage(self) -> tuple[TenantUsage, ...]:
         return tuple(

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvfabric.errors import ConfigError, RemoteProtocolError
+from kvfabric.errors import ConfigError, NoSpace, RemoteProtocolError
 
 PAGE_BYTES = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -177,11 +177,14 @@ class Arena:
     def create(cls, size_bytes: int) -> Arena:
         """A new arena of `size_bytes` (a multiple of 4 KiB), mode 0600, sealed in size.
 
-        Raises ConfigError if the size is wrong or the machine does not give the memory.
+        Raises ConfigError if the size is wrong, NoSpace if the machine does not give the memory.
         """
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ConfigError(f"the arena's size is a positive multiple of 4096, not {size_bytes}")
-        fd = os.memfd_create("kvfabric-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            fd = os.memfd_create("kvfabric-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as exc:
+            raise NoSpace(f"no arena of {size_bytes} bytes: {exc.strerror}") from exc
         try:
             os.fchmod(fd, 0o600)
             os.ftruncate(fd, size_bytes)
@@ -189,7 +192,7 @@ class Arena:
             return cls(fd, size_bytes)
         except OSError as exc:
             os.close(fd)
-            raise ConfigError(f"no arena of {size_bytes} bytes: {exc}") from exc
+            raise NoSpace(f"no arena of {size_bytes} bytes: {exc.strerror}") from exc
 
     @classmethod
     def adopt(cls, fd: int) -> Arena:

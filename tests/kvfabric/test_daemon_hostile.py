@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,16 +223,74 @@ def test_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
 
 
 def test_node_serves_without_an_ssd_tier_that_does_not_open(tmp_path: Path) -> None:
-    """A disk that is full or broken at the start costs that tier, visibly, and not the node."""
+    """A disk that is full or broken at the start costs that tier, visibly, and not the node; mended, it
+    comes back by itself."""
     (tmp_path / "ssd").mkdir(mode=0o700)
     (tmp_path / "ssd" / "index").write_text("no directory")
     with NodeProcess(tmp_path, ssd_bytes=64 << 20, **HTTP) as node:
         assert is_serving(node)
-        assert any("no SSD tier" in line for line in node.log)
-        assert node.metrics()['tier_up_info{tier="ssd"}'] == 0
+        assert len(log_lines(node, "SSD tier is out of service")) == 1
+        metrics = node.metrics()
+        assert metrics['tier_up_info{tier="ssd"}'] == 0
+        assert metrics['tier_up_info{tier="host"}'] == 1
         with AdminClient(tmp_path / "admin.sock") as admin:
             status = admin.call(admin.admin.Status, pb.StatusRequest())
-        assert {tier.tier: tier.state for tier in status.tiers}["ssd"] == "degraded"
+        [ssd] = [tier for tier in status.tiers if tier.tier == "ssd"]
+        assert ssd.state == "degraded"
+        assert ssd.detail
+        assert ready_text(node) == f"ok, degraded: ssd: {ssd.detail}"
+        (tmp_path / "ssd" / "index").unlink()
+        until(lambda: node.metrics()['tier_up_info{tier="ssd"}'] == 1)
+        assert ready_text(node) == "ok"
+        assert len(log_lines(node, "SSD tier is back")) == 1
+        engine = TinyEngine.connect(node.socket)
+        keys = engine.open("r", "prompt", 2)
+        engine.store("r", keys)
+        assert len(engine.load("r", keys)) == 2
+        until(lambda: node.metrics()["ssd_writes_total"] == 2)
+        engine.client.close()
+
+
+def log_lines(node: NodeProcess, text: str) -> list[str]:
+    return [line for line in node.log if text in line]
+
+
+def ready_text(node: NodeProcess) -> str:
+    with urllib.request.urlopen(f"{node.http}/readyz", timeout=20) as answer:
+        text: str = answer.read().decode().strip()
+    return text
+
+
+def test_refused_memory_costs_the_host_tier_until_it_is_given(tmp_path: Path) -> None:
+    """No memfd for the arena: every lookup misses, visibly, and no engine fails. Once the machine gives the
+    memory, the tier is there and engines are sent to fetch it."""
+    node = NodeProcess(tmp_path, sessions_return_s=0.1, **HTTP)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, unlimited[1]))  # of memory files too
+    try:
+        node.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    with contextlib.ExitStack() as stack:
+        stack.callback(node.stop)
+        assert len(log_lines(node, "the host tier is out of service")) == 1
+        assert node.metrics()['tier_up_info{tier="host"}'] == 0
+        assert ready_text(node).startswith("ok, degraded: host: no arena of")
+        engine = TinyEngine.connect(node.socket)
+        keys = engine.open("r", "prompt", 2)
+        assert engine.store("r", keys) == 0
+        assert engine.load("r", keys) == []
+        resource.prlimit(node.pid, resource.RLIMIT_FSIZE, unlimited)
+        until(lambda: node.metrics()['tier_up_info{tier="host"}'] == 1)
+        assert len(log_lines(node, "the host tier is back")) == 1
+        with pytest.raises(PeerClosed):
+            engine.client.ping(deadline_s=DEADLINE_S)
+        client = NodeClient.connect(
+            node.socket, engine.hello, deadline_s=DEADLINE_S, resume_from=engine.client
+        )
+        back = TinyEngine(client, engine.hello)
+        assert back.store("r", back.open("r", "prompt", 2)) == 2
+        client.close()
 
 
 @pytest.mark.slow
@@ -251,9 +311,18 @@ def test_full_disk_is_in_nobodys_way(tmp_path: Path) -> None:
         use_twice("first")
         until(lambda: node.metrics()["ssd_refused_total"] >= 1)
         use_twice("second")
+        assert ready_text(node).startswith("ok, degraded: ssd: SSD writing: ")
         resource.prlimit(node.pid, resource.RLIMIT_FSIZE, unlimited)
-        use_twice("third")
-        until(lambda: node.metrics()["ssd_writes_total"] >= 4)
+        numbers = itertools.count()
+
+        def writes_again() -> bool:
+            use_twice(f"later {next(numbers)}")
+            return node.metrics()["ssd_writes_total"] >= 4
+
+        until(writes_again)
+        assert ready_text(node) == "ok"
+        assert len(log_lines(node, "SSD writing is out of service")) == 1
+        assert len(log_lines(node, "SSD writing is back")) == 1
         engine.client.close()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from kvfabric.errors import NoSpace, TransferError
@@ -33,16 +35,26 @@ class MoodyTier(SegmentTier):
     failing = False
     full = False
     reads = 0
+    gate: asyncio.Event | None = None
+    waiting = 0
+
+    async def _pass_gate(self) -> None:
+        if self.gate is not None:
+            self.waiting += 1
+            await self.gate.wait()
+            self.waiting -= 1
 
     async def read_into(
         self, location: Location, identity: PartIdentity, buffer: memoryview
     ) -> None:
         self.reads += 1
+        await self._pass_gate()
         if self.failing:
             raise TransferError("EIO")
         await super().read_into(location, identity, buffer)
 
     async def write(self, identity: PartIdentity, payload: memoryview) -> Location:
+        await self._pass_gate()
         if self.failing:
             raise TransferError("EIO")
         if self.full:
@@ -75,6 +87,14 @@ async def rig_over(
         rigs.append(rig)
         async with rig:
             yield rig, tier
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError("it did not happen")
 
 
 async def store_and_seal(rig: StoreRig, *, shards: tuple[int, ...] = (0,)) -> None:
@@ -183,12 +203,109 @@ async def test_an_error_is_a_miss_and_the_tier_returns_by_itself(tmp_path: Path)
         assert (located.num_blocks, located.reason) == (0, "tier_down")
         rig.store.release(SESSION, ["r"])
         assert rig.match("r", KEYS) == (0, "tier_down")
-        assert not rig.store.statistics().ssd_up
+        assert rig.store.degraded() == {"SSD reading": "EIO"}
         tier.failing = False
         rig.clock.now += 5
         assert await rig.get(KEYS) == EXPECTED
+        assert rig.store.degraded() == {}
         assert rig.store.statistics().ssd_errors == 6
         assert rig.arena.free_bytes == rig.arena.size_bytes - 6 * PART_BYTES
+
+
+async def test_the_tier_returns_without_anybody_asking(tmp_path: Path) -> None:
+    """Half open, the store itself reads a part: nobody's request has to be the probe."""
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path) as (rig, tier):
+        tier.failing = True
+        rig.match("r", KEYS)
+        await rig.load("r", KEYS)
+        rig.store.release(SESSION, ["r"])
+        rig.clock.now += 5
+        await eventually(lambda: tier.reads > 6)  # the probe of the housekeeping
+        assert rig.store.degraded()
+        tier.failing = False
+        rig.clock.now += 9
+        await asyncio.sleep(0.6)
+        assert rig.store.degraded(), "after a failed probe the pause is longer"
+        rig.clock.now += 1
+        await eventually(lambda: not rig.store.degraded())
+        assert rig.match("r", KEYS)[0] == 6
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "guard removed"])
+async def test_a_late_read_is_a_miss_and_its_slot_drains_until_it_ends(
+    tmp_path: Path, guarded: bool
+) -> None:
+    """A device that is late still writes where it was told to. Given away at the deadline (the twin), that
+    slot gets another block's bytes under it."""
+    async with rig_over(tmp_path) as (rig, _):
+        await store_and_seal(rig)
+    async with rig_over(tmp_path, num_slots=8) as (rig, tier):
+        ssd, residency = rig.store._ssd, rig.store._residency
+        assert ssd is not None
+        ssd._deadline_s = 0.1
+        tier.gate = asyncio.Event()
+        rig.match("r", KEYS[:2])
+        began = asyncio.get_running_loop().time()
+        located = await rig.load("r", KEYS[:2])
+        assert (located.num_blocks, located.reason) == (0, "tier_down")
+        assert asyncio.get_running_loop().time() - began < 2
+        assert rig.store.statistics().draining_bytes == 2 * PART_BYTES
+        assert rig.store.statistics().reserved_bytes == 0
+        assert "not done after 0.1 s" in rig.store.degraded()["SSD reading"]
+        residency.check()
+        rig.store.release(SESSION, ["r"])
+        if not guarded:
+            in_use = np.flatnonzero(~free_pages(rig)).astype(np.uint32)
+            rig.arena.free(in_use, PART_BYTES)
+            residency.host.accounts[0].detached = 0
+        others = make_keys(8, seed=1)
+        assert await rig.put(others) == (6 if guarded else 8)
+        rig.match("o", others)
+        located = await rig.load("o", others)
+        if not guarded:
+            residency.host.accounts[0].detached = 2 * PART_BYTES
+        tier.gate.set()
+        await eventually(lambda: not tier.waiting and ssd.counts["promotions"] == 2)
+        copies = rig.copy(located, verify=False)
+        right = copies == [part_bytes(key) for key in others[: len(copies)]]
+        assert right == guarded
+        if guarded:
+            assert rig.store.statistics().draining_bytes == 0
+            residency.check()
+            rig.store.release(SESSION, ["o"])
+            assert rig.match("r2", KEYS[:2])[0] == 2  # what came late is of use to the next
+
+
+def free_pages(rig: StoreRig) -> npt.NDArray[np.bool_]:
+    """Which pages of the arena nobody has."""
+    allocator = rig.arena.allocator
+    free = np.zeros(allocator.num_pages, dtype=np.bool_)
+    for start, count in zip(allocator._run_starts, allocator._run_pages, strict=True):
+        free[int(start) : int(start + count)] = True
+    for pages, stack in allocator._stacks.items():
+        for first in stack:
+            free[first : first + pages] = True
+    return free
+
+
+async def test_a_late_write_opens_the_breaker_of_writes_alone(tmp_path: Path) -> None:
+    async with rig_over(tmp_path) as (rig, tier):
+        await store_and_seal(rig)
+        ssd = rig.store._ssd
+        assert ssd is not None
+        ssd._deadline_s = 0.1
+        tier.gate = asyncio.Event()
+        more = make_keys(3, seed=1)
+        await rig.put(more)
+        assert len(await rig.get(more)) == 3
+        await eventually(lambda: bool(rig.store.degraded()))
+        assert list(rig.store.degraded()) == ["SSD writing"]
+        tier.gate.set()
+        await rig.store.seal()
+        assert rig.store.statistics().num_blocks[TierName.SSD] == 9
+        rig.store._residency.check()
 
 
 @pytest.mark.parametrize("flag", ["failing", "full"])
