@@ -50,10 +50,10 @@ from kvfabric.client import EngineHello
 from kvfabric.errors import ConfigError, Fenced
 from kvfabric.protocol.messages import Role
 from kvfabric_engine.boundary import Boundary
-from kvfabric_engine.connector import Deadlines
 from kvfabric_engine.integrations.sglang_pool import HostPages
 from kvfabric_engine.integrations.sglang_store import PageStore
 from kvfabric_engine.integrations.vllm_identity import node_socket
+from kvfabric_engine.options import Deadlines
 
 _log = logging.getLogger(__name__)
 R = TypeVar("R")

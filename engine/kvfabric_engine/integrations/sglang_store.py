@@ -21,9 +21,9 @@ from kvfabric.hashing import ROOT_PARENT, engine_page_keys
 from kvfabric.protocol.messages import MAX_KEYS, Matched
 from kvfabric.types import BlockKey, GrantState, MissReason
 from kvfabric_engine.boundary import Boundary
-from kvfabric_engine.connector import Deadlines
 from kvfabric_engine.integrations.sglang_pool import Runs, copy_in, copy_out
 from kvfabric_engine.node_link import LinkCalls, NodeLink
+from kvfabric_engine.options import Deadlines
 
 STAGING_BYTES = 16 << 20
 _NO_PARENT = "no_parent"
