@@ -48,6 +48,8 @@ _SLIDING = {
     "model_type": "mistral",
     "sliding_window": 256,
 }
+_HYBRID = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 256}
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _LATENT: dict[str, Any] = {  # vLLM's CPU kernels know one width of latent KV: 512 + 64
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
@@ -61,16 +63,28 @@ _LATENT: dict[str, Any] = {  # vLLM's CPU kernels know one width of latent KV: 5
     "n_routed_experts": 2,  # of layers that there are not: all are dense
     "first_k_dense_replace": LAYERS,
     "moe_layer_freq": 1,
+    "rope_parameters": {  # as DeepSeek's own models have
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": MAX_TOKENS,
+    },
 }
 
 
 def write_checkpoint(folder: Path, *, kind: str = "full", seed: int = 0) -> Path:
     """Float32: matrices normal with a deviation of 0.1, embeddings of 1, norms 1.
 
-    `kind`: full (Llama), sliding (Mistral with a window) or latent (MLA, as DeepSeek V2).
+    `kind`: full (Llama), sliding (Mistral with a window), hybrid (Llama with a window in one layer),
+    latent (MLA, as DeepSeek V2) or unscaled (latent with plain RoPE).
     """
     folder.mkdir(parents=True)
-    own = {"full": {}, "sliding": _SLIDING, "latent": _LATENT}[kind]
+    kinds = {"full": {}, "sliding": _SLIDING, "hybrid": _HYBRID, "latent": _LATENT}
+    own = kinds["latent"] | {"rope_parameters": _PLAIN} if kind == "unscaled" else kinds[kind]
     (folder / "config.json").write_text(json.dumps(_CONFIG | own))
     write_tokenizer(folder)
     normal = Normal(seed)
@@ -81,7 +95,7 @@ def write_checkpoint(folder: Path, *, kind: str = "full", seed: int = 0) -> Path
     }
     for layer in range(LAYERS):
         name = f"model.layers.{layer}."
-        attention = _latent_attention(normal) if kind == "latent" else _attention(normal)
+        attention = _latent_attention(normal) if "kv_lora_rank" in own else _attention(normal)
         weights |= {f"{name}self_attn.{key}.weight": value for key, value in attention.items()}
         weights |= {
             name + "mlp.gate_proj.weight": normal(INTERMEDIATE, HIDDEN),

@@ -54,19 +54,22 @@ def make_node(state_dir: Path, **options: object) -> NodeProcess:
     return NodeProcess(state_dir, python=str(python), ssd_bytes=256 << 20, **options)
 
 
-class _Said(logging.Handler):
+class _Said(logging.Filter):
+    """Not a handler: vLLM configures its loggers anew with its first engine, and that drops handlers."""
+
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         self.lines.append(record.getMessage())
+        return True
 
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What the connector tells a user of vLLM in its log (whose loggers do not propagate)."""
-    handler, logger = _Said(), logging.getLogger("vllm.kvfabric")
-    logger.addHandler(handler)
-    yield handler.lines
-    logger.removeHandler(handler)
+    """What the connector tells a user of vLLM in its log."""
+    seen, logger = _Said(), logging.getLogger("vllm.kvfabric")
+    logger.addFilter(seen)
+    yield seen.lines
+    logger.removeFilter(seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -219,6 +220,29 @@ class Gate:
         """Assert that the answers are right."""
         assert self.differing(prompts, answers) == 0
         assert self.num_ties <= max(1, MAX_TIES * self.num_checked)
+
+
+def parts_of(audit: Path, rank: int, op: str) -> set[tuple[str, str]]:
+    """(key, checksum) of every part that a rank stored or loaded."""
+    entries = [json.loads(line) for line in Path(f"{audit}.{rank}").read_text().splitlines()]
+    return {(e["key"], e["checksum"]) for e in entries if e["op"] == op}
+
+
+@contextmanager
+def first_block_for_all(engine: Vllm) -> Iterator[None]:
+    """Meanwhile every load gets the first block that was loaded in place of its own first one."""
+    mover = engine.worker._worker._mover
+    scatter, kept = mover.scatter, []
+
+    def swapped(data: Sequence[memoryview], blocks: Sequence[Sequence[int]]) -> None:
+        kept.append(bytes(data[0]))
+        scatter([memoryview(kept[0]), *data[1:]], blocks)
+
+    mover.scatter = swapped
+    try:
+        yield
+    finally:
+        del mover.scatter
 
 
 def in_thread(action: Callable[[], None]) -> threading.Thread:

@@ -5,7 +5,6 @@ One engine serves most tests. Each test has prompts of its own, so that none fin
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import random
@@ -26,7 +25,16 @@ from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.testing.processes import NodeProcess
 from kvfabric.types import DEFAULT_TENANT, MissReason
 from tests.vllm.conftest import make_node
-from tests.vllm.engines import Gate, Vllm, in_thread, prompt, running, wait_for
+from tests.vllm.engines import (
+    Gate,
+    Vllm,
+    first_block_for_all,
+    in_thread,
+    parts_of,
+    prompt,
+    running,
+    wait_for,
+)
 
 Prompts = list[list[int]]
 NAMES = (
@@ -95,12 +103,6 @@ def alone(shared: list[Vllm]) -> None:
     shared.clear()
 
 
-def parts(audit: Path, op: str) -> set[tuple[str, str]]:
-    """(key, checksum) of every part that was stored or loaded."""
-    entries = [json.loads(line) for line in Path(f"{audit}.0").read_text().splitlines()]
-    return {(e["key"], e["checksum"]) for e in entries if e["op"] == op}
-
-
 def num_loaded(engine: Vllm, action: Callable[[], object]) -> int:
     before = engine.statistics().loaded_blocks
     action()
@@ -121,8 +123,8 @@ def test_cold_then_hbm_then_host(engine: Vllm, gate: Gate, audit: Path) -> None:
     gate.check(prompts, host)
     assert engine.statistics().loaded_blocks - before == 5 + 2 + 4
     assert [a.num_cached for a in host] == [a.num_cached for a in hbm] == [640, 256, 512]
-    assert parts(audit, "load")
-    assert parts(audit, "load") <= parts(audit, "store")
+    assert parts_of(audit, 0, "load")
+    assert parts_of(audit, 0, "load") <= parts_of(audit, 0, "store")
 
 
 def test_hit_that_ends_in_the_middle(engine: Vllm, gate: Gate) -> None:
@@ -151,18 +153,8 @@ def test_wrong_kv_changes_answers(engine: Vllm, gate: Gate) -> None:
     prompts = prompts_of("control")
     engine.store(prompts)
     engine.drop_hbm()
-    mover = engine.worker._worker._mover
-    scatter, kept = mover.scatter, []
-
-    def swapped(data: Sequence[memoryview], blocks: Sequence[Sequence[int]]) -> None:
-        kept.append(bytes(data[0]))
-        scatter([memoryview(kept[0]), *data[1:]], blocks)
-
-    mover.scatter = swapped
-    try:
+    with first_block_for_all(engine):
         answers = [engine.answer(p) for p in prompts]
-    finally:
-        del mover.scatter
     assert gate.differing(prompts, answers) == 2  # the first prompt got its own block
     engine.drop_hbm()
     gate.check(prompts, [engine.answer(p) for p in prompts])

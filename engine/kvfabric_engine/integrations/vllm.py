@@ -94,7 +94,7 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             identity.check_version(vllm_version)
             identity.check_configuration(self._vllm_config)
-            self._groups = identity.groups_of(self._kv_cache_config)
+            self._groups = identity.groups_of(self._vllm_config, self._kv_cache_config)
         except ConfigError as exc:
             if self._is_scheduler:  # says it for its workers too
                 _tell_alone(exc)
@@ -129,7 +129,8 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
         audit = extra.get("audit_parts", "")
         self._worker = WorkerSide(
             mover,
-            shard=rank,
+            shard=0 if groups.is_replicated else rank,
+            is_writer=rank == 0 or not groups.is_replicated,
             socket=identity.node_socket(extra),
             audit_parts=f"{audit}.{rank}" if audit else "",
         )
@@ -442,7 +443,8 @@ class _Fabric:
             events=events,
         )
         connector.start()
-        return connector, PoolMirror(events)
+        is_caching = bool(self._config.cache_config.enable_prefix_caching)
+        return connector, PoolMirror(events, is_caching=is_caching)
 
     def _engine_id(self) -> str:
         engine_id = self._config.kv_transfer_config.engine_id

@@ -21,6 +21,10 @@ TESTED_VERSIONS = ("0.32",)
 """Release series of vLLM that this connector was run with; with any other it does nothing."""
 
 SOCKET_VARIABLE = "KVFABRIC_ENGINE_NODE_SOCKET"
+LATENT_ROPES = ("yarn", "deepseek_yarn")
+"""With these vLLM computes MLA right on a CPU. Its CPU kernel for others takes the distance of two heads for
+that of two tokens, so that tokens are rotated many times over and KV depends on what else is in the batch."""
+
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _UNTESTED_MODES = (
     "pipeline_parallel_size",
@@ -51,6 +55,8 @@ class Groups:
     head_dim: int
     attention: str
     layers: tuple[str, ...]
+    is_replicated: bool = False
+    """Whether every rank holds the same (MLA): then a block is one part, which one rank writes."""
 
     @property
     def block_tokens(self) -> int:
@@ -81,24 +87,37 @@ def check_configuration(config: Any) -> None:
         raise ConfigError("KV scales computed at run time are not cached")
 
 
-def groups_of(kv_cache_config: Any) -> Groups:
+def groups_of(config: Any, kv_cache_config: Any) -> Groups:
     """Raises ConfigError for hybrid models and for kinds of attention whose blocks are not cached."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         raise ConfigError(f"models with {len(groups)} KV cache groups (hybrid) are not cached")
     spec = groups[0].kv_cache_spec
     kind = type(spec).__name__
-    if kind != "FullAttentionSpec":  # MLA: vLLM 0.32 answers otherwise on a cached prefix on CPU
+    if kind not in ("FullAttentionSpec", "MLAAttentionSpec"):
         raise ConfigError(f"KV of {kind} is not cached")
     if getattr(spec, "non_causal", False):
         raise ConfigError("KV of a non-causal model depends on later tokens: it is not cached")
+    is_latent = kind == "MLAAttentionSpec"
+    if (
+        is_latent
+        and config.device_config.device_type == "cpu"
+        and _rope(config) not in LATENT_ROPES
+    ):
+        raise ConfigError(f"KV of MLA with RoPE of type {_rope(config)} is not cached on a CPU")
     return Groups(
         page_tokens=int(spec.block_size),
         num_kv_heads=int(spec.num_kv_heads),
         head_dim=int(spec.head_size),
         attention=_attention(spec),
         layers=tuple(groups[0].layer_names),
+        is_replicated=is_latent,
     )
+
+
+def _rope(config: Any) -> str:
+    rope = getattr(config.model_config.hf_text_config, "rope_parameters", None) or {}
+    return str(rope.get("rope_type"))
 
 
 def _attention(spec: Any) -> str:
@@ -115,9 +134,14 @@ def layout_of(config: Any, groups: Groups, shards: Sequence[Shard]) -> BlockLayo
     first = shards[0]
     if len({(s.num_layers, s.packing, s.dtype) for s in shards}) != 1:
         raise ConfigError("the ranks pack their KV differently")
+    holders = shards
+    if groups.is_replicated:
+        if len({(s.page_bytes, s.form) for s in shards}) != 1:
+            raise ConfigError("the ranks hold different pages of what they should all hold")
+        holders = shards[:1]
     parts = [
         PartSpec(group=0, shard=rank, num_bytes=groups.pages_per_block * shard.page_bytes)
-        for rank, shard in enumerate(shards)
+        for rank, shard in enumerate(holders)
     ]
     return BlockLayout(
         num_layers=first.num_layers,

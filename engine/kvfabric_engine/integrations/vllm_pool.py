@@ -15,10 +15,14 @@ from kvfabric_engine.pool_events import CachedKey, PoolEvents
 
 
 class PoolMirror:
-    """Fabric blocks held in HBM, by the pages that they lie in."""
+    """Fabric blocks held in HBM, by the pages that they lie in.
 
-    def __init__(self, events: PoolEvents) -> None:
+    `is_caching` False: vLLM has no prefix cache, so it holds none.
+    """
+
+    def __init__(self, events: PoolEvents, *, is_caching: bool = True) -> None:
         self._events = events
+        self._is_caching = is_caching
         self._by_page: dict[int, tuple[BlockKey, tuple[int, ...]]] = {}
         self._copies: Counter[BlockKey] = Counter()
 
@@ -27,6 +31,8 @@ class PoolMirror:
 
     def cached(self, block: CachedKey, pages: Sequence[int]) -> None:
         """`pages` hold this block from now on. Idempotent."""
+        if not self._is_caching:
+            return
         held = (block.key, tuple(pages))
         if self._by_page.get(pages[0]) == held:
             return

@@ -40,11 +40,20 @@ class Report(NamedTuple):
 
 
 class WorkerSide:
-    """`shard`: which part of a block these tensors hold."""
+    """`shard`: which part of a block these tensors hold; `is_writer`: whether this worker stores it."""
 
-    def __init__(self, mover: VllmPool, *, shard: int, socket: str, audit_parts: str = "") -> None:
+    def __init__(
+        self,
+        mover: VllmPool,
+        *,
+        shard: int,
+        is_writer: bool,
+        socket: str,
+        audit_parts: str = "",
+    ) -> None:
         self._mover = mover
         self._shard = shard
+        self._is_writer = is_writer
         self._socket = socket
         self._audit_parts = audit_parts
         self._connector: Connector | None = None
@@ -76,7 +85,7 @@ class WorkerSide:
     def save(self, orders: FabricMetadata) -> None:
         """Store what this step computed, in the background."""
         saves, orders.saves = orders.saves, []
-        if self._connector is None:
+        if self._connector is None or not self._is_writer:
             return
         for order in saves:
             self._save(self._connector, order)
