@@ -58,6 +58,7 @@ class NodeConfig:
     ssd_deadline_s: float = _key(
         5.0, "how long a read or write of the SSD tier may take before it counts as failed"
     )
+    ssd_write_bytes_per_day: int = _key(0, "most bytes written to SSD in a day; 0 for no limit")
     max_blocks: int = _key(1 << 20, "most blocks that the index holds, all tiers together")
     window_bytes: int = _key(256 << 20, "largest window that an engine worker gets")
     lease_s: float = _key(30.0, "how long a match may be used without being renewed")
@@ -72,7 +73,7 @@ class NodeConfig:
     def __post_init__(self) -> None:
         _positive(self, "host_bytes", "max_blocks", "window_bytes", "lease_s", "reservation_s")
         _positive(self, "epoch_lease_s", "sessions_return_s", "ssd_deadline_s")
-        _not_negative(self, "ssd_bytes")
+        _not_negative(self, "ssd_bytes", "ssd_write_bytes_per_day")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 
     @property
@@ -359,11 +360,12 @@ def _positive(config: Any, *names: str) -> None:
             )
 
 
-def _not_negative(config: Any, name: str) -> None:
-    if getattr(config, name) < 0:
-        raise ConfigError(
-            f"{config.section}.{name} is {getattr(config, name)}; it must be 0 or more"
-        )
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ConfigError(
+                f"{config.section}.{name} is {getattr(config, name)}; it must be 0 or more"
+            )
 
 
 def _one_of(config: Any, name: str, *allowed: str) -> None:

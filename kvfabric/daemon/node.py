@@ -34,6 +34,7 @@ from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.segments import SegmentTier
+from kvfabric.tiers.write_budget import WriteBudget
 from kvfabric.types import TierName
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class Node:
             config.ssd_path,
             capacity_bytes=config.ssd_bytes,
             clock=time.monotonic,
-            on_dropped=lambda parts: self.store.ssd_dropped(parts),
+            budget=WriteBudget(config.ssd_write_bytes_per_day),
         )
         try:
             await self._ssd_stack.enter_async_context(tier)

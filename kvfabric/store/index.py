@@ -35,7 +35,8 @@ from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.store.table import Rows as Rows
 from kvfabric.store.table import RowTable
 from kvfabric.tiers.arena import populate, slot_bytes
-from kvfabric.types import KEY_BYTES, BlockKey, BlockLayout, PartSpec, TenantId
+from kvfabric.tiers.base import Lineage as Lineage
+from kvfabric.types import KEY_BYTES, BlockKey, BlockLayout, PartSpec
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +51,7 @@ MAIN = 2  # in the main rather than the small half of it
 HIT = 4  # matched at least once since it was stored
 SPILLING = 8  # queued for or on its way to SSD
 LIVE = 16  # the row is in use
+USED = 32  # matched at least once since it was last written to SSD
 
 MAX_PARTS = 254
 """Of one block; a count of 255 is never reached and marks a layout nobody has declared yet."""
@@ -60,15 +62,6 @@ class Column(NamedTuple):
 
     array: Array
     cell: memoryview[int]
-
-
-class Lineage(NamedTuple):
-    """What a block was stored under, beside its key: who owns it and what it was made of."""
-
-    tenant: TenantId
-    namespace_tag: bytes
-    layout_fingerprint: bytes
-    incarnations: tuple[bytes, ...]
 
 
 class StoredLayout:

@@ -468,21 +468,36 @@ class Residency:
 
     # -- SSD tier ------------------------------------------------------------------------------------
 
-    def sealed(self, row: int, part: int, num_bytes: int, location: tuple[int, int]) -> None:
-        """A part is durable at (file, offset in bytes)."""
+    def sealed(
+        self,
+        rows: Rows,
+        parts: Rows,
+        num_bytes: npt.NDArray[np.int64],
+        file: int,
+        offsets: npt.NDArray[np.int64],
+    ) -> None:
+        """One part of each of these (distinct) blocks is durable in `file`."""
         index = self.index
-        state = index.part_state.cell[part]
-        assert not state & SSD
-        index.part_ssd_file.cell[part] = location[0]
-        index.part_ssd_page.cell[part] = location[1] // PAGE_BYTES
-        index.part_state.cell[part] = state | SSD
-        if not state & HOST:
-            index.available_parts.cell[row] += 1
-        if not index.ssd_parts.cell[row]:
-            self.num_ssd_blocks += 1
-        index.ssd_parts.cell[row] += 1
-        tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
-        self.ssd.accounts[tenant].ready += record_bytes(num_bytes)
+        state = index.part_state.array[parts]
+        assert not (state & SSD).any()
+        index.part_ssd_file.array[parts] = file
+        index.part_ssd_page.array[parts] = offsets // PAGE_BYTES
+        index.part_state.array[parts] = state | SSD
+        index.available_parts.array[rows] += (state & HOST) == 0
+        self.num_ssd_blocks += int(np.count_nonzero(index.ssd_parts.array[rows] == 0))
+        index.ssd_parts.array[rows] += 1
+        charges = slot_bytes_of(num_bytes) + PAGE_BYTES
+        self.ssd.add("ready", index.tenants_of(rows), charges)
+
+    def moved(self, part: int, location: tuple[int, int]) -> None:
+        """A sealed part is durable elsewhere now."""
+        self.index.part_ssd_file.cell[part] = location[0]
+        self.index.part_ssd_page.cell[part] = location[1] // PAGE_BYTES
+
+    def is_sealed_at(self, part: int, location: tuple[int, int]) -> bool:
+        index = self.index
+        place = (index.part_ssd_file.cell[part], index.part_ssd_page.cell[part] * PAGE_BYTES)
+        return bool(index.part_state.cell[part] & SSD) and place == tuple(location)
 
     def forget_sealed(self, row: int, part: int, num_bytes: int) -> None:
         """A part is no more on SSD. The caller then has the index drop what is empty."""
@@ -531,6 +546,12 @@ class Residency:
         if self.arena is not None:
             in_use = self.arena.size_bytes - self.arena.free_bytes
             assert ready + detached <= in_use <= host.used
+
+
+def slot_bytes_of(num_bytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """As `slot_bytes`, of a vector."""
+    rounded: npt.NDArray[np.int64] = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+    return rounded
 
 
 def record_bytes(num_bytes: int) -> int:

@@ -1,14 +1,16 @@
-"""The scrubber: re-checks the arena's bytes against their checksums, a slice at a time.
+"""The scrubbers: re-check the bytes at rest against their checksums, a slice at a time.
 
 Nothing is held meanwhile, so scrubbing neither delays an eviction nor makes a block look used. A slot
 that was freed and written anew while it was read has another generation afterwards: that is no corruption.
+The SSD tier reads its records past the page cache, header and payload, and takes out what does not verify.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from kvfabric.store.copying import corrupt_parts
 from kvfabric.store.index import HOST, Array, Rows
 from kvfabric.store.residency import Residency
 from kvfabric.store.turns import Turns
+from kvfabric.tiers.base import Scrubbed
 from kvfabric.tiers.pool import IoPool
 
 SLICE_PARTS = 128
@@ -24,6 +27,45 @@ SLICE_BYTES = 8 * 1024 * 1024
 
 _WALK_ROWS = 16_384
 """Rows looked at for the next that have bytes."""
+
+
+SSD_SLICE_BYTES = 8 * 1024 * 1024
+
+
+class ScrubReport(NamedTuple):
+    """What a whole round came to, both tiers. `unreadable`: the medium failed; their bytes are unknown."""
+
+    arena_parts: int = 0
+    arena_corrupt: int = 0
+    ssd_records: int = 0
+    ssd_bytes: int = 0
+    ssd_corrupt: int = 0
+    ssd_unreadable: int = 0
+
+    def __add__(self, other: object) -> ScrubReport:
+        assert isinstance(other, ScrubReport)
+        return ScrubReport(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+class Scrubbable(Protocol):
+    """What verifies an SSD tier piece by piece, for whoever has the lock."""
+
+    scrubbing: asyncio.Lock
+
+    async def scrub(self, num_bytes: int, *, anew: bool = False) -> Scrubbed: ...
+
+
+async def scrub_ssd(ssd: Scrubbable, turns: Turns) -> ScrubReport:
+    """One whole round, anew. Raises what `scrub` raises. On cancellation: what was found so far is out."""
+    report, anew = ScrubReport(), True
+    async with ssd.scrubbing:
+        while True:
+            await turns.wait()
+            done = await ssd.scrub(SSD_SLICE_BYTES, anew=anew)
+            if done.is_round:
+                return report
+            found = (done.records, done.num_bytes, len(done.corrupt), done.unreadable)
+            report, anew = report + ScrubReport(0, 0, *found), False
 
 
 class _Batch(NamedTuple):
@@ -64,6 +106,17 @@ class Scrubber:
                 found += await self._check(batch)
                 num_bytes -= batch.num_bytes
         return found
+
+    async def scrub_arena(self) -> ScrubReport:
+        """Check every part that is there from the first row to the last. On cancellation: as `scrub`."""
+        checked, found, start = 0, 0, 1
+        while start <= self._index.highest_row:
+            rows = np.arange(start, min(start + SLICE_PARTS, self._index.highest_row + 1))
+            start += SLICE_PARTS
+            present = rows[self._index.host_parts.array[rows] > 0].astype(np.uint32)
+            checked += int(self._index.host_parts.array[present].sum())
+            found += await self.recheck(present)
+        return ScrubReport(arena_parts=checked, arena_corrupt=found)
 
     async def recheck(self, rows: Rows) -> int:
         """Check the parts of these blocks now; how many were corrupt. On cancellation: as `scrub`."""

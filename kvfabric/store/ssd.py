@@ -9,15 +9,16 @@ full still reads. The slot that a late read fills drains until the read has ende
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter, deque
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace
+from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace, QuotaExceeded
 from kvfabric.failpoints import failpoint
-from kvfabric.hashing import ROOT_PARENT
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.index import (
     HIT,
@@ -27,6 +28,8 @@ from kvfabric.store.index import (
     RESERVED,
     SPILLING,
     SSD,
+    USED,
+    BlockIndex,
     Lineage,
     Rows,
     packed_keys,
@@ -34,14 +37,17 @@ from kvfabric.store.index import (
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.residency import Residency, record_bytes
 from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
-from kvfabric.tiers.base import Location, PartIdentity, Tier
-from kvfabric.types import BlockKey, Part, PartSpec
+from kvfabric.tiers.base import Flags, Location, Move, PartIdentity, RecordBatch, Scrubbed, Tier
+from kvfabric.types import Part, PartSpec
 
 MAX_QUEUED_BLOCKS = 65_536
 SSD_ROWS_SHARE = 0.75
 """Of the index: blocks on SSD may not keep new ones from being stored."""
 
-_SEED_SLICE = 256
+_SEED_SLICE = 2048
+"""Records indexed at once; a tier may come while the node serves."""
+
+T = TypeVar("T", Move, tuple[Part, Location])
 
 
 class SsdTraffic:
@@ -60,6 +66,7 @@ class SsdTraffic:
     ) -> None:
         self.read_breaker = Breaker("SSD reading", clock)
         self.write_breaker = Breaker("SSD writing", clock)
+        self.scrubbing = asyncio.Lock()
         self.counts: Counter[str] = Counter()
         self._tier = tier
         self._residency = residency
@@ -79,78 +86,100 @@ class SsdTraffic:
 
     # -- start ---------------------------------------------------------------------------------------
 
-    async def seed(self) -> None:
-        """Index what the tier holds, in slices; blocks whose parents are missing too."""
-        records = self._tier.records()
-        while batch := list(islice(records, _SEED_SLICE)):
-            surplus = self._seed_slice(batch)
+    async def seed(self, purged: Collection[bytes] = ()) -> None:
+        """Index what the tier holds, file by file; blocks whose parents are missing too. What was made of
+        `purged` incarnations is deleted: an index that was rebuilt from the files brings it back."""
+        struck = set(purged)
+        for batch in self._tier.batches():
+            doomed = [
+                n for n, one in batch.lineages.items() if struck.intersection(one.incarnations)
+            ]
+            surplus = self._seed(batch, np.isin(batch.rows["lineage"], doomed))
             if surplus:
                 self._tier.delete(surplus)
             await asyncio.sleep(0)
 
-    def _seed_slice(self, batch: list[tuple[PartIdentity, Location]]) -> list[Part]:
-        """Returns the parts that found no room in the index."""
+    def _seed(self, batch: RecordBatch, gone: Flags) -> list[Location]:
+        """Returns places whose parts are of no use: `gone`, known already, or without room in the index."""
         room = min(self._index.free_parts, self._index.free_rows // 2)
         room = max(0, min(room, self._max_rows - self._residency.num_ssd_blocks))
-        fitting, surplus = batch[:room], batch[room:]
-        identities = list({identity.part.key: identity for identity, _ in fitting}.values())
-        self._make_stubs([key for one in identities for key in (one.part.key, one.parent)])
-        self._place(identities)
-        rows = self._index.lookup(packed_keys(b"".join(one.part.key for one, _ in fitting)))
-        ordinals = np.array(
-            [self._ordinal(row, one) for row, (one, _) in zip(rows, fitting, strict=True)],
-            dtype=np.intp,
-        )
-        for ordinal in np.unique(ordinals).tolist():
-            chosen = np.flatnonzero(ordinals == ordinal)
-            self._seed_parts(rows[chosen], ordinal, [fitting[at] for at in chosen.tolist()])
-        return [identity.part for identity, _ in surplus]
+        wanted = np.flatnonzero(~gone)[:room]
+        fitting = batch.chosen(wanted)
+        rows = self._place(fitting)
+        refused = np.ones(len(batch), dtype=np.bool_)
+        refused[wanted[self._seed_parts(fitting, rows)]] = False
+        return [batch.location(at) for at in np.flatnonzero(refused).tolist()]
 
-    def _make_stubs(self, keys: list[BlockKey]) -> None:
-        distinct = [key for key in dict.fromkeys(keys) if key != ROOT_PARENT]
-        words = packed_keys(b"".join(distinct))
-        self._index.insert(words[self._index.lookup(words) == NO_ROW])
-
-    def _place(self, identities: list[PartIdentity]) -> None:
-        """Stubs of these blocks become blocks, below parents that may stay stubs."""
+    def _place(self, batch: RecordBatch) -> Rows:
+        """Rows of these blocks, made where they are new, below parents that may stay stubs."""
         index = self._index
-        rows = index.lookup(packed_keys(b"".join(one.part.key for one in identities)))
-        parents = index.lookup(packed_keys(b"".join(one.parent for one in identities)))
-        places = np.array([one.block_index for one in identities], dtype=np.uint32)
+        keys, above = _words(batch.rows["key"]), _words(batch.rows["parent"])
+        self._make_stubs(np.concatenate([keys, above[above.any(axis=1)]]))
+        rows, parents = index.lookup(keys), index.lookup(above)
+        places = batch.rows["block_index"]
         unknown_parent = (parents != NO_ROW) & (index.lineage.array[parents] == 0)
         index.block_index.array[parents[unknown_parent]] = places[unknown_parent] - 1
-        new = index.lineage.array[rows] == 0
-        if new.any():
-            numbers = [
-                self._lineage(one) for one, is_new in zip(identities, new, strict=True) if is_new
-            ]
-            lineages = np.array(numbers, dtype=np.uint32)
+        new = np.flatnonzero(index.lineage.array[rows] == 0)
+        new = new[np.unique(rows[new], return_index=True)[1]]
+        if len(new):
+            numbers = np.zeros(1 + max(batch.lineages), dtype=np.uint32)
+            for number in np.unique(batch.rows["lineage"][new]).tolist():
+                lineage = batch.lineages[number]
+                numbers[number] = index.intern_lineage(
+                    lineage, self._residency.tenant_slot(lineage.tenant)
+                )
+            lineages = numbers[batch.rows["lineage"][new]]
             index.adopt(rows[new], parents[new], lineages, places[new])
+        return rows
 
-    def _lineage(self, identity: PartIdentity) -> int:
-        lineage = Lineage(
-            identity.tenant,
-            identity.namespace_tag,
-            identity.layout_fingerprint,
-            identity.incarnations,
-        )
-        return self._index.intern_lineage(lineage, self._residency.tenant_slot(identity.tenant))
+    def _make_stubs(self, words: npt.NDArray[np.uint64]) -> None:
+        while True:
+            missing = words[self._index.lookup(words) == NO_ROW]
+            if not len(missing):
+                return
+            # Of keys that begin alike, which only somebody who tries makes, one a turn.
+            _, first = np.unique(missing[:, 0], return_index=True)
+            self._index.insert(missing[first])
 
-    def _ordinal(self, row: np.uint32, identity: PartIdentity) -> int:
-        part = identity.part
-        spec = PartSpec(part.group, part.shard, identity.num_bytes)
-        return self._index.layout_at(int(row)).add(spec)
+    def _seed_parts(self, batch: RecordBatch, rows: Rows) -> npt.NDArray[np.intp]:
+        """Which of the batch are sealed now: one record a part, of a block that is what it says."""
+        index, taken = self._index, []
+        for ordinal, own in self._by_ordinal(batch, rows):
+            own = own[np.unique(rows[own], return_index=True)[1]]
+            index.ensure_parts(rows[own], ordinal + 1)
+            parts = index.parts(rows[own], ordinal)
+            fresh = (index.part_state.array[parts] & SSD) == 0
+            own, parts = own[fresh], parts[fresh]
+            chosen = batch.rows[own]
+            index.part_checksum[parts] = chosen["checksum"]
+            self._residency.sealed(
+                rows[own],
+                parts,
+                chosen["num_bytes"].astype(np.int64),
+                batch.file,
+                chosen["offset"].astype(np.int64),
+            )
+            taken.append(own)
+        return np.concatenate(taken) if taken else np.zeros(0, dtype=np.intp)
 
-    def _seed_parts(
-        self, rows: Rows, ordinal: int, records: list[tuple[PartIdentity, Location]]
-    ) -> None:
-        index = self._index
-        index.ensure_parts(rows, ordinal + 1)
-        parts = index.parts(rows, ordinal)
-        sums = b"".join(identity.checksum for identity, _ in records)
-        index.part_checksum[parts] = np.frombuffer(sums, dtype="V16")
-        for row, part, record in zip(rows.tolist(), parts.tolist(), records, strict=True):
-            self._residency.sealed(row, part, record[0].num_bytes, record[1])
+    def _by_ordinal(
+        self, batch: RecordBatch, rows: Rows
+    ) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+        """(ordinal in the layout, which of the batch), by kinds of part."""
+        fields = ("lineage", "group", "shard", "num_bytes")
+        kinds = np.stack([batch.rows[name].astype(np.uint64) for name in fields], axis=1)
+        distinct = kinds[:1] if (kinds == kinds[:1]).all() else np.unique(kinds, axis=0)
+        by_ordinal: dict[int, list[npt.NDArray[np.intp]]] = {}
+        for kind in distinct:
+            lineage, group, shard, num_bytes = (int(value) for value in kind)
+            own = np.flatnonzero((kinds == kind).all(axis=1))
+            # A key that names two lineages: the first that came counts.
+            same = _lineage_is(self._index, rows[own], batch.lineages[lineage])
+            layout = self._index.layouts[batch.lineages[lineage].layout_fingerprint]
+            ordinal = layout.add(PartSpec(group, shard, num_bytes))
+            by_ordinal.setdefault(ordinal, []).append(own[same])
+        for ordinal, several in by_ordinal.items():
+            yield ordinal, np.concatenate(several)
 
     # -- promotion -----------------------------------------------------------------------------------
 
@@ -220,7 +249,8 @@ class SsdTraffic:
             self.read_breaker.succeed()
         except CorruptBlock:
             self.counts["corrupt"] += 1
-            residency.forget_sealed(row, part, identity.num_bytes)
+            if residency.is_sealed_at(part, location):
+                residency.forget_sealed(row, part, identity.num_bytes)
             self.read_breaker.succeed()  # the medium answered
         except (KVFabricError, OSError) as exc:
             self._fail(self.read_breaker, str(exc))
@@ -396,6 +426,9 @@ class SsdTraffic:
                     break  # discarded meanwhile
                 await self._write_part(row, part, ordinal)
                 self.write_breaker.succeed()
+        except QuotaExceeded:  # no fault of the medium: its write budget is spent
+            self.counts["refused"] += 1
+            index.flags.cell[row] &= ~HIT
         except NoSpace as exc:
             self.counts["refused"] += 1
             self.write_breaker.fail(str(exc))
@@ -424,10 +457,12 @@ class SsdTraffic:
         self.counts["writes"] += 1
         state = index.part_state.cell[part]
         if state & HOST and not state & SSD and index.part_generation.cell[part] == generation:
-            self._residency.sealed(row, part, identity.num_bytes, location)
+            sizes, offsets = np.array([identity.num_bytes]), np.array([location.offset])
+            self._residency.sealed(_rows(row), _rows(part), sizes, location.file, offsets)
+            index.flags.cell[row] &= ~USED
             failpoint("store.sealed")
         else:
-            self._tier.delete([identity.part])
+            self._tier.delete([location])
 
     async def drain(self) -> None:
         """Wait until nothing is queued or being written; a failing tier's queue is given up."""
@@ -445,21 +480,71 @@ class SsdTraffic:
 
     # -- what the tier says --------------------------------------------------------------------------
 
-    def dropped(self, parts: list[Part]) -> None:
-        """The tier gave these parts up: their segment was reclaimed."""
+    def hot(self, batch: RecordBatch) -> Flags:
+        """Used since they were written, and still the copy that counts."""
         index = self._index
-        keys = packed_keys(b"".join(part.key for part in parts))
-        rows = index.lookup(keys).tolist()
-        for row, part in zip(rows, parts, strict=True):
-            if not row or not index.lineage.cell[row]:
-                continue
-            layout = index.layout_at(row)
-            ordinal = layout.ordinal(part.group, part.shard)
-            numbers = index.parts_of(row)
-            if ordinal is not None and ordinal < len(numbers):
-                size = layout.specs[ordinal].num_bytes
-                self._residency.forget_sealed(row, numbers[ordinal], size)
-        index.drop_empty(rows)
+        rows = index.lookup(_words(batch.rows["key"]))
+        used: Flags = (index.flags.array[rows] & USED) != 0
+        used &= (rows != NO_ROW) & (index.ssd_parts.array[rows] > 0)
+        return used
+
+    def moved(self, moves: Sequence[Move]) -> None:
+        """The next rescue of these blocks takes another use."""
+        unwanted = []
+        for move, row, part in self._known(moves):
+            if part and self._residency.is_sealed_at(part, move.old):
+                self._residency.moved(part, move.new)
+                self._index.flags.cell[row] &= ~USED
+            else:
+                unwanted.append(move.new)
+        if unwanted:
+            self._tier.delete(unwanted)
+
+    def dropped(self, records: Sequence[tuple[Part, Location]]) -> None:
+        """Their segment was reclaimed, or they are corrupt."""
+        rows = []
+        for (_, location), row, part in self._known(records):
+            if part and self._residency.is_sealed_at(part, location):
+                self._residency.forget_sealed(row, part, self._part_bytes(row, part))
+                rows.append(row)
+        self._index.drop_empty(rows)
+
+    def _known(self, records: Sequence[T]) -> Iterator[tuple[T, int, int]]:
+        """(record, row, part row) of tuples that begin with a part; 0 for what the index does not have."""
+        index = self._index
+        rows = index.lookup(packed_keys(b"".join(record[0].key for record in records))).tolist()
+        for record, row in zip(records, rows, strict=True):
+            part = 0
+            if row and index.lineage.cell[row]:
+                ordinal = index.layout_at(row).ordinal(record[0].group, record[0].shard)
+                numbers = index.parts_of(row)
+                if ordinal is not None and ordinal < len(numbers):
+                    part = numbers[ordinal]
+            yield record, row, part
+
+    def _part_bytes(self, row: int, part: int) -> int:
+        return self._index.layout_at(row).specs[self._index.parts_of(row).index(part)].num_bytes
+
+    async def scrub(self, num_bytes: int, *, anew: bool = False) -> Scrubbed:
+        """Verify about so much of the tier at rest, under the lock `scrubbing`; what is corrupt is out of
+        it. Raises KVFabricError or OSError: then the tier failed."""
+        try:
+            scrubbed = await self._tier.scrub(num_bytes, anew=anew)
+        except (KVFabricError, OSError) as exc:
+            self._fail(self.read_breaker, str(exc))
+            raise
+        if scrubbed.corrupt:
+            self.counts["corrupt"] += len(scrubbed.corrupt)
+            self.dropped(scrubbed.corrupt)
+        return scrubbed
+
+    async def scrub_on(self, num_bytes: int) -> None:
+        """As `scrub`, in the background: not while somebody else scrubs, or reads fail."""
+        if self.scrubbing.locked() or self.read_breaker.is_open:
+            return
+        async with self.scrubbing:
+            with contextlib.suppress(KVFabricError, OSError):
+                await self.scrub(num_bytes)
 
     def forget(self, row: int) -> None:
         """Take a block off SSD: corrupt or withdrawn."""
@@ -468,9 +553,8 @@ class SsdTraffic:
         gone = []
         for ordinal, part in enumerate(index.parts_of(row)):
             if index.part_state.cell[part] & SSD:
-                spec = specs[ordinal]
-                gone.append(Part(index.key(row), spec.group, spec.shard))
-                self._residency.forget_sealed(row, part, spec.num_bytes)
+                gone.append(self._place_of(part))
+                self._residency.forget_sealed(row, part, specs[ordinal].num_bytes)
         index.drop_empty([row])
         if gone:
             self._tier.delete(gone)
@@ -504,6 +588,16 @@ class _Late:
 def _ssd_admits(accounts: TierAccounts, tenant: int, num_bytes: int) -> bool:
     """The tier reclaims whole segments by itself; only the tenant's hard maximum refuses."""
     return accounts.over_maximum(tenant, num_bytes) <= 0
+
+
+def _words(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """A vector of 32-byte keys as (n, 4) words."""
+    return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)
+
+
+def _lineage_is(index: BlockIndex, rows: Rows, lineage: Lineage) -> Flags:
+    is_same: Flags = index.lineage.array[rows] == index.find_lineage(lineage)
+    return is_same
 
 
 def _rows(number: int) -> Rows:

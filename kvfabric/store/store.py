@@ -26,7 +26,7 @@ from typing import Any, Self
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Committed, Confirmed, Located, Matched, Reserved
-from kvfabric.registry.state import RegistryState
+from kvfabric.registry.state import PURGED, RegistryState
 from kvfabric.store.access import Access
 from kvfabric.store.index import MAX_PARTS, BlockIndex
 from kvfabric.store.lease import LeaseBook, RequestGrant
@@ -34,14 +34,14 @@ from kvfabric.store.purging import Purger
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import Reader
 from kvfabric.store.residency import EventSink, Residency, Run
-from kvfabric.store.scrub import Scrubber
+from kvfabric.store.scrub import Scrubber, ScrubReport, scrub_ssd
 from kvfabric.store.ssd import SsdTraffic
 from kvfabric.store.turns import Turns
 from kvfabric.store.writing import Writer
 from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.base import Tier
 from kvfabric.tiers.pool import IoPool
-from kvfabric.types import BlockLayout, MissReason, Part, SessionId, TenantId, TierName
+from kvfabric.types import BlockLayout, MissReason, SessionId, TenantId, TierName
 
 __all__ = [
     "BlockStore",
@@ -75,6 +75,7 @@ class StoreLimits:
     spill_bytes: int = 64 * 1024 * 1024
     ssd_deadline_s: float = 5.0
     scrub_bytes_per_s: int = 64 * 1024 * 1024
+    ssd_scrub_bytes_per_s: int = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class BlockStore:
     """An async context manager: entering indexes what the SSD tier holds, leaving ends its tasks.
 
     `registry` returns None while the node holds no epoch lease: then everything misses. `ssd`, if it is
-    there from the start, is entered before and left after the store, and calls `ssd_dropped`.
+    there from the start, is entered before and left after the store, which becomes its owner.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class BlockStore:
             copy_threads=limits.copy_threads,
         )
         self._ssd: SsdTraffic | None = None
+        self._scrubbing_ssd: asyncio.Task[None] | None = None
         self._group = asyncio.TaskGroup()
         self._room_is_low = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
@@ -195,6 +197,12 @@ class BlockStore:
         finally:
             await self._pool.close()
 
+    def _purged(self) -> list[bytes]:
+        """Incarnations that were struck off for good."""
+        state = self._registry()
+        templates = state.templates.values() if state is not None else ()
+        return [template.incarnation for template in templates if template.state == PURGED]
+
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._background.append(self._group.create_task(work))
 
@@ -219,7 +227,8 @@ class BlockStore:
             spill_bytes=self.limits.spill_bytes,
             deadline_s=self.limits.ssd_deadline_s,
         )
-        await self._ssd.seed()
+        tier.owner = self._ssd
+        await self._ssd.seed(self._purged())
         self._residency.save = self._ssd.save
         self._start(self._ssd.run())
         self._reader.ssd = self._ssd
@@ -339,11 +348,6 @@ class BlockStore:
             self._ssd.forget(row)
         self._residency.discard(row, wipe=wipe)
 
-    def ssd_dropped(self, parts: list[Part]) -> None:
-        """The SSD tier's `on_dropped`."""
-        if self._ssd is not None:
-            self._ssd.dropped(parts)
-
     def resident_runs(self, tier: TierName, limit: int) -> Iterator[list[Run]]:
         """The READY blocks of the host tier, for a snapshot, `limit` rows a step. Other tiers are not
         streamed: none."""
@@ -359,6 +363,12 @@ class BlockStore:
         """Re-check about the next `num_bytes` of the arena, from where the last call ended; corrupt
         blocks are taken out. Returns how many parts were corrupt."""
         return await self._scrubber.scrub(num_bytes)
+
+    async def scrub_all(self) -> ScrubReport:
+        """Verify all of both tiers now, beside the rounds in the background; what is corrupt is out. On
+        cancellation: what was found so far is out."""
+        report = await self._scrubber.scrub_arena()
+        return report + await scrub_ssd(self._ssd, self.turns) if self._ssd else report
 
     # -- background ----------------------------------------------------------------------------------
 
@@ -398,6 +408,14 @@ class BlockStore:
             await self._purger.wipe()
             if self._residency.arena is not None and self.limits.scrub_bytes_per_s:
                 await self.scrub(int(self.limits.scrub_bytes_per_s * _HOUSE_S))
+            if self._ssd is not None and self.limits.ssd_scrub_bytes_per_s:
+                self._start_scrubbing_ssd(self._ssd)
+
+    def _start_scrubbing_ssd(self, ssd: SsdTraffic) -> None:
+        """A task of its own: a slow disk must not keep house from being kept. One at a time."""
+        if self._scrubbing_ssd is None or self._scrubbing_ssd.done():
+            work = ssd.scrub_on(int(self.limits.ssd_scrub_bytes_per_s * _HOUSE_S))
+            self._scrubbing_ssd = self._group.create_task(work, name="kvfabric-scrub-ssd")
 
     # -- statistics ----------------------------------------------------------------------------------
 

@@ -7,12 +7,18 @@ conformance suite: a new tier is one file here and one subclass there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from kvfabric.types import BlockKey, Part, TenantId
+
+Flags = npt.NDArray[np.bool_]
+Rows = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,107 @@ class Location(NamedTuple):
 
     offset: int
     """Bytes, a multiple of 4096."""
+
+
+class Lineage(NamedTuple):
+    """What a block was stored under, beside its key: who owns it and what it was made of."""
+
+    tenant: TenantId
+    namespace_tag: bytes
+    layout_fingerprint: bytes
+    incarnations: tuple[bytes, ...]
+
+
+ROW = np.dtype(
+    [
+        ("offset", ">u8"),
+        ("sequence", "<u8"),
+        ("num_bytes", "<u8"),
+        ("group", "<u4"),
+        ("shard", "<u4"),
+        ("block_index", "<u4"),
+        ("lineage", "<u4"),
+        ("is_live", "<u8"),
+        ("key", "V32"),
+        ("parent", "V32"),
+        ("checksum", "V16"),
+        ("check", "<u8"),
+    ]
+)
+"""One record in a `RecordBatch`. `num_bytes` is the payload's; `check` is the index's own business."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordBatch:
+    """Records of one file as a vector `rows` of `ROW`, by offset; `lineages` says what its numbers mean."""
+
+    file: int
+    rows: Rows
+    lineages: Mapping[int, Lineage]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def chosen(self, which: npt.NDArray[Any] | slice) -> RecordBatch:
+        """Those of a mask, an index vector or a slice."""
+        return RecordBatch(self.file, self.rows[which], self.lineages)
+
+    def location(self, at: int) -> Location:
+        return Location(self.file, int(self.rows["offset"][at]))
+
+    def part(self, at: int) -> Part:
+        row = self.rows[at]
+        return Part(BlockKey(row["key"].tobytes()), int(row["group"]), int(row["shard"]))
+
+    def places(self) -> list[tuple[Part, Location]]:
+        return [(self.part(at), self.location(at)) for at in range(len(self))]
+
+    def identity(self, at: int) -> PartIdentity:
+        row = self.rows[at]
+        lineage = self.lineages[int(row["lineage"])]
+        return PartIdentity(
+            part=self.part(at),
+            namespace_tag=lineage.namespace_tag,
+            tenant=lineage.tenant,
+            layout_fingerprint=lineage.layout_fingerprint,
+            parent=BlockKey(row["parent"].tobytes()),
+            block_index=int(row["block_index"]),
+            incarnations=lineage.incarnations,
+            num_bytes=int(row["num_bytes"]),
+            checksum=row["checksum"].tobytes(),
+        )
+
+
+class Move(NamedTuple):
+    """A record that was written anew elsewhere; the old place is about to be given up."""
+
+    part: Part
+    old: Location
+    new: Location
+
+
+class TierOwner(Protocol):
+    """Who uses a tier, as the tier sees it. Called on the event loop; must not raise or block."""
+
+    def hot(self, batch: RecordBatch) -> Flags:
+        """Which of these live records are worth being written anew when their segment is reclaimed."""
+
+    def moved(self, moves: Sequence[Move]) -> None:
+        """Before the old places are given up. Parts that are no longer wanted are deleted by the owner."""
+
+    def dropped(self, records: Sequence[tuple[Part, Location]]) -> None:
+        """Gone with their segment, in slices; before its space is used again."""
+
+
+class Scrubbed(NamedTuple):
+    """Of one call of `Tier.scrub`: records and bytes that were read, records that could not be, the
+    corrupt ones, and whether the end of the round was reached."""
+
+    records: int
+    num_bytes: int
+    unreadable: int
+    corrupt: tuple[tuple[Part, Location], ...]
+    is_round: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +187,28 @@ class Tier(ABC):
         traceback: TracebackType | None,
     ) -> None: ...
 
+    owner: TierOwner | None = None
+    """Set once, before the first write."""
+
     @abstractmethod
+    def batches(self) -> Iterator[RecordBatch]:
+        """What is sealed and not deleted, in the order in which it was written. Lazy; each batch is as
+        things stood when it was asked for. Of two records of one part the later has the higher sequence."""
+
     def records(self) -> Iterator[tuple[PartIdentity, Location]]:
-        """What is sealed, newest version of each part, in no order. Lazy."""
+        """As `batches`, one by one."""
+        for batch in self.batches():
+            for at in range(len(batch)):
+                yield batch.identity(at), batch.location(at)
 
     @abstractmethod
     async def write(self, identity: PartIdentity, payload: memoryview) -> Location:
         """Keep `payload` (`identity.num_bytes` long); returns once it survives a crash.
 
-        A part written again replaces the older one. The payload must not change until this returns.
-        Raises NoSpace, TransferError (the medium failed), LocalProtocolError (a malformed identity).
-        On cancellation: the payload is no longer in use when CancelledError leaves, and nothing of it
-        stays stored.
+        A part is not written again before it was deleted. The payload must not change until this returns.
+        Raises NoSpace, QuotaExceeded (the write budget is spent), TransferError (the medium failed),
+        LocalProtocolError (a malformed identity). On cancellation: the payload is no longer in use when
+        CancelledError leaves, and nothing of it stays stored.
         """
 
     @abstractmethod
@@ -107,10 +224,18 @@ class Tier(ABC):
         """
 
     @abstractmethod
-    def delete(self, parts: list[Part]) -> None:
-        """Forget parts; unknown ones are ignored. Their bytes are dead, and charged, until reclaimed.
+    def delete(self, locations: Sequence[Location]) -> None:
+        """Forget what lies there; unknown ones are ignored. Its bytes are dead, and charged, until
+        reclaimed.
 
         Durable with the next group of writes, or at close: a crash before that brings them back.
+        """
+
+    @abstractmethod
+    async def scrub(self, num_bytes: int, *, anew: bool = False) -> Scrubbed:
+        """Verify about the next `num_bytes` at rest, from where the last call ended (`anew`: from the
+        first on), to the end of the round at most. What is corrupt is quarantined. Raises KVFabricError. On cancellation: the rest of
+        this call is not verified in this round.
         """
 
     @abstractmethod

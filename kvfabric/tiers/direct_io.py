@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from kvfabric.errors import NoSpace, TransferError
+from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors that say: full (the disk, a quota, the largest file)."""
 
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux
 
 # Mapping and unmapping a page for each read costs more than reading it.
@@ -38,6 +40,15 @@ def translated(what: str) -> Iterator[None]:
         name = errno.errorcode.get(exc.errno or 0, "?")
         kind = NoSpace if exc.errno in NO_SPACE else TransferError
         raise kind(f"{what}: {exc.strerror or exc} ({name})") from exc
+
+
+def raise_if_exhausted(error: Exception) -> None:
+    """Raise again what says nothing about a file: that this process or machine has no more to give."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
+        raise error
+    if any(os.strerror(code) in str(error) for code in _EXHAUSTED):
+        raise error  # LMDB passes on the words only
 
 
 def round_up(num_bytes: int) -> int:
@@ -64,36 +75,35 @@ def is_aligned(view: memoryview) -> bool:
     return address % PAGE_BYTES == 0
 
 
-def open_file(path: Path, flags: int, *, direct: bool) -> tuple[int, bool]:
+def open_file(ops: FileOps, path: Path, flags: int) -> tuple[int, bool]:
     """A descriptor, and whether it bypasses the page cache. Raises OSError."""
-    flags |= os.O_CLOEXEC
-    if direct:
+    if ops.direct:
         try:
-            return os.open(path, flags | os.O_DIRECT, 0o600), True
+            return ops.open(path, flags | os.O_DIRECT), True
         except OSError as exc:
             if exc.errno != errno.EINVAL:
                 raise
-    return os.open(path, flags, 0o600), False
+    return ops.open(path, flags), False
 
 
-def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+def write_all(ops: FileOps, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
     """Write aligned buffers one after the other. Raises OSError; then any part may be written."""
     pending = list(buffers)
     while pending:
         batch = pending[:_MAX_BUFFERS]
-        written = os.pwritev(fd, batch, offset)
+        written = ops.pwritev(fd, batch, offset)
         if written <= 0 or (written % PAGE_BYTES and written < sum(map(len, batch))):
             raise OSError(errno.EIO, f"short write of {written} bytes")
         offset += written
         pending = _after(pending, written)
 
 
-def read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+def read_all(ops: FileOps, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     """Fill aligned buffers one after the other; returns bytes read, fewer at the end of the file."""
     pending = list(buffers)
     total = 0
     while pending:
-        got = os.preadv(fd, pending[:_MAX_BUFFERS], offset + total)
+        got = ops.preadv(fd, pending[:_MAX_BUFFERS], offset + total)
         total += got
         pending = _after(pending, got)
         if got == 0 or got % PAGE_BYTES:
@@ -108,12 +118,3 @@ def _after(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:
             return [buffer[num_bytes:], *buffers[index + 1 :]]
         num_bytes -= len(buffer)
     return []
-
-
-def sync_directory(path: Path) -> None:
-    """Make creations and removals in `path` durable. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

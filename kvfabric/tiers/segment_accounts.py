@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from kvfabric.tiers.base import RecordBatch
 from kvfabric.tiers.records import PAGE_BYTES
 from kvfabric.tiers.segment_file import SegmentFile
 from kvfabric.tiers.segment_index import Extent
@@ -27,11 +30,25 @@ class Segment:
     def room(self) -> int:
         return self.file.header.num_bytes - self.tail
 
+    def load(self, batch: RecordBatch) -> None:
+        """All that was found in it."""
+        if not len(batch):
+            return
+        sizes = PAGE_BYTES + -(-batch.rows["num_bytes"].astype(np.int64) // PAGE_BYTES) * PAGE_BYTES
+        live = batch.rows["is_live"] != 0
+        self.tail = int(batch.rows["offset"][-1]) + int(sizes[-1])
+        self.records = int(live.sum())
+        lineages = batch.rows["lineage"]
+        for number in np.unique(lineages).tolist():
+            tenant, own = batch.lineages[number].tenant, lineages == number
+            self.live[tenant] += int(sizes[own & live].sum())
+            self.dead[tenant] += int(sizes[own & ~live].sum())
+
     def enter(self, extent: Extent) -> None:
-        """A record that was found or added."""
+        """A record that was added."""
         self.tail = max(self.tail, extent.location.offset + extent.num_bytes)
-        self.records += extent.is_live
-        (self.live if extent.is_live else self.dead)[extent.tenant] += extent.num_bytes
+        self.records += 1
+        self.live[extent.tenant] += extent.num_bytes
 
     def bury(self, extent: Extent) -> None:
         """A live record that is not any more."""

@@ -6,6 +6,7 @@ calls it from its pool, except `hold`/`drop`/`retire`, which belong to the event
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from kvfabric.errors import CorruptBlock, TransferError
 from kvfabric.failpoints import failpoint
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.base import Location, PartIdentity
+from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import (
     FILE_ID_BYTES,
     PAGE_BYTES,
@@ -27,9 +29,10 @@ from kvfabric.tiers.records import (
     encode_header,
     record_bytes,
     verify_header,
+    verify_payload,
 )
 
-_PATTERN = "seg-*.kvf"
+_PREFIX, _SUFFIX = "seg-", ".kvf"
 
 
 class Appended(NamedTuple):
@@ -42,23 +45,23 @@ class Appended(NamedTuple):
 
 
 def path_of(directory: Path, number: int) -> Path:
-    return directory / f"seg-{number:08x}.kvf"
+    return directory / f"{_PREFIX}{number:08x}{_SUFFIX}"
 
 
-def numbers_in(directory: Path) -> list[int]:
+def numbers_in(ops: FileOps, directory: Path) -> list[int]:
     """Numbers of the segment files there, ascending: the order in which they were made.
 
     Raises TransferError.
     """
     found = []
     with direct_io.translated(f"list {directory}"):
-        paths = list(directory.glob(_PATTERN))
-    for path in paths:
+        names = ops.list_names(directory)
+    for name in names:
         try:
-            number = int(path.stem.removeprefix("seg-"), 16)
+            number = int(name.removeprefix(_PREFIX).removesuffix(_SUFFIX), 16)
         except ValueError:
             continue
-        if path == path_of(directory, number):
+        if name == path_of(directory, number).name:
             found.append(number)
     return sorted(found)
 
@@ -66,10 +69,13 @@ def numbers_in(directory: Path) -> list[int]:
 class SegmentFile:
     """Every method but the last three blocks and raises NoSpace or TransferError."""
 
-    def __init__(self, path: Path, header: FileHeader, fd: int, *, direct: bool) -> None:
+    def __init__(
+        self, ops: FileOps, path: Path, header: FileHeader, fd: int, *, direct: bool
+    ) -> None:
         self.path = path
         self.header = header
         self.direct = direct
+        self._ops = ops
         self._fd = fd
         self._holders = 0
         self._retired = False
@@ -80,52 +86,59 @@ class SegmentFile:
         )
 
     @classmethod
-    def create(cls, directory: Path, number: int, num_bytes: int, *, direct: bool) -> Self:
-        """A new file with all its blocks allocated, durable by the time this returns."""
+    def create(cls, ops: FileOps, directory: Path, number: int, num_bytes: int) -> Self:
+        """A new file with all its blocks allocated, durable by the time this returns. If it raises, the
+        file is gone, or its removal failed too."""
         path = path_of(directory, number)
         header = FileHeader(secrets.token_bytes(FILE_ID_BYTES), number, num_bytes)
         with direct_io.translated(f"create {path}"):
-            fd, is_direct = direct_io.open_file(
-                path, os.O_CREAT | os.O_EXCL | os.O_RDWR, direct=direct
-            )
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+            fd, is_direct = direct_io.open_file(ops, path, flags)
             try:
-                os.posix_fallocate(fd, 0, num_bytes)
+                ops.fallocate(fd, num_bytes)
                 failpoint("segment.create.allocated")
                 page = direct_io.aligned_buffer(PAGE_BYTES)
                 page[:] = encode_file_header(header)
-                direct_io.write_all(fd, [page], 0)
-                os.fsync(fd)
+                try:
+                    direct_io.write_all(ops, fd, [page], 0)
+                except OSError as exc:
+                    if not is_direct or exc.errno != errno.EINVAL:
+                        raise
+                    # Opened so, and refused when used: go on through the page cache.
+                    fd, is_direct = _reopened(ops, fd, path), False
+                    direct_io.write_all(ops, fd, [page], 0)
+                ops.fsync(fd)
                 failpoint("segment.create.synced")
-                direct_io.sync_directory(directory)
+                ops.sync_directory(directory)
                 failpoint("segment.create.named")
             except BaseException:
-                os.close(fd)
-                path.unlink()
+                ops.close(fd)
+                ops.unlink(path)
                 raise
-        return cls(path, header, fd, direct=is_direct)
+        return cls(ops, path, header, fd, direct=is_direct)
 
     @classmethod
-    def open(cls, directory: Path, header: FileHeader, *, direct: bool) -> Self:
+    def open(cls, ops: FileOps, directory: Path, header: FileHeader) -> Self:
         """An existing file, as the index describes it."""
         path = path_of(directory, header.number)
         with direct_io.translated(f"open {path}"):
-            fd, is_direct = direct_io.open_file(path, os.O_RDWR, direct=direct)
-        return cls(path, header, fd, direct=is_direct)
+            fd, is_direct = direct_io.open_file(ops, path, os.O_RDWR)
+        return cls(ops, path, header, fd, direct=is_direct)
 
     @classmethod
-    def open_by_itself(cls, directory: Path, number: int, *, direct: bool) -> Self:
+    def open_by_itself(cls, ops: FileOps, directory: Path, number: int) -> Self:
         """An existing file, as its own header describes it. Raises CorruptBlock if it has none."""
         path = path_of(directory, number)
         with direct_io.translated(f"open {path}"):
-            fd, is_direct = direct_io.open_file(path, os.O_RDWR, direct=direct)
+            fd, is_direct = direct_io.open_file(ops, path, os.O_RDWR)
             try:
                 page = direct_io.aligned_buffer(PAGE_BYTES)
-                got = direct_io.read_all(fd, [page], 0)
+                got = direct_io.read_all(ops, fd, [page], 0)
                 header = _header_of(page[:got], path, number)
             except BaseException:
-                os.close(fd)
+                ops.close(fd)
                 raise
-        return cls(path, header, fd, direct=is_direct)
+        return cls(ops, path, header, fd, direct=is_direct)
 
     def append(self, records: Sequence[Appended]) -> None:
         """Write neighbouring records in one call to the kernel. Not durable before `sync`."""
@@ -139,12 +152,12 @@ class SegmentFile:
             )
             buffers += [head, *_aligned_payload(record.payload, tail)]
         with direct_io.translated(f"write {self.path}"):
-            direct_io.write_all(self._fd, buffers, records[0].offset)
+            direct_io.write_all(self._ops, self._fd, buffers, records[0].offset)
             failpoint("segment.appended")
 
     def sync(self) -> None:
         with direct_io.translated(f"sync {self.path}"):
-            os.fdatasync(self._fd)
+            self._ops.fdatasync(self._fd)
             failpoint("segment.synced")
 
     def read(self, offset: int, identity: PartIdentity, buffer: memoryview) -> memoryview:
@@ -159,11 +172,20 @@ class SegmentFile:
         if len(target) < padded or not direct_io.is_aligned(target):
             target = direct_io.aligned_buffer(padded)
         with direct_io.translated(f"read {self.path} at {offset}"):
-            got = direct_io.read_all(self._fd, [page, target], offset)
+            got = direct_io.read_all(self._ops, self._fd, [page, target], offset)
         if got < PAGE_BYTES + padded:
             raise CorruptBlock(f"{self.path} ends {got} bytes after {offset}")
         verify_header(page, self.header.file_id, Location(self.header.number, offset), identity)
         return target[: identity.num_bytes]
+
+    def verify(self, offset: int, identity: PartIdentity) -> None:
+        """Read the record as it is on the medium and check all of it. Raises CorruptBlock."""
+        num_bytes = record_bytes(identity.num_bytes)
+        if not self.direct:
+            with direct_io.translated(f"read {self.path} at {offset}"):
+                self._ops.forget_cached(self._fd, offset, num_bytes)
+        buffer = direct_io.aligned_buffer(num_bytes - PAGE_BYTES)
+        verify_payload(self.read(offset, identity, buffer), identity)
 
     def scan(self) -> Iterator[RecordHeader]:
         """Intact headers from the first record on, up to the first page that is not one.
@@ -174,7 +196,7 @@ class SegmentFile:
         offset, sequence = PAGE_BYTES, -1
         while offset < self.header.num_bytes:
             with direct_io.translated(f"scan {self.path} at {offset}"):
-                got = direct_io.read_all(self._fd, [page], offset)
+                got = direct_io.read_all(self._ops, self._fd, [page], offset)
             try:
                 header = decode_header(page[:got])
             except CorruptBlock:
@@ -191,9 +213,9 @@ class SegmentFile:
     def unlink(self) -> None:
         """Durably remove the name. Readers that hold the file finish undisturbed."""
         with direct_io.translated(f"remove {self.path}"):
-            self.path.unlink(missing_ok=True)
+            self._ops.unlink(self.path)
             failpoint("segment.unlinked")
-            direct_io.sync_directory(self.path.parent)
+            self._ops.sync_directory(self.path.parent)
 
     def hold(self) -> None:
         """Keep the descriptor open until `drop`, whatever happens to the name."""
@@ -204,7 +226,7 @@ class SegmentFile:
     def drop(self) -> None:
         self._holders -= 1
         if self._retired and not self._holders:
-            os.close(self._fd)
+            self._ops.close(self._fd)
 
     def retire(self) -> None:
         """No new holders; the descriptor closes with the last one."""
@@ -212,7 +234,14 @@ class SegmentFile:
             return
         self._retired = True
         if not self._holders:
-            os.close(self._fd)
+            self._ops.close(self._fd)
+
+
+def _reopened(ops: FileOps, fd: int, path: Path) -> int:
+    """The same file without O_DIRECT; `fd` is closed then."""
+    buffered = ops.open(path, os.O_RDWR)
+    ops.close(fd)
+    return buffered
 
 
 def _header_of(page: memoryview, path: Path, number: int) -> FileHeader:

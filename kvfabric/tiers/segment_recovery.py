@@ -1,122 +1,170 @@
 """What an SSD directory holds when a daemon opens it. Blocking; runs once, before anything else.
 
-With a sound index: the files it names; the rest is removed. Without: every file is scanned, and the index
-made anew from the records that are found.
+With a sound index: the files it names; the rest is removed. Without: the headers of every file are read, by
+several threads since that is many small reads, and the index is made anew from the records that are found.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from kvfabric.errors import CorruptBlock, TransferError
-from kvfabric.tiers.base import Location
+from kvfabric.tiers import direct_io
+from kvfabric.tiers.base import Location, RecordBatch
+from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES, RecordHeader
 from kvfabric.tiers.segment_accounts import Segment
 from kvfabric.tiers.segment_file import SegmentFile, numbers_in, path_of
 from kvfabric.tiers.segment_index import Put, SegmentIndex
 
 _LOG = logging.getLogger(__name__)
-_BATCH = 1024
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_SCANS = 8
+"""Files whose headers are read side by side."""
+_COMMITTED = 64
+"""Files that go into the index in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """`active`: the segment to fill further, if any; `spare`: an empty one, if any."""
+    """`active`: the segment to fill further, if any; `spare`: an empty one, if any. `is_rebuilt`: files were
+    there, and no sound index."""
 
     index: SegmentIndex
     segments: dict[int, Segment]
     active: Segment | None
     spare: Segment | None
+    is_rebuilt: bool
 
 
-def recover(directory: Path, capacity_bytes: int, *, direct: bool) -> Recovered:
+def recover(directory: Path, capacity_bytes: int, ops: FileOps) -> Recovered:
     """Raises NoSpace or TransferError, and then holds nothing open."""
-    # Sparse, so generous: half of the capacity is enough for the largest entries of the smallest records.
-    map_bytes = (64 << 20) + capacity_bytes // 2
+    # Sparse, so generous: a row takes 136 bytes of the at least 8 KiB that its record has.
+    map_bytes = (64 << 20) + capacity_bytes // 8
     segments: dict[int, Segment] = {}
-    index = SegmentIndex.open(directory, map_bytes)
+    index = SegmentIndex.open(directory, map_bytes, ops)
     is_rebuilt = index is None
     try:
+        if index is not None:
+            try:
+                _load(directory, index, segments, ops)
+            except CorruptBlock as exc:
+                _LOG.warning("index in %s: %s", directory, exc)
+                _close(index, segments)
+                index, is_rebuilt = None, True
         if index is None:
-            index = SegmentIndex.create(directory, map_bytes)
-            _rebuild(directory, index, segments, direct=direct)
-        else:
-            _load(directory, index, segments, direct=direct)
-        for extent in index.extents():
-            segments[extent.location.file].enter(extent)
+            index = SegmentIndex.create(directory, map_bytes, ops)
+            _rebuild(directory, index, segments, ops)
+        index.trust()
         _give_up(_excess(segments, capacity_bytes, is_rebuilt=is_rebuilt), index, segments)
     except BaseException:
-        for segment in segments.values():
-            segment.file.retire()
-        if index is not None:
-            index.close()
+        _close(index, segments)
         raise
     filled = [segment for segment in segments.values() if segment.tail > PAGE_BYTES]
     empty = [segment for segment in segments.values() if segment.tail == PAGE_BYTES]
     # After a rebuild no old file is filled further: behind the last record that was found there may be
     # others, that were not, with sequences that this opening uses again.
     active = filled[-1] if filled and not is_rebuilt else None
-    return Recovered(index, segments, active, empty[0] if empty else None)
+    spare = empty[0] if empty else None
+    return Recovered(index, segments, active, spare, is_rebuilt=is_rebuilt and bool(filled))
+
+
+def _close(index: SegmentIndex | None, segments: dict[int, Segment]) -> None:
+    for segment in segments.values():
+        segment.file.retire()
+    segments.clear()
+    if index is not None:
+        index.close()
 
 
 def _load(
-    directory: Path, index: SegmentIndex, segments: dict[int, Segment], *, direct: bool
+    directory: Path,
+    index: SegmentIndex,
+    segments: dict[int, Segment],
+    ops: FileOps,
 ) -> None:
-    """Open the files that the index knows; forget the ones that are missing."""
-    on_disk = set(numbers_in(directory))
+    """Open the files that the index knows, and read all of it; forget the ones that are missing."""
+    on_disk = set(numbers_in(ops, directory))
+    used: set[int] = set()
     for header in index.segments():
+        number = header.number
         try:
-            segments[header.number] = Segment(SegmentFile.open(directory, header, direct=direct))
-            on_disk.remove(header.number)
+            segment = Segment(SegmentFile.open(ops, directory, header))
         except TransferError as exc:
-            _raise_if_ours(exc)
-            parts = index.drop_segment(header.number)
-            _LOG.warning("segment %08x is lost with %d parts: %s", header.number, len(parts), exc)
+            direct_io.raise_if_exhausted(exc)
+            parts = index.drop_segment(number)
+            _LOG.warning("segment %08x is lost with %d parts: %s", number, len(parts), exc)
+            continue
+        segments[number] = segment
+        on_disk.discard(number)
+        batch = index.batch(number)
+        segment.load(batch)
+        used.update(np.unique(batch.rows["lineage"]).tolist())
+    index.keep_lineages(used)
     for number in on_disk:  # being made or reclaimed when the process died: nothing in it counts
-        _remove(directory, number)
-
-
-def _raise_if_ours(error: TransferError) -> None:
-    """Raise again what says nothing about the file: that this process or machine has no more to give."""
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.errno in _EXHAUSTED:
-        raise error
+        _remove(directory, number, ops)
 
 
 def _rebuild(
-    directory: Path, index: SegmentIndex, segments: dict[int, Segment], *, direct: bool
+    directory: Path,
+    index: SegmentIndex,
+    segments: dict[int, Segment],
+    ops: FileOps,
 ) -> None:
     """Fill an empty index from the files themselves."""
-    numbers = numbers_in(directory)
+    numbers = numbers_in(ops, directory)
     if numbers:
         _LOG.warning("no sound index in %s: reading %d files", directory, len(numbers))
-    last = 0
     for number in numbers:
         try:
-            file = SegmentFile.open_by_itself(directory, number, direct=direct)
+            file = SegmentFile.open_by_itself(ops, directory, number)
         except (CorruptBlock, TransferError) as exc:
-            if isinstance(exc, TransferError):
-                _raise_if_ours(exc)
+            direct_io.raise_if_exhausted(exc)
             _LOG.warning("removing segment %08x: %s", number, exc)
-            _remove(directory, number)
+            _remove(directory, number, ops)
             continue
         segments[number] = Segment(file)
         index.add_segment(file.header)
-        records = (
-            Put(Location(number, header.offset), header.sequence, header.identity)
-            for header in _readable(file)
-        )
-        while batch := list(islice(records, _BATCH)):
-            index.apply(batch)
-            last = max(last, batch[-1].sequence)
+    batches = [
+        RecordBatch(segment.file.header.number, index.rows_of(puts), index.lineages)
+        for segment, puts in zip(segments.values(), _scanned(segments.values()), strict=True)
+    ]
+    bury_older(batches)
+    for first in range(0, len(batches), _COMMITTED):
+        index.load_rows(batches[first : first + _COMMITTED])
+    for batch in batches:
+        segments[batch.file].load(batch)
+    last = max((int(batch.rows["sequence"][-1]) for batch in batches if len(batch)), default=0)
     index.raise_sequence(last)
-    index.trust()
+
+
+def _scanned(segments: Iterable[Segment]) -> Iterator[list[Put]]:
+    """The records of each file, in the order of the files; a few are read ahead."""
+    works = (partial(_scan, segment.file) for segment in segments)
+    with ThreadPoolExecutor(_SCANS, thread_name_prefix="kvfabric-rebuild") as pool:
+        ahead: list[Future[list[Put]]] = [pool.submit(work) for work in islice(works, 2 * _SCANS)]
+        try:
+            while ahead:
+                yield ahead.pop(0).result()
+                ahead += [pool.submit(work) for work in islice(works, 1)]
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _scan(file: SegmentFile) -> list[Put]:
+    number = file.header.number
+    return [
+        Put(Location(number, header.offset), header.sequence, header.identity)
+        for header in _readable(file)
+    ]
 
 
 def _readable(file: SegmentFile) -> Iterator[RecordHeader]:
@@ -124,8 +172,42 @@ def _readable(file: SegmentFile) -> Iterator[RecordHeader]:
     try:
         yield from file.scan()
     except TransferError as exc:
-        _raise_if_ours(exc)
+        direct_io.raise_if_exhausted(exc)
         _LOG.warning("reading no further: %s", exc)
+
+
+def bury_older(batches: list[RecordBatch]) -> None:
+    """Of several records of one part all but the one with the highest sequence are dead. Pure."""
+    if not batches:
+        return
+    firsts = np.concatenate([_first_words(batch) for batch in batches])
+    order = np.argsort(firsts, kind="stable")
+    same = np.flatnonzero(firsts[order][1:] == firsts[order][:-1])
+    suspects = sorted({*order[same].tolist(), *order[same + 1].tolist()})
+    starts = np.cumsum([0, *(len(batch) for batch in batches)])
+    newest: dict[tuple[bytes, int, int], tuple[int, RecordBatch, int]] = {}
+    for number in suspects:
+        at_batch = int(np.searchsorted(starts, number, side="right")) - 1
+        batch, at = batches[at_batch], number - int(starts[at_batch])
+        row = batch.rows[at]
+        part = (row["key"].tobytes(), int(row["group"]), int(row["shard"]))
+        sequence = int(row["sequence"])
+        if part not in newest:
+            newest[part] = (sequence, batch, at)
+        elif sequence > newest[part][0]:
+            _, older, older_at = newest[part]
+            older.rows["is_live"][older_at] = 0
+            newest[part] = (sequence, batch, at)
+        else:
+            batch.rows["is_live"][at] = 0
+
+
+def _first_words(batch: RecordBatch) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """64 bits that tell parts apart, nearly always."""
+    rows = batch.rows
+    words = rows["key"].copy().view(np.uint64).reshape(-1, 4)[:, 0]
+    of_part = rows["group"].astype(np.uint64) << np.uint64(32) | rows["shard"].astype(np.uint64)
+    return words + of_part * np.uint64(0x9E3779B97F4A7C15)
 
 
 def _excess(
@@ -149,9 +231,9 @@ def _give_up(excess: list[Segment], index: SegmentIndex, segments: dict[int, Seg
         del segments[number]
 
 
-def _remove(directory: Path, number: int) -> None:
+def _remove(directory: Path, number: int, ops: FileOps) -> None:
     path = path_of(directory, number)
     try:
-        path.unlink()
+        ops.unlink(path)
     except OSError as exc:  # it costs room on the disk and its number, nothing else
         _LOG.warning("cannot remove %s: %s", path, exc.strerror)

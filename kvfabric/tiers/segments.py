@@ -4,15 +4,15 @@
                             50 ms or 64 MiB, within one segment
 
 `SegmentTier` owns the directory and the decisions: where a record goes, which segment is reclaimed.
-Blocking work is in `segment_file`, `segment_index` and `segment_recovery`, run in a bounded pool. One
-task, the sealer, is the only one that writes: groups one after the other, so a failed group is simply
-overwritten by the next and files have no holes.
+Blocking work is in `segment_file`, `segment_index`, `segment_rescue` and `segment_recovery`, run in a bounded
+pool. One task, the sealer, is the only one that writes: groups one after the other, so a failed group is
+simply overwritten by the next and files have no holes.
 
-Space is given back by whole segments, the oldest first. Files that hold records and one empty spare make
-up the capacity, so the next segment is there when the current one is full. A process that dies leaves
-what was sealed; records after the last index commit are lost. An index that is missing or damaged is
-rebuilt from the records (highest sequence wins); deleted parts may then come back, and are right: a part's
-key says what its bytes are.
+Space is given back by whole segments, the oldest first; what the owner calls hot is written anew before, up
+to half a segment. Files that hold records, dead ones too, and one empty spare make up the capacity, so the
+next segment is there when the current one is full. A process that dies leaves what was sealed; records after
+the last index commit are lost. An index that is missing or damaged is rebuilt from the records (highest
+sequence wins); deleted parts may then come back, and are right: a part's key says what its bytes are.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -37,10 +37,21 @@ from kvfabric.errors import (
     KVFabricError,
     LocalProtocolError,
     NoSpace,
+    QuotaExceeded,
     TransferError,
 )
 from kvfabric.failpoints import failpoint
-from kvfabric.tiers.base import Location, PartIdentity, Tier, TierStatistics
+from kvfabric.tiers import direct_io
+from kvfabric.tiers.base import (
+    Location,
+    Move,
+    PartIdentity,
+    RecordBatch,
+    Scrubbed,
+    Tier,
+    TierStatistics,
+)
+from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.pool import IoPool, finished
 from kvfabric.tiers.records import (
     PAGE_BYTES,
@@ -49,19 +60,32 @@ from kvfabric.tiers.records import (
     verify_payload,
 )
 from kvfabric.tiers.segment_accounts import Busy, Segment
-from kvfabric.tiers.segment_file import Appended, SegmentFile, numbers_in
-from kvfabric.tiers.segment_index import Change, Extent, Forget, Put, SegmentIndex
+from kvfabric.tiers.segment_file import Appended, SegmentFile, numbers_in, path_of
+from kvfabric.tiers.segment_groups import (
+    GROUP_BYTES,
+    Drop,
+    GroupQueue,
+    Plan,
+    Write,
+    fail,
+    plan_runs,
+)
+from kvfabric.tiers.segment_index import Extent, SegmentIndex
 from kvfabric.tiers.segment_recovery import recover
-from kvfabric.types import Part, TenantId
+from kvfabric.tiers.segment_rescue import (
+    Found,
+    ScrubCursor,
+    check_slice,
+    read_slice,
+    sizes_of,
+    slices_of,
+    to_rescue,
+)
+from kvfabric.tiers.write_budget import WriteBudget
+from kvfabric.types import TenantId
 
 _LOG = logging.getLogger(__name__)
 
-GROUP_S = 0.05
-GROUP_BYTES = 64 << 20
-RUN_BYTES = 8 << 20
-"""Neighbouring records written by one call to the kernel."""
-
-_RUN_RECORDS = 256
 _DROPPED = 256
 """Parts of a reclaimed segment told of at once; a segment of small parts has very many."""
 _THREADS = 6
@@ -71,7 +95,12 @@ _WRITE_LANES = 2  # threads that write; the rest are for reads
 @dataclass(frozen=True, slots=True)
 class SegmentStatistics(TierStatistics):
     """`file_bytes`: length of all files, at most the capacity. `direct`: False where the file system
-    refused O_DIRECT. `read_s`, `write_s`: time in which at least one read or write was under way."""
+    refused O_DIRECT. `read_s`, `write_s`: time in which at least one read or write was under way.
+
+    `rescued_bytes`: of records written anew at a reclaim. `budget_left_bytes`: negative when overdrawn, 0
+    without a budget; `budget_refused`: writes that found it spent. `unreadable`: records that the scrubber or
+    a reclaim could not read. `scrub_rounds`: how often everything was verified at rest.
+    """
 
     file_bytes: int
     sealed_writes: int
@@ -81,34 +110,12 @@ class SegmentStatistics(TierStatistics):
     read_s: float
     write_bytes: int
     write_s: float
-
-
-@dataclass(slots=True, eq=False)
-class _Write:
-    identity: PartIdentity
-    payload: memoryview
-    queued_at: float
-    sealed: asyncio.Future[Location]
-
-    @property
-    def num_bytes(self) -> int:
-        return record_bytes(self.identity.num_bytes)
-
-
-@dataclass(slots=True, eq=False)
-class _Drop:
-    change: Forget
-    queued_at: float
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A group, placed: `records` and `writes` go into `segment`, `changes` into the index, in order."""
-
-    segment: Segment | None
-    records: list[Appended] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    writes: list[tuple[_Write, Location]] = field(default_factory=list)
+    rescued_bytes: int
+    budget_left_bytes: int
+    budget_refused: int
+    unreadable: int
+    scrubbed_bytes: int
+    scrub_rounds: int
 
 
 def default_segment_bytes(capacity_bytes: int) -> int:
@@ -117,28 +124,14 @@ def default_segment_bytes(capacity_bytes: int) -> int:
     return wanted // PAGE_BYTES * PAGE_BYTES
 
 
-def plan_runs(records: Iterable[Appended]) -> Iterator[list[Appended]]:
-    """Cut neighbouring records into runs that are written by one call each. Pure."""
-    run: list[Appended] = []
-    run_bytes = 0
-    for record in records:
-        num_bytes = record_bytes(record.identity.num_bytes)
-        if run and (run_bytes + num_bytes > RUN_BYTES or len(run) == _RUN_RECORDS):
-            yield run
-            run, run_bytes = [], 0
-        run.append(record)
-        run_bytes += num_bytes
-    if run:
-        yield run
-
-
 class SegmentTier(Tier):
     """The SSD tier on one directory of its own. `clock`: seconds, for rates only.
 
-    `capacity_bytes` is a hard bound on the segment files and must hold at least two of them; the index
-    beside them takes about 1 KiB a record. `on_dropped` gets the parts that went with a reclaimed
-    segment, in slices, on the event loop, before their space is used again; it must not raise or block.
-    Entering raises ConfigError (capacity, directory, another daemon using it), NoSpace or TransferError.
+    `capacity_bytes` is a hard bound on the segment files, those under way and those that could not be removed
+    included, and must hold at least two of them; the index beside them takes a few hundred bytes a record.
+    `budget`: of bytes written in a day, the tier's own from now on. `ops`: the system's file operations.
+    Entering raises ConfigError (capacity, directory, another daemon
+    using it), NoSpace or TransferError.
     """
 
     def __init__(
@@ -147,32 +140,29 @@ class SegmentTier(Tier):
         *,
         capacity_bytes: int,
         clock: Callable[[], float],
-        on_dropped: Callable[[list[Part]], None],
         segment_bytes: int = 0,
-        direct: bool = True,
+        budget: WriteBudget | None = None,
+        ops: FileOps | None = None,
     ) -> None:
         self._directory = directory
         self._capacity_bytes = capacity_bytes
         self._segment_bytes = segment_bytes or default_segment_bytes(capacity_bytes)
-        self._on_dropped = on_dropped
-        self._direct = direct
+        self._ops = ops or FileOps()
         self._lock_fd = -1
         self._pool = IoPool(_THREADS, "kvfabric-ssd")
         self._tasks = asyncio.TaskGroup()
         self._sealer: asyncio.Task[None] | None = None
-        self._index = SegmentIndex(directory, 0)
+        self._index = SegmentIndex(directory, 0, self._ops)
         self._segments: dict[int, Segment] = {}
         self._active: Segment | None = None
         self._spare: Segment | None = None
+        self._stray_bytes = 0
         self._sequence = 0
-        self._queue: deque[_Write | _Drop] = deque()
-        self._queued_bytes = 0
-        self._wake = asyncio.Event()  # something is queued, or we are closing
-        self._full = asyncio.Event()  # a whole group is queued, or we are closing
+        self._queue = GroupQueue()
+        self._budget = budget or WriteBudget(0)
+        self._cursor = ScrubCursor()
         self._is_open = False
-        self._quarantined = 0
-        self._sealed_writes = 0
-        self._group_commits = 0
+        self._counts: Counter[str] = Counter()
         self._reading = Busy(clock)
         self._writing = Busy(clock)
 
@@ -211,8 +201,7 @@ class SegmentTier(Tier):
     ) -> None:
         """Seals everything that was accepted, also when the body failed or was cancelled."""
         self._is_open = False
-        self._wake.set()
-        self._full.set()
+        self._queue.close()
         try:
             if self._sealer is not None:
                 await finished(self._sealer)
@@ -226,16 +215,14 @@ class SegmentTier(Tier):
             segment.file.retire()
         self._index.close()
         if self._lock_fd >= 0:
-            os.close(self._lock_fd)
+            self._ops.close(self._lock_fd)
             self._lock_fd = -1
 
     def _lock(self) -> None:
         """Blocking: make the directory and become its only user, until the process ends."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock_fd = os.open(
-                self._directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
-            )
+            self._lock_fd = self._ops.open(self._directory / "lock", os.O_CREAT | os.O_RDWR)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise ConfigError(
@@ -247,16 +234,25 @@ class SegmentTier(Tier):
     def _recover(self) -> None:
         """Blocking: find out what is in the directory. Nothing else runs yet."""
         self._lock()
-        found = recover(self._directory, self._capacity_bytes, direct=self._direct)
+        found = recover(self._directory, self._capacity_bytes, self._ops)
         self._index, self._segments = found.index, found.segments
         self._active, self._spare = found.active, found.spare
         self._sequence = self._index.next_sequence()
+        kept = self._index.budget()
+        if kept is not None:
+            self._budget.resume(kept)
+        elif found.is_rebuilt:
+            self._budget.empty()  # what was left is lost with the index
 
     # ------------------------------------------------------------------ what callers use
 
-    def records(self) -> Iterator[tuple[PartIdentity, Location]]:
+    def batches(self) -> Iterator[RecordBatch]:
         self._require_open()
-        return self._index.records()
+        for number in sorted(self._segments):
+            if number in self._segments:
+                live = self._index.live(number)
+                if len(live):
+                    yield live
 
     async def write(self, identity: PartIdentity, payload: memoryview) -> Location:
         self._require_open()
@@ -266,28 +262,29 @@ class SegmentTier(Tier):
                 f"payload of {payload.nbytes} bytes for a part of {identity.num_bytes}"
             )
         loop = asyncio.get_running_loop()
-        write = _Write(identity, payload.cast("B"), loop.time(), loop.create_future())
+        write = Write(identity, payload.cast("B"), loop.time(), loop.create_future())
         if write.num_bytes > self._segment_bytes - PAGE_BYTES:
             raise NoSpace(
                 f"a part of {identity.num_bytes} bytes does not fit a segment of {self._segment_bytes}"
             )
-        self._enqueue(write)
+        if not self._budget.take(write.num_bytes):
+            raise QuotaExceeded(f"the write budget of {self._directory} is spent")
+        self._queue.put(write)
         try:
             return await asyncio.shield(write.sealed)
         except asyncio.CancelledError:
-            if write in self._queue:
-                self._queue.remove(write)
-                self._queued_bytes -= write.num_bytes
+            if self._queue.withdraw(write):
+                self._budget.give_back(write.num_bytes)
                 raise
             await self._undo(write)
             raise
 
-    async def _undo(self, write: _Write) -> None:
+    async def _undo(self, write: Write) -> None:
         """Its caller is gone, its group is under way: wait for the end, then drop the part."""
         with contextlib.suppress(asyncio.CancelledError):
             await finished(write.sealed)
         if write.sealed.exception() is None:
-            self._forget(Forget(write.identity.part, write.sealed.result()))
+            self._forget(write.sealed.result())
 
     async def read_into(
         self, location: Location, identity: PartIdentity, buffer: memoryview
@@ -306,9 +303,7 @@ class SegmentTier(Tier):
             with self._reading.moving(identity.num_bytes):
                 await self._pool.run(work)
         except CorruptBlock as exc:
-            self._quarantined += 1
-            self._forget(Forget(identity.part, location))
-            _LOG.warning("quarantined part %s: %s", identity.part.key.hex()[:16], exc)
+            self._quarantine(location, exc)
             raise
         finally:
             segment.file.drop()
@@ -324,10 +319,37 @@ class SegmentTier(Tier):
     def _verify(self, payload: memoryview, identity: PartIdentity) -> None:
         verify_payload(payload, identity)
 
-    def delete(self, parts: list[Part]) -> None:
+    def delete(self, locations: Sequence[Location]) -> None:
         self._require_open()
-        for part in parts:
-            self._forget(Forget(part))
+        for location in locations:
+            self._forget(location)
+
+    async def scrub(self, num_bytes: int, *, anew: bool = False) -> Scrubbed:
+        self._require_open()
+        if anew:
+            self._cursor = ScrubCursor()
+        number = self._cursor.next_file(sorted(self._segments))
+        if number is None:
+            self._counts["scrub_rounds"] += 1
+            return Scrubbed(0, 0, 0, (), is_round=True)
+        file = self._segments[number].file
+        file.hold()
+        try:
+            live = await self._pool.run(partial(self._index.live, number))
+            batch = self._cursor.next_records(live, num_bytes)
+            corrupt, unreadable = [], 0
+            for piece in slices_of(batch):
+                found = await self._pool.run(partial(check_slice, file, piece))
+                corrupt += [(piece.part(at), piece.location(at)) for at in found.corrupt]
+                unreadable += len(found.unreadable)
+        finally:
+            file.drop()
+        for _, location in corrupt:
+            self._quarantine(location, "at rest")
+        read = int(sizes_of(batch).sum())
+        self._counts["unreadable"] += unreadable
+        self._counts["scrubbed_bytes"] += read
+        return Scrubbed(len(batch), read, unreadable, tuple(corrupt), is_round=False)
 
     def statistics(self) -> SegmentStatistics:
         live: Counter[TenantId] = Counter()
@@ -336,171 +358,143 @@ class SegmentTier(Tier):
             live.update(segment.live)
             dead.update(segment.dead)
         used = sum(segment.tail for segment in self._segments.values())
+        counts = self._counts
         return SegmentStatistics(
             capacity_bytes=self._capacity_bytes,
             used_bytes=used,
             live_bytes=live.total(),
             dead_bytes=used - live.total(),
             records=sum(segment.records for segment in self._segments.values()),
-            quarantined=self._quarantined,
+            quarantined=counts["quarantined"],
             tenant_live_bytes={tenant: size for tenant, size in live.items() if size},
             tenant_dead_bytes={tenant: size for tenant, size in dead.items() if size},
             file_bytes=self._file_bytes(),
-            sealed_writes=self._sealed_writes,
-            group_commits=self._group_commits,
+            sealed_writes=counts["sealed_writes"],
+            group_commits=counts["group_commits"],
             direct=all(segment.file.direct for segment in self._segments.values()),
             read_bytes=self._reading.num_bytes,
             read_s=self._reading.elapsed_s,
             write_bytes=self._writing.num_bytes,
             write_s=self._writing.elapsed_s,
+            rescued_bytes=counts["rescued_bytes"],
+            budget_left_bytes=self._budget.left_bytes,
+            budget_refused=self._budget.refused,
+            unreadable=counts["unreadable"],
+            scrubbed_bytes=counts["scrubbed_bytes"],
+            scrub_rounds=counts["scrub_rounds"],
         )
 
     def _require_open(self) -> None:
         if not self._is_open:
             raise self._closed()
 
-    def _forget(self, change: Forget) -> None:
-        self._enqueue(_Drop(change, asyncio.get_running_loop().time()))
+    def _quarantine(self, location: Location, why: object) -> None:
+        self._counts["quarantined"] += 1
+        _LOG.warning("quarantined the record at %s: %s", location, why)
+        self._forget(location)
 
-    def _enqueue(self, item: _Write | _Drop) -> None:
-        # Bounded by the callers: each write is one of them waiting with a buffer of its own.
-        self._queue.append(item)
-        if isinstance(item, _Write):
-            self._queued_bytes += item.num_bytes
-        if self._queued_bytes >= GROUP_BYTES:
-            self._full.set()
-        self._wake.set()
+    def _forget(self, location: Location) -> None:
+        self._queue.put(Drop(location, asyncio.get_running_loop().time()))
 
     # ------------------------------------------------------------------ the sealer
 
     async def _run(self) -> None:
         """Seal group after group until the tier closes and the queue is empty."""
         try:
-            while await self._group_is_due():
+            while await self._queue.is_due():
                 await self._seal_next()
                 await self._keep_spare()
+            if self._budget.is_limited:
+                await self._keep_budget()
         finally:
-            _fail(self._take_writes(), self._closed())
+            fail(self._queue.take_writes(), self._closed())
+
+    async def _keep_budget(self) -> None:
+        try:
+            await self._pool.run(partial(self._index.keep_budget, self._budget.to_keep(0)))
+        except KVFabricError as exc:  # the last commit has less of it
+            _LOG.warning("write budget of %s: %s", self._directory, exc)
 
     async def _seal_next(self) -> None:
         # A frame of its own: between groups nothing refers to the buffers of callers.
-        group = self._take_group()
+        group = self._queue.take(self._active.room if self._active else 0)
         if group:
             await self._seal(group)
-        elif self._queue:
+        elif len(self._queue):
             await self._advance()
 
-    async def _group_is_due(self) -> bool:
-        """Wait until a group is full or old enough. False: closing, and nothing is left."""
-        if not self._queue and self._is_open:
-            self._wake.clear()
-        await self._wake.wait()
-        if not self._queue:
-            return self._is_open
-        if self._is_open and self._queued_bytes < GROUP_BYTES:
-            self._full.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._queue[0].queued_at + GROUP_S):
-                    await self._full.wait()
-        return True
-
-    def _take_group(self) -> list[_Write | _Drop]:
-        """The queue's head, as far as one group and the active segment hold it."""
-        group: list[_Write | _Drop] = []
-        room = self._active.room if self._active else 0
-        num_bytes = 0
-        while self._queue and num_bytes < GROUP_BYTES:
-            item = self._queue[0]
-            if isinstance(item, _Write):
-                if num_bytes + item.num_bytes > room:
-                    break
-                num_bytes += item.num_bytes
-            group.append(self._queue.popleft())
-        self._queued_bytes -= num_bytes
-        return group
-
-    def _take_writes(self) -> list[_Write]:
-        writes = [item for item in self._queue if isinstance(item, _Write)]
-        self._queue = deque(item for item in self._queue if isinstance(item, _Drop))
-        self._queued_bytes = 0
-        return writes
-
-    async def _seal(self, group: Sequence[_Write | _Drop]) -> None:
+    async def _seal(self, group: Sequence[Write | Drop]) -> None:
         """Make a group durable, or fail its writes and keep its deletions for the next."""
-        plan = self._place(group)
+        plan, writes = self._place(group)
         try:
-            with self._writing.moving(sum(write.identity.num_bytes for write, _ in plan.writes)):
-                decided = await self._make_durable(plan)
+            with self._writing.moving(plan.num_bytes):
+                buried = await self._make_durable(plan)
         except KVFabricError as exc:
-            _LOG.warning("%d writes to %s failed: %s", len(plan.writes), self._directory, exc)
-            _fail((write for write, _ in plan.writes), exc)
+            _LOG.warning("%d writes to %s failed: %s", len(writes), self._directory, exc)
+            fail((write for write, _ in writes), exc)
             # A damaged entry of the index would fail every group after this one too: its deletion is
             # given up. What comes back by that after a rebuild is what its key says.
-            if not isinstance(exc, CorruptBlock):
-                self._postpone([item for item in group if isinstance(item, _Drop)])
+            if isinstance(exc, CorruptBlock):
+                await self._doubt_index()
+            else:
+                self._queue.postpone([item for item in group if isinstance(item, Drop)])
             return
         except BaseException:
-            _fail((write for write, _ in plan.writes), self._closed())
+            fail((write for write, _ in writes), self._closed())
             raise
-        self._account(decided)
-        self._group_commits += 1
-        self._sealed_writes += len(plan.writes)
-        for write, location in plan.writes:
+        self._account(plan, buried)
+        self._counts["sealed_writes"] += len(writes)
+        for write, location in writes:
             write.sealed.set_result(location)
 
-    def _postpone(self, drops: Sequence[_Drop]) -> None:
-        """Back to the head of the queue, to wait a group's time again; given up when closing."""
-        if self._is_open:
-            now = asyncio.get_running_loop().time()
-            for drop in drops:
-                drop.queued_at = now
-            self._queue.extendleft(reversed(drops))
+    async def _doubt_index(self) -> None:
+        """The next start rebuilds it."""
+        with contextlib.suppress(OSError):
+            await self._pool.run(self._index.doubt)
 
-    def _place(self, group: Sequence[_Write | _Drop]) -> _Plan:
+    def _place(self, group: Sequence[Write | Drop]) -> tuple[Plan, list[tuple[Write, Location]]]:
         """Say where in the active segment each record of the group goes. Changes no account."""
-        plan = _Plan(self._active)
-        offset = self._active.tail if self._active else 0
+        plan = Plan(self._active)
+        writes: list[tuple[Write, Location]] = []
         for item in group:
-            if isinstance(item, _Drop) or self._active is None:
-                assert isinstance(item, _Drop), "a write is taken only into an active segment"
-                plan.changes.append(item.change)
-                continue
-            self._sequence += 1
-            location = Location(self._active.file.header.number, offset)
-            plan.records.append(Appended(offset, self._sequence, item.identity, item.payload))
-            plan.changes.append(Put(location, self._sequence, item.identity))
-            plan.writes.append((item, location))
-            offset += item.num_bytes
-        return plan
+            if isinstance(item, Drop):
+                plan.forgets.append(item.location)
+            else:
+                self._sequence += 1
+                writes.append((item, plan.add(self._sequence, item.identity, item.payload)))
+        return plan, writes
 
-    async def _make_durable(self, plan: _Plan) -> list[Extent]:
+    async def _make_durable(self, plan: Plan) -> list[Extent]:
         """The order of these three is the promise of `write`."""
         await self._write_data(plan)
         await self._sync_data(plan)
         return await self._commit_index(plan)
 
-    async def _write_data(self, plan: _Plan) -> None:
+    async def _write_data(self, plan: Plan) -> None:
         if plan.segment and plan.records:
             runs = list(plan_runs(plan.records))
             lanes = [runs[lane::_WRITE_LANES] for lane in range(_WRITE_LANES)]
             file = plan.segment.file
             await self._pool.run_all([partial(_append, file, lane) for lane in lanes if lane])
 
-    async def _sync_data(self, plan: _Plan) -> None:
+    async def _sync_data(self, plan: Plan) -> None:
         if plan.segment and plan.records:
             await self._pool.run(plan.segment.file.sync)
 
-    async def _commit_index(self, plan: _Plan) -> list[Extent]:
-        return await self._pool.run(partial(self._index.apply, plan.changes))
+    async def _commit_index(self, plan: Plan) -> list[Extent]:
+        """With the budget as it is without what may be written before the next commit."""
+        budget = self._budget.to_keep(GROUP_BYTES) if self._budget.is_limited else None
+        return await self._pool.run(partial(self._index.apply, plan.puts, plan.forgets, budget))
 
-    def _account(self, decided: Iterable[Extent]) -> None:
-        for extent in decided:
+    def _account(self, plan: Plan, buried: Iterable[Extent]) -> None:
+        self._counts["group_commits"] += 1
+        for put in plan.puts:
+            assert plan.segment is not None
+            size = record_bytes(put.identity.num_bytes)
+            plan.segment.enter(Extent(put.location, size, put.identity.tenant))
+        for extent in buried:
             segment = self._segments.get(extent.location.file)
-            if segment is None:
-                continue
-            if extent.is_live:
-                segment.enter(extent)
-            else:
+            if segment is not None:
                 segment.bury(extent)
 
     # ------------------------------------------------------------------ segments come and go
@@ -513,7 +507,7 @@ class SegmentTier(Tier):
                 self._spare = await self._make_segment()
             except KVFabricError as exc:
                 _LOG.warning("no segment in %s: %s", self._directory, exc)
-                _fail(self._take_writes(), exc)
+                fail(self._queue.take_writes(), exc)
                 return
         self._active, self._spare = self._spare, None
 
@@ -526,6 +520,7 @@ class SegmentTier(Tier):
                 _LOG.warning("no spare segment in %s: %s", self._directory, exc)
 
     async def _make_segment(self) -> Segment:
+        self._stray_bytes = await self._pool.run(self._clear)
         while self._file_bytes() + self._segment_bytes > self._capacity_bytes:
             await self._reclaim()
         segment = Segment(await self._pool.run(self._create_file))
@@ -534,17 +529,34 @@ class SegmentTier(Tier):
 
     def _create_file(self) -> SegmentFile:
         """Blocking: a new file, in the index too."""
+        on_disk = numbers_in(self._ops, self._directory)
         # A file that could not be removed keeps its number.
-        number = max(self._index.next_number(), *(n + 1 for n in numbers_in(self._directory)), 1)
-        file = SegmentFile.create(self._directory, number, self._segment_bytes, direct=self._direct)
+        number = max(self._index.next_number(), *(n + 1 for n in on_disk), 1)
+        file = SegmentFile.create(self._ops, self._directory, number, self._segment_bytes)
         try:
             self._index.add_segment(file.header)
-        except KVFabricError:
+        except BaseException:
             file.retire()
             file.unlink()
             raise
         failpoint("segment.create.registered")
+        if self._ops.direct and not file.direct:
+            _LOG.warning(
+                "%s refuses O_DIRECT: SSD I/O goes through the page cache", self._directory
+            )
         return file
+
+    def _clear(self) -> int:
+        """Blocking: remove files that belong to no segment; bytes of those that stay."""
+        stay = 0
+        for number in set(numbers_in(self._ops, self._directory)) - self._segments.keys():
+            path = path_of(self._directory, number)
+            try:
+                self._ops.unlink(path)
+            except OSError:
+                with direct_io.translated(f"look at {path}"):
+                    stay += self._ops.file_bytes(path)
+        return stay
 
     async def _reclaim(self) -> None:
         """Drop the oldest segment with all that is in it. Readers that hold it finish undisturbed."""
@@ -552,24 +564,66 @@ class SegmentTier(Tier):
         oldest = next((s for s in self._ordered() if s not in in_use), None)
         if oldest is None:
             raise NoSpace(f"{self._directory} has no segment to reclaim: {self!r}")
+        if self._active is not None:
+            await self._rescue(oldest, self._active)
         number = oldest.file.header.number
         # Out of the index first: what is gone must not come back after a crash.
-        parts = await self._pool.run(partial(self._index.drop_segment, number))
+        batch = await self._pool.run(partial(self._index.drop_segment, number))
         failpoint("segment.reclaim.forgotten")
-        for first in range(0, len(parts), _DROPPED):
-            self._on_dropped(parts[first : first + _DROPPED])
-            await asyncio.sleep(0)
+        oldest.live.clear()
+        oldest.dead.clear()
+        oldest.records = 0
+        if self.owner is not None:
+            for first in range(0, len(batch), _DROPPED):
+                self.owner.dropped(batch.chosen(slice(first, first + _DROPPED)).places())
+                await asyncio.sleep(0)
         await self._pool.run(oldest.file.unlink)
         failpoint("segment.reclaim.done")
         oldest.file.retire()
         del self._segments[number]
+
+    async def _rescue(self, oldest: Segment, into: Segment) -> None:
+        """Write the hot records of a segment anew, in the order and with the promise of every write."""
+        if self.owner is None:
+            return
+        file = oldest.file
+        try:
+            live = await self._pool.run(partial(self._index.live, file.header.number))
+            hot = to_rescue(live, self.owner.hot(live), self._segment_bytes, into.room)
+            for piece in slices_of(hot):
+                if not self._budget.take(int(sizes_of(piece).sum())):
+                    return
+                found = await self._pool.run(partial(read_slice, file, piece, self._verify))
+                self._counts["quarantined"] += len(found.corrupt)
+                self._counts["unreadable"] += len(found.unreadable)
+                await self._rewrite(into, piece, found)
+        except (NoSpace, CorruptBlock) as exc:
+            _LOG.warning("records of %s are not written anew: %s", file.path, exc)
+
+    async def _rewrite(self, into: Segment, batch: RecordBatch, found: Found) -> None:
+        plan, moves = Plan(into), []
+        for at, identity, payload in found.intact:
+            self._sequence += 1
+            new = plan.add(self._sequence, identity, payload)
+            plan.forgets.append(batch.location(at))
+            moves.append(Move(identity.part, batch.location(at), new))
+        if not moves:
+            return
+        with self._writing.moving(plan.num_bytes):
+            buried = await self._make_durable(plan)
+        self._account(plan, buried)
+        self._counts["rescued_bytes"] += sum(record_bytes(one[1].num_bytes) for one in found.intact)
+        if self.owner is not None:
+            self.owner.moved(moves)
 
     def _ordered(self) -> list[Segment]:
         """Oldest first."""
         return [segment for _, segment in sorted(self._segments.items())]
 
     def _file_bytes(self) -> int:
-        return sum(segment.file.header.num_bytes for segment in self._segments.values())
+        """Of all files of the tier, also those that ought to be gone."""
+        files = (segment.file.header.num_bytes for segment in self._segments.values())
+        return self._stray_bytes + sum(files)
 
     def _closed(self) -> ClosedError:
         return ClosedError(f"SSD tier {self._directory} is not open")
@@ -578,8 +632,3 @@ class SegmentTier(Tier):
 def _append(file: SegmentFile, runs: Sequence[Sequence[Appended]]) -> None:
     for run in runs:
         file.append(run)
-
-
-def _fail(writes: Iterable[_Write], error: KVFabricError) -> None:
-    for write in writes:
-        write.sealed.set_exception(type(error)(*error.args))

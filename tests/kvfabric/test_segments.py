@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvfabric.errors import ConfigError, CorruptBlock, NoSpace, TransferError
@@ -26,17 +27,18 @@ from kvfabric.testing.tiers import (
     page_buffer,
     read_back,
 )
-from kvfabric.tiers import direct_io, segments
-from kvfabric.tiers.base import Location, PartIdentity
+from kvfabric.tiers import direct_io, segment_groups, segments
+from kvfabric.tiers.base import Flags, Location, Move, PartIdentity, RecordBatch
+from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES, record_bytes
 from kvfabric.tiers.segment_file import Appended, path_of
-from kvfabric.tiers.segment_index import Extent, Forget
+from kvfabric.tiers.segment_groups import Plan, plan_runs
+from kvfabric.tiers.segment_index import Extent
 from kvfabric.tiers.segments import (
     SegmentTier,
-    _Plan,
     default_segment_bytes,
-    plan_runs,
 )
+from kvfabric.tiers.write_budget import WriteBudget
 from kvfabric.types import Part
 
 MIB = 1 << 20
@@ -45,8 +47,22 @@ SMALL = PAGE_BYTES + 4 * record_bytes(RECORD)
 """Segment length in which four records of RECORD bytes of payload fit."""
 
 
-def ignore_drops(parts: list[Part]) -> None:
-    pass
+class Owner:
+    """Hears of everything; `wanted` are the parts it calls hot."""
+
+    def __init__(self) -> None:
+        self.gone: list[list[Part]] = []
+        self.places: dict[Part, Location] = {}
+        self.wanted: set[Part] = set()
+
+    def hot(self, batch: RecordBatch) -> Flags:
+        return np.array([batch.part(at) in self.wanted for at in range(len(batch))], dtype=np.bool_)
+
+    def moved(self, moves: Sequence[Move]) -> None:
+        self.places |= {move.part: move.new for move in moves}
+
+    def dropped(self, records: Sequence[tuple[Part, Location]]) -> None:
+        self.gone.append([part for part, _ in records])
 
 
 def make_tier(
@@ -55,24 +71,37 @@ def make_tier(
     kind: type[SegmentTier] = SegmentTier,
     capacity_bytes: int = 32 * MIB,
     segment_bytes: int = 0,
-    on_dropped: Callable[[list[Part]], None] = ignore_drops,
-    direct: bool = True,
+    owner: Owner | None = None,
+    ops: FileOps | None = None,
+    budget: WriteBudget | None = None,
 ) -> SegmentTier:
-    return kind(
+    tier = kind(
         directory,
         capacity_bytes=capacity_bytes,
         segment_bytes=segment_bytes,
         clock=time.monotonic,
-        on_dropped=on_dropped,
-        direct=direct,
+        budget=budget,
+        ops=ops,
     )
+    tier.owner = owner
+    return tier
 
 
 def small_tier(
-    directory: Path, *, files: int = 4, on_dropped: Callable[[list[Part]], None] = ignore_drops
+    directory: Path,
+    *,
+    files: int = 4,
+    owner: Owner | None = None,
+    ops: FileOps | None = None,
+    budget: WriteBudget | None = None,
 ) -> SegmentTier:
     return make_tier(
-        directory, capacity_bytes=files * SMALL, segment_bytes=SMALL, on_dropped=on_dropped
+        directory,
+        capacity_bytes=files * SMALL,
+        segment_bytes=SMALL,
+        owner=owner,
+        ops=ops,
+        budget=budget,
     )
 
 
@@ -99,13 +128,13 @@ class TestBufferedConformance(TestConformance):
     """The same where O_DIRECT is not to be had."""
 
     def make_tier(self, directory: Path) -> SegmentTier:
-        return make_tier(directory, direct=False)
+        return make_tier(directory, ops=FileOps(direct=False))
 
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups close at once: for tests that write one part after the other."""
-    monkeypatch.setattr(segments, "GROUP_S", 0.0)
+    monkeypatch.setattr(segment_groups, "GROUP_S", 0.0)
 
 
 async def write_parts(
@@ -202,9 +231,10 @@ async def test_file_of_another_life_is_not_read(tmp_path: Path, fast: None) -> N
 async def test_lost_index_is_rebuilt_from_the_files(tmp_path: Path, fast: None) -> None:
     """Without its index the tier finds every sealed part again, in every file, newest version."""
     async with small_tier(tmp_path) as tier:
-        await write_parts(tier, range(7))
+        located = await write_parts(tier, range(7))
         newer = make_payload(99, RECORD)
         old_identity, _ = make_part(3, RECORD)
+        tier.delete([located[old_identity]])
         newer_identity = replace(make_identity(3, newer), part=old_identity.part)
         await tier.write(newer_identity, newer)
         before, listed = tier.statistics(), dict(tier.records())
@@ -260,8 +290,7 @@ from pathlib import Path
 from kvfabric.tiers.segments import SegmentTier
 
 async def main():
-    async with SegmentTier(Path(sys.argv[1]), capacity_bytes=32 << 20, clock=time.monotonic,
-                           on_dropped=lambda parts: None) as tier:
+    async with SegmentTier(Path(sys.argv[1]), capacity_bytes=32 << 20, clock=time.monotonic) as tier:
         print(len(list(tier.records())))
 
 asyncio.run(main())
@@ -333,8 +362,7 @@ from kvfabric.tiers.segments import SegmentTier
 
 async def main():
     directory, first = Path(sys.argv[1]), int(sys.argv[2])
-    async with SegmentTier(directory, capacity_bytes=1 << 26, clock=time.monotonic,
-                           on_dropped=lambda parts: None) as tier:
+    async with SegmentTier(directory, capacity_bytes=1 << 26, clock=time.monotonic) as tier:
         async def write(lane):
             for seed in range(first + lane, first + 100_000, 4):
                 await tier.write(*make_part(seed, 20_000))
@@ -376,7 +404,7 @@ async def test_what_was_sealed_survives_sigkill(tmp_path: Path) -> None:
 class CommitsFirst(SegmentTier):
     """The twin that commits its index before the data is on disk."""
 
-    async def _make_durable(self, plan: _Plan) -> list[Extent]:
+    async def _make_durable(self, plan: Plan) -> list[Extent]:
         decided = await self._commit_index(plan)
         await self._write_data(plan)
         await self._sync_data(plan)
@@ -387,7 +415,7 @@ async def corrupt_after_stop(kind: type[SegmentTier], directory: Path) -> int:
     """Parts that the index lists but the files do not hold, when I/O ends with the data's write."""
 
     class Stopped(kind):  # type: ignore[valid-type, misc]
-        async def _write_data(self, plan: _Plan) -> None:
+        async def _write_data(self, plan: Plan) -> None:
             raise TransferError("the disk went away")
 
     async with make_tier(directory, kind=Stopped) as tier:
@@ -415,13 +443,13 @@ def bytes_on_disk(directory: Path) -> int:
 
 async def test_oldest_segment_gives_way(tmp_path: Path, fast: None) -> None:
     """Capacity is never exceeded: whole segments go, oldest first, and the parts are announced."""
-    dropped: list[list[Part]] = []
-    async with small_tier(tmp_path, files=4, on_dropped=dropped.append) as tier:
+    owner = Owner()
+    async with small_tier(tmp_path, files=4, owner=owner) as tier:
         for seed in range(20):
             await write_parts(tier, range(seed, seed + 1))
             assert bytes_on_disk(tmp_path) <= tier.statistics().capacity_bytes == 4 * SMALL
         assert await readable(tier) == list(range(8, 20))
-    assert [[make_part(seed)[0].part for seed in range(at, at + 4)] for at in (0, 4)] == dropped
+    assert [[make_part(seed)[0].part for seed in range(at, at + 4)] for at in (0, 4)] == owner.gone
     async with small_tier(tmp_path, files=4) as tier:
         assert await readable(tier) == list(range(8, 20))
 
@@ -430,12 +458,12 @@ async def test_a_reclaimed_segment_of_many_parts_is_told_of_in_slices(
     tmp_path: Path, fast: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segments, "_DROPPED", 3)
-    dropped: list[list[Part]] = []
-    async with small_tier(tmp_path, files=4, on_dropped=dropped.append) as tier:
+    owner = Owner()
+    async with small_tier(tmp_path, files=4, owner=owner) as tier:
         for seed in range(13):
             await write_parts(tier, range(seed, seed + 1))
-    assert [len(parts) for parts in dropped] == [3, 1]
-    told = [part for parts in dropped for part in parts]
+    assert [len(parts) for parts in owner.gone] == [3, 1]
+    told = [part for parts in owner.gone for part in parts]
     assert told == [make_part(seed)[0].part for seed in range(4)]
 
 
@@ -467,8 +495,8 @@ async def test_smaller_capacity_drops_the_oldest_at_opening(tmp_path: Path, fast
 
 async def test_dead_bytes_stay_charged_until_their_segment_goes(tmp_path: Path, fast: None) -> None:
     async with small_tier(tmp_path, files=3) as tier:
-        await write_parts(tier, range(4))
-        tier.delete([make_part(seed)[0].part for seed in range(4)])
+        located = await write_parts(tier, range(4))
+        tier.delete([*located.values()])
         await write_parts(tier, range(4, 8))
         charged = tier.statistics()
         assert sum(charged.tenant_dead_bytes.values()) == 4 * record_bytes(RECORD)
@@ -512,9 +540,9 @@ from dataclasses import replace
 from pathlib import Path
 from kvfabric.errors import NoSpace
 from kvfabric.testing.tiers import make_part, read_back
-from kvfabric.tiers import segments
+from kvfabric.tiers import segment_groups, segments
 
-segments.GROUP_S = 0.0
+segment_groups.GROUP_S = 0.0
 directory, what = Path(sys.argv[1]), sys.argv[2]
 sealed = []
 
@@ -530,7 +558,6 @@ async def write(tier, seed):
 async def main():
     async with segments.SegmentTier(
         directory, capacity_bytes=16 << 20, segment_bytes=256 << 10, clock=time.monotonic,
-        on_dropped=lambda parts: None,
     ) as tier:
         if what == "index":
             await asyncio.gather(*(write(tier, seed) for seed in range(100)))
@@ -625,15 +652,15 @@ async def test_deletion_waits_for_an_index_that_fails(tmp_path: Path, fast: None
     class FailsOnce(SegmentTier):
         failures = 1
 
-        async def _commit_index(self, plan: _Plan) -> list[Extent]:
-            if any(isinstance(change, Forget) for change in plan.changes) and self.failures:
+        async def _commit_index(self, plan: Plan) -> list[Extent]:
+            if plan.forgets and self.failures:
                 self.failures -= 1
                 raise TransferError("the disk went away")
             return await super()._commit_index(plan)
 
     async with make_tier(tmp_path, kind=FailsOnce) as tier:
-        await write_parts(tier, range(2))
-        tier.delete([make_part(0)[0].part])
+        located = await write_parts(tier, range(2))
+        tier.delete([located[make_part(0, RECORD)[0]]])
         with pytest.raises(TransferError):
             await tier.write(*make_part(2, RECORD))
         await tier.write(*make_part(3, RECORD))
@@ -645,11 +672,13 @@ async def test_damaged_entry_of_the_index_costs_its_own_part_only(
 ) -> None:
     """A deletion that the index cannot carry out is given up: it must not fail all writes after it."""
     async with make_tier(tmp_path) as tier:
-        [(identity, _)] = (await write_parts(tier, range(1))).items()
-        with tier._index._transaction() as (txn, tables):
-            key = next(txn.cursor(db=tables.parts).iternext(values=False))
-            txn.put(key, bytes(100), db=tables.parts)
-        tier.delete([identity.part])
+        [(_, location)] = (await write_parts(tier, range(1))).items()
+        with tier._index._transaction() as (txn, tables), txn.cursor(db=tables.extents) as cursor:
+            cursor.first()
+            key, row = cursor.item()
+            cursor.delete()
+            cursor.put(key, row[:-9] + bytes(9))
+        tier.delete([location])
         with contextlib.suppress(CorruptBlock):
             await write_parts(tier, range(1, 2))  # may be of one group with the deletion
         await write_parts(tier, range(2, 3))
@@ -721,7 +750,7 @@ async def test_write_cancelled_in_its_group_waits_and_stores_nothing(
     class Gated(SegmentTier):
         pass
 
-    async def gated(self: SegmentTier, plan: _Plan) -> object:
+    async def gated(self: SegmentTier, plan: Plan) -> object:
         reached.set()
         await go.wait()
         return await getattr(SegmentTier, stage)(self, plan)
@@ -794,7 +823,7 @@ async def test_unusable_directory_is_refused(tmp_path: Path) -> None:
 
 async def test_statistics_say_whether_the_page_cache_is_bypassed(tmp_path: Path) -> None:
     for direct in (True, False):
-        async with make_tier(tmp_path / str(direct), direct=direct) as tier:
+        async with make_tier(tmp_path / str(direct), ops=FileOps(direct=direct)) as tier:
             await tier.write(*make_part(1))
             assert tier.statistics().direct is direct
             assert "1 records" in repr(tier)
@@ -802,7 +831,7 @@ async def test_statistics_say_whether_the_page_cache_is_bypassed(tmp_path: Path)
 
 def test_refused_o_direct_falls_back_visibly() -> None:
     """procfs refuses O_DIRECT with EINVAL, as some file systems do."""
-    fd, direct = direct_io.open_file(Path("/proc/self/comm"), os.O_RDWR, direct=True)
+    fd, direct = direct_io.open_file(FileOps(), Path("/proc/self/comm"), os.O_RDWR)
     os.close(fd)
     assert not direct
 
@@ -814,7 +843,6 @@ async def test_rates_count_time_under_way_once(tmp_path: Path) -> None:
         tmp_path,
         capacity_bytes=MIB,
         clock=lambda: float(next(times)),
-        on_dropped=ignore_drops,
     )
     async with tier:
         identity, payload = make_part(1)

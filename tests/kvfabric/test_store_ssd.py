@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from kvfabric.errors import NoSpace, TransferError
+from kvfabric.store.ssd import SsdTraffic
 from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import (
     PART_BYTES,
@@ -67,24 +68,17 @@ async def rig_over(
     directory: Path, *, num_slots: int = 32, num_parts: int = 1
 ) -> AsyncIterator[tuple[StoreRig, MoodyTier]]:
     """One life of a daemon over `directory`."""
-    rigs: list[StoreRig] = []
-
-    def dropped(parts: list[Part]) -> None:
-        rigs[0].store.ssd_dropped(parts)
-
     tier = MoodyTier(
         directory,
         capacity_bytes=8 << 20,
         segment_bytes=1 << 20,
         clock=asyncio.get_running_loop().time,
-        on_dropped=dropped,
     )
     async with tier:
         limits = StoreLimits(
             host_bytes=num_slots * PART_BYTES, ssd_bytes=8 << 20, max_blocks=256, lease_share=1.0
         )
         rig = StoreRig(limits=limits, layout=make_layout(num_parts), ssd=tier)
-        rigs.append(rig)
         async with rig:
             yield rig, tier
 
@@ -95,6 +89,11 @@ async def eventually(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.01)
     raise TimeoutError("it did not happen")
+
+
+def ssd_of(rig: StoreRig) -> SsdTraffic:
+    assert rig.store._ssd is not None
+    return rig.store._ssd
 
 
 async def store_and_seal(rig: StoreRig, *, shards: tuple[int, ...] = (0,)) -> None:
@@ -364,8 +363,13 @@ async def test_rights_that_end_during_a_promotion_give_no_location(tmp_path: Pat
 async def test_dropped_segments_leave_the_index(tmp_path: Path) -> None:
     async with rig_over(tmp_path) as (rig, _):
         await store_and_seal(rig)
-    async with rig_over(tmp_path) as (rig, _):
-        rig.store.ssd_dropped([Part(key, 0, 0) for key in KEYS[3:]] + [Part(KEYS[0], 9, 9)])
+    async with rig_over(tmp_path) as (rig, tier):
+        places = {identity.part: location for identity, location in tier.records()}
+        first, *_ = places.values()
+        elsewhere = first._replace(file=first.file + 1)
+        owner = ssd_of(rig)
+        owner.dropped([(part, places[part]) for part in places if part.key in KEYS[3:]])
+        owner.dropped([(Part(KEYS[0], 9, 9), first), (Part(KEYS[1], 0, 0), elsewhere)])
         assert rig.match("r", KEYS) == (3, "absent")
         rig.store._residency.check()
 
@@ -386,9 +390,7 @@ async def test_discarding_takes_a_block_off_both_tiers(tmp_path: Path) -> None:
 async def test_the_index_keeps_room_for_new_blocks(tmp_path: Path) -> None:
     async with rig_over(tmp_path) as (rig, _):
         await store_and_seal(rig)
-        ssd = rig.store._ssd
-        assert ssd is not None
-        ssd._max_rows = 6
+        ssd_of(rig)._max_rows = 6
         more = make_keys(3, seed=1)
         await rig.put(more)
         await rig.get(more)
@@ -400,13 +402,13 @@ async def test_what_is_dropped_while_it_is_read_does_not_come_back(tmp_path: Pat
     """A block that SSD forgets during its promotion is not published by it."""
     async with rig_over(tmp_path) as (rig, _):
         await store_and_seal(rig)
-    async with rig_over(tmp_path) as (rig, _):
+    async with rig_over(tmp_path) as (rig, tier):
         rig.match("r", KEYS)
         async with asyncio.TaskGroup() as group:
             load = group.create_task(rig.load("r", KEYS))
             await asyncio.sleep(0)  # the load starts its reads
             await asyncio.sleep(0)
-            rig.store.ssd_dropped([Part(key, 0, 0) for key in KEYS])
+            ssd_of(rig).dropped([(one.part, location) for one, location in tier.records()])
         assert load.result().num_blocks == 0
         rig.store.release(SESSION, ["r"])
         assert rig.store.statistics().num_blocks[TierName.HOST] == 0

@@ -1,0 +1,78 @@
+"""The write budget of the SSD tier: a token bucket that fills over the day. Pure; `clock` is wall time.
+
+A device wears by what is written to it, so the budget is of bytes written, rescued records and headers
+included. The bucket holds an hour's worth: in any 24 hours at most 25/24 of the daily bytes are begun, and
+one record more, since whoever finds the bucket not empty may overdraw it once. What is kept across restarts
+is the level without what may be under way, so that neither a restart nor a crash gives anything back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from kvfabric.tiers.segment_index import BudgetState
+
+DAY_S = 86_400.0
+BURST_S = 3_600.0
+
+
+class WriteBudget:
+    """`bytes_per_day` 0: no limit. `clock`: seconds since 1970. `refused` counts."""
+
+    def __init__(self, bytes_per_day: int, clock: Callable[[], float] = time.time) -> None:
+        self.refused = 0
+        self._rate = bytes_per_day / DAY_S
+        self._most = self._rate * BURST_S
+        self._clock = clock
+        self._left, self._at = self._most, clock()
+
+    def resume(self, kept: BudgetState) -> None:
+        """Go on with what an earlier life left; of a larger budget's rest nothing above today's."""
+        self._left, self._at = min(kept.left, self._most), kept.at
+        self._fill()
+
+    def empty(self) -> None:
+        """What an earlier life left is not known."""
+        self._left, self._at = 0.0, self._clock()
+
+    def __repr__(self) -> str:
+        return f"<WriteBudget {self._left:.0f} of {self._most:.0f} bytes left>"
+
+    @property
+    def is_limited(self) -> bool:
+        return self._rate > 0
+
+    @property
+    def left_bytes(self) -> int:
+        """Negative while overdrawn."""
+        self._fill()
+        return int(self._left)
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether so many bytes may be written now; they are taken then, else the refusal is counted."""
+        if not self.is_limited:
+            return True
+        self._fill()
+        if self._left <= 0:
+            self.refused += 1
+            return False
+        self._left -= num_bytes
+        return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """What was taken and will not be written."""
+        if self.is_limited:
+            self._left = min(self._most, self._left + num_bytes)
+
+    def to_keep(self, under_way: int) -> BudgetState:
+        """What the next life may start with, if this one ends before it says more: `under_way` is what
+        may still be taken until then."""
+        self._fill()
+        return BudgetState(self._left - min(under_way, max(0.0, self._left)), self._at)
+
+    def _fill(self) -> None:
+        now = self._clock()
+        passed = max(0.0, now - self._at)  # a clock that was set back gives nothing
+        self._left = min(self._most, self._left + passed * self._rate)
+        self._at = now
