@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace, QuotaExceeded
 from kvfabric.failpoints import failpoint
@@ -29,23 +28,19 @@ from kvfabric.store.index import (
     SPILLING,
     SSD,
     USED,
-    BlockIndex,
-    Lineage,
     Rows,
     packed_keys,
 )
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.residency import Residency, record_bytes
+from kvfabric.store.seeding import Seeder, key_words
 from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
 from kvfabric.tiers.base import Flags, Location, Move, PartIdentity, RecordBatch, Scrubbed, Tier
-from kvfabric.types import Part, PartSpec
+from kvfabric.types import Part
 
 MAX_QUEUED_BLOCKS = 65_536
 SSD_ROWS_SHARE = 0.75
 """Of the index: blocks on SSD may not keep new ones from being stored."""
-
-_SEED_SLICE = 2048
-"""Records indexed at once; a tier may come while the node serves."""
 
 T = TypeVar("T", Move, tuple[Part, Location])
 
@@ -84,102 +79,9 @@ class SsdTraffic:
         self._changed = asyncio.Event()
         self._max_rows = int(SSD_ROWS_SHARE * self._index.max_blocks)
 
-    # -- start ---------------------------------------------------------------------------------------
-
-    async def seed(self, purged: Collection[bytes] = ()) -> None:
-        """Index what the tier holds, file by file; blocks whose parents are missing too. What was made of
-        `purged` incarnations is deleted: an index that was rebuilt from the files brings it back."""
-        struck = set(purged)
-        for batch in self._tier.batches():
-            doomed = [
-                n for n, one in batch.lineages.items() if struck.intersection(one.incarnations)
-            ]
-            surplus = self._seed(batch, np.isin(batch.rows["lineage"], doomed))
-            if surplus:
-                self._tier.delete(surplus)
-            await asyncio.sleep(0)
-
-    def _seed(self, batch: RecordBatch, gone: Flags) -> list[Location]:
-        """Returns places whose parts are of no use: `gone`, known already, or without room in the index."""
-        room = min(self._index.free_parts, self._index.free_rows // 2)
-        room = max(0, min(room, self._max_rows - self._residency.num_ssd_blocks))
-        wanted = np.flatnonzero(~gone)[:room]
-        fitting = batch.chosen(wanted)
-        rows = self._place(fitting)
-        refused = np.ones(len(batch), dtype=np.bool_)
-        refused[wanted[self._seed_parts(fitting, rows)]] = False
-        return [batch.location(at) for at in np.flatnonzero(refused).tolist()]
-
-    def _place(self, batch: RecordBatch) -> Rows:
-        """Rows of these blocks, made where they are new, below parents that may stay stubs."""
-        index = self._index
-        keys, above = _words(batch.rows["key"]), _words(batch.rows["parent"])
-        self._make_stubs(np.concatenate([keys, above[above.any(axis=1)]]))
-        rows, parents = index.lookup(keys), index.lookup(above)
-        places = batch.rows["block_index"]
-        unknown_parent = (parents != NO_ROW) & (index.lineage.array[parents] == 0)
-        index.block_index.array[parents[unknown_parent]] = places[unknown_parent] - 1
-        new = np.flatnonzero(index.lineage.array[rows] == 0)
-        new = new[np.unique(rows[new], return_index=True)[1]]
-        if len(new):
-            numbers = np.zeros(1 + max(batch.lineages), dtype=np.uint32)
-            for number in np.unique(batch.rows["lineage"][new]).tolist():
-                lineage = batch.lineages[number]
-                numbers[number] = index.intern_lineage(
-                    lineage, self._residency.tenant_slot(lineage.tenant)
-                )
-            lineages = numbers[batch.rows["lineage"][new]]
-            index.adopt(rows[new], parents[new], lineages, places[new])
-        return rows
-
-    def _make_stubs(self, words: npt.NDArray[np.uint64]) -> None:
-        while True:
-            missing = words[self._index.lookup(words) == NO_ROW]
-            if not len(missing):
-                return
-            # Of keys that begin alike, which only somebody who tries makes, one a turn.
-            _, first = np.unique(missing[:, 0], return_index=True)
-            self._index.insert(missing[first])
-
-    def _seed_parts(self, batch: RecordBatch, rows: Rows) -> npt.NDArray[np.intp]:
-        """Which of the batch are sealed now: one record a part, of a block that is what it says."""
-        index, taken = self._index, []
-        for ordinal, own in self._by_ordinal(batch, rows):
-            own = own[np.unique(rows[own], return_index=True)[1]]
-            index.ensure_parts(rows[own], ordinal + 1)
-            parts = index.parts(rows[own], ordinal)
-            fresh = (index.part_state.array[parts] & SSD) == 0
-            own, parts = own[fresh], parts[fresh]
-            chosen = batch.rows[own]
-            index.part_checksum[parts] = chosen["checksum"]
-            self._residency.sealed(
-                rows[own],
-                parts,
-                chosen["num_bytes"].astype(np.int64),
-                batch.file,
-                chosen["offset"].astype(np.int64),
-            )
-            taken.append(own)
-        return np.concatenate(taken) if taken else np.zeros(0, dtype=np.intp)
-
-    def _by_ordinal(
-        self, batch: RecordBatch, rows: Rows
-    ) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
-        """(ordinal in the layout, which of the batch), by kinds of part."""
-        fields = ("lineage", "group", "shard", "num_bytes")
-        kinds = np.stack([batch.rows[name].astype(np.uint64) for name in fields], axis=1)
-        distinct = kinds[:1] if (kinds == kinds[:1]).all() else np.unique(kinds, axis=0)
-        by_ordinal: dict[int, list[npt.NDArray[np.intp]]] = {}
-        for kind in distinct:
-            lineage, group, shard, num_bytes = (int(value) for value in kind)
-            own = np.flatnonzero((kinds == kind).all(axis=1))
-            # A key that names two lineages: the first that came counts.
-            same = _lineage_is(self._index, rows[own], batch.lineages[lineage])
-            layout = self._index.layouts[batch.lineages[lineage].layout_fingerprint]
-            ordinal = layout.add(PartSpec(group, shard, num_bytes))
-            by_ordinal.setdefault(ordinal, []).append(own[same])
-        for ordinal, several in by_ordinal.items():
-            yield ordinal, np.concatenate(several)
+    async def seed(self, purged: Collection[bytes]) -> None:
+        """Index what the tier holds; see `Seeder`."""
+        await Seeder(self._residency, self._max_rows).seed(self._tier, purged)
 
     # -- promotion -----------------------------------------------------------------------------------
 
@@ -483,7 +385,7 @@ class SsdTraffic:
     def hot(self, batch: RecordBatch) -> Flags:
         """Used since they were written, and still the copy that counts."""
         index = self._index
-        rows = index.lookup(_words(batch.rows["key"]))
+        rows = index.lookup(key_words(batch.rows["key"]))
         used: Flags = (index.flags.array[rows] & USED) != 0
         used &= (rows != NO_ROW) & (index.ssd_parts.array[rows] > 0)
         return used
@@ -588,16 +490,6 @@ class _Late:
 def _ssd_admits(accounts: TierAccounts, tenant: int, num_bytes: int) -> bool:
     """The tier reclaims whole segments by itself; only the tenant's hard maximum refuses."""
     return accounts.over_maximum(tenant, num_bytes) <= 0
-
-
-def _words(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
-    """A vector of 32-byte keys as (n, 4) words."""
-    return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)
-
-
-def _lineage_is(index: BlockIndex, rows: Rows, lineage: Lineage) -> Flags:
-    is_same: Flags = index.lineage.array[rows] == index.find_lineage(lineage)
-    return is_same
 
 
 def _rows(number: int) -> Rows:

@@ -234,8 +234,8 @@ class Tier(ABC):
     @abstractmethod
     async def scrub(self, num_bytes: int, *, anew: bool = False) -> Scrubbed:
         """Verify about the next `num_bytes` at rest, from where the last call ended (`anew`: from the
-        first on), to the end of the round at most. What is corrupt is quarantined. Raises KVFabricError. On cancellation: the rest of
-        this call is not verified in this round.
+        first on), to the end of the round at most. What is corrupt is quarantined. Raises KVFabricError.
+        On cancellation: the rest of this call is not verified in this round.
         """
 
     @abstractmethod

@@ -10,15 +10,25 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from kvfabric.errors import ConfigError, CorruptBlock, NoSpace, TransferError
+from kvfabric.testing.segments import (
+    MIB,
+    RECORD,
+    SMALL,
+    Owner,
+    bytes_on_disk,
+    flip_bit,
+    make_tier,
+    readable,
+    small_tier,
+    write_parts,
+)
 from kvfabric.testing.tiers import (
     TierTests,
     make_identity,
@@ -28,7 +38,7 @@ from kvfabric.testing.tiers import (
     read_back,
 )
 from kvfabric.tiers import direct_io, segment_groups, segments
-from kvfabric.tiers.base import Flags, Location, Move, PartIdentity, RecordBatch
+from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES, record_bytes
 from kvfabric.tiers.segment_file import Appended, path_of
@@ -38,78 +48,6 @@ from kvfabric.tiers.segments import (
     SegmentTier,
     default_segment_bytes,
 )
-from kvfabric.tiers.write_budget import WriteBudget
-from kvfabric.types import Part
-
-MIB = 1 << 20
-RECORD = 12 << 10
-SMALL = PAGE_BYTES + 4 * record_bytes(RECORD)
-"""Segment length in which four records of RECORD bytes of payload fit."""
-
-
-class Owner:
-    """Hears of everything; `wanted` are the parts it calls hot."""
-
-    def __init__(self) -> None:
-        self.gone: list[list[Part]] = []
-        self.places: dict[Part, Location] = {}
-        self.wanted: set[Part] = set()
-
-    def hot(self, batch: RecordBatch) -> Flags:
-        return np.array([batch.part(at) in self.wanted for at in range(len(batch))], dtype=np.bool_)
-
-    def moved(self, moves: Sequence[Move]) -> None:
-        self.places |= {move.part: move.new for move in moves}
-
-    def dropped(self, records: Sequence[tuple[Part, Location]]) -> None:
-        self.gone.append([part for part, _ in records])
-
-
-def make_tier(
-    directory: Path,
-    *,
-    kind: type[SegmentTier] = SegmentTier,
-    capacity_bytes: int = 32 * MIB,
-    segment_bytes: int = 0,
-    owner: Owner | None = None,
-    ops: FileOps | None = None,
-    budget: WriteBudget | None = None,
-) -> SegmentTier:
-    tier = kind(
-        directory,
-        capacity_bytes=capacity_bytes,
-        segment_bytes=segment_bytes,
-        clock=time.monotonic,
-        budget=budget,
-        ops=ops,
-    )
-    tier.owner = owner
-    return tier
-
-
-def small_tier(
-    directory: Path,
-    *,
-    files: int = 4,
-    owner: Owner | None = None,
-    ops: FileOps | None = None,
-    budget: WriteBudget | None = None,
-) -> SegmentTier:
-    return make_tier(
-        directory,
-        capacity_bytes=files * SMALL,
-        segment_bytes=SMALL,
-        owner=owner,
-        ops=ops,
-        budget=budget,
-    )
-
-
-def flip_bit(directory: Path, location: Location, at: int) -> None:
-    """Flip a bit in byte `at` of a record (header page first), behind the tier's back."""
-    with path_of(directory, location.file).open("r+b") as file:
-        [byte] = os.pread(file.fileno(), 1, location.offset + at)
-        os.pwrite(file.fileno(), bytes([byte ^ 4]), location.offset + at)
 
 
 class TestConformance(TierTests):
@@ -135,27 +73,6 @@ class TestBufferedConformance(TestConformance):
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups close at once: for tests that write one part after the other."""
     monkeypatch.setattr(segment_groups, "GROUP_S", 0.0)
-
-
-async def write_parts(
-    tier: SegmentTier, seeds: range, num_bytes: int = RECORD
-) -> dict[PartIdentity, Location]:
-    """Each in a group of its own."""
-    return {
-        identity: await tier.write(identity, payload)
-        for identity, payload in (make_part(seed, num_bytes) for seed in seeds)
-    }
-
-
-async def readable(tier: SegmentTier, num_bytes: int = RECORD) -> list[int]:
-    """Seeds of all parts that the tier lists; each must read back with the right bytes."""
-    seeds = []
-    for identity, location in list(tier.records()):
-        seeds.append(identity.block_index)
-        expected, payload = make_part(identity.block_index, num_bytes)
-        assert identity == expected
-        assert await read_back(tier, location, identity) == bytes(payload)
-    return sorted(seeds)
 
 
 # ------------------------------------------------------------------ never wrong bytes
@@ -435,10 +352,6 @@ async def test_index_never_names_what_is_not_on_disk(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ space
-
-
-def bytes_on_disk(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("seg-*"))
 
 
 async def test_oldest_segment_gives_way(tmp_path: Path, fast: None) -> None:
