@@ -18,7 +18,7 @@ SGLANG_STAMP := $(SGLANG_VENV)/.installed
 LMCACHE_VENV := .venv-lmcache
 LMCACHE_STAMP := $(LMCACHE_VENV)/.installed
 
-.PHONY: demo test check bench proto clean test-vllm $(VLLM_VENV) test-sglang $(SGLANG_VENV) $(LMCACHE_VENV)
+.PHONY: demo test torture check bench proto clean test-vllm $(VLLM_VENV) test-sglang $(SGLANG_VENV) $(LMCACHE_VENV)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Every test under tests/torture at its full count (hours); what it counts goes into tests/TORTURE.md.
+torture: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	rm -f .torture-results
+	KVFABRIC_TORTURE=full KVFABRIC_TORTURE_RESULTS=$(CURDIR)/.torture-results $(BIN)/python -m pytest tests/torture -s -o faulthandler_timeout=0 $(PYTEST_ARGS); \
+		code=$$?; [ ! -e .torture-results ] || $(BIN)/python tests/torture/publish.py .torture-results "make torture"; exit $$code
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

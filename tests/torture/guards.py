@@ -1,0 +1,87 @@
+"""Changes to a node before it starts: a disk that lies, and guards taken out for the twins of a proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvfabric.failpoints import failpoint
+from kvfabric.tiers import direct_io
+from kvfabric.tiers.file_ops import FileOps
+from kvfabric.tiers.records import PAGE_BYTES
+from kvfabric.tiers.segments import SegmentTier
+
+
+def volatile() -> None:
+    """Power may fail: what is written reaches the file at the next sync of it, and not before."""
+    pending: dict[int, list[tuple[memoryview, int]]] = {}
+    pwritev, close = FileOps.pwritev, FileOps.close
+
+    def keep(_: FileOps, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        num_bytes = sum(map(len, buffers))
+        copy = direct_io.aligned_buffer(num_bytes)
+        copy[:num_bytes] = b"".join(buffers)
+        pending.setdefault(fd, []).append((copy[:num_bytes], offset))
+        return num_bytes
+
+    def flushed(sync: Callable[[FileOps, int], None]) -> Callable[[FileOps, int], None]:
+        def flush_and_sync(ops: FileOps, fd: int) -> None:
+            for data, offset in pending.pop(fd, ()):
+                pwritev(ops, fd, [data], offset)
+            sync(ops, fd)
+
+        return flush_and_sync
+
+    def forget_and_close(ops: FileOps, fd: int) -> None:
+        pending.pop(fd, None)
+        close(ops, fd)
+
+    FileOps.pwritev = keep  # type: ignore[method-assign, assignment]
+    FileOps.fdatasync = flushed(FileOps.fdatasync)  # type: ignore[method-assign, assignment]
+    FileOps.fsync = flushed(FileOps.fsync)  # type: ignore[method-assign, assignment]
+    FileOps.close = forget_and_close  # type: ignore[method-assign, assignment]
+
+
+def torn() -> None:
+    """Every write of records loses the last page that it should have written, and nobody is told."""
+    pwritev = FileOps.pwritev
+
+    def tear(ops: FileOps, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        whole = b"".join(buffers)
+        kept = direct_io.aligned_buffer(max(len(whole) - PAGE_BYTES, PAGE_BYTES))
+        kept[:] = whole[: len(kept)]
+        pwritev(ops, fd, [kept], offset)
+        return len(whole)
+
+    FileOps.pwritev = tear  # type: ignore[method-assign, assignment]
+
+
+def no_checksum() -> None:
+    """Guard out: what comes from SSD is believed."""
+    SegmentTier._verify = lambda *_: None  # type: ignore[method-assign]
+
+
+def index_first() -> None:
+    """Guard out: the index is committed before the bytes it speaks of are written."""
+
+    async def make_durable(tier: SegmentTier, plan: Any) -> Any:
+        decided = await tier._commit_index(plan)
+        failpoint("segment.appended")
+        await tier._write_data(plan)
+        await tier._sync_data(plan)
+        return decided
+
+    SegmentTier._make_durable = make_durable  # type: ignore[method-assign, assignment]
+
+
+def no_sync() -> None:
+    """Guard out: bytes are not synced before the index speaks of them."""
+
+    async def nothing(*_: Any) -> None: ...
+
+    SegmentTier._sync_data = nothing  # type: ignore[method-assign, assignment]
+
+
+CHANGES: dict[str, Callable[[], None]] = {
+    change.__name__: change for change in (volatile, torn, no_checksum, index_first, no_sync)
+}
