@@ -28,6 +28,12 @@ _SIZE = re.compile(r"(\d+)\s*([KMGT]iB)?", re.IGNORECASE)
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
+DIRECTORY_HELP = (
+    "registry of a fleet: rediss://USER@HOST/?password_file=FILE&ca=FILE, unix:///SOCKET or "
+    "rediss+sentinel://HOST,HOST/PRIMARY; empty: each node has its own"
+)
+
+
 def default_state_dir() -> Path:
     """Where a node keeps keyring, registry, SSD tier and sockets unless told otherwise."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
@@ -65,6 +71,9 @@ class NodeConfig:
     reservation_s: float = _key(30.0, "how long a reservation may wait for its commit")
     require_handle: bool = _key(False, "refuse requests that carry no handle of a router")
     epoch_lease_s: float = _key(2.0, "how long routers may trust the epochs they saw")
+    directory: str = _key("", DIRECTORY_HELP)
+    keyring_dir: str = _key("", "where the keyring is, if nodes share it (default: STATE_DIR)")
+    insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
     sessions_return_s: float = _key(
         10.0, "how long a new daemon waits for the engines of a crashed one to return the arena"
     )
@@ -85,6 +94,10 @@ class NodeConfig:
         return Path(self.socket) if self.socket else self.state_dir / "node.sock"
 
     @property
+    def keyring_path(self) -> Path:
+        return Path(self.keyring_dir) if self.keyring_dir else self.state_dir
+
+    @property
     def admin_socket_path(self) -> Path:
         return Path(self.admin_socket) if self.admin_socket else self.state_dir / "admin.sock"
 
@@ -103,7 +116,13 @@ class RouterConfig:
     state_dir: Path = dataclasses.field(
         default_factory=default_state_dir, metadata={"help": "where the node keeps the keyring"}
     )
-    nodes: tuple[str, ...] = _key((), "admin sockets of the nodes (default: STATE_DIR/admin.sock)")
+    nodes: tuple[str, ...] = _key(
+        (),
+        "admin sockets of the nodes (default: those in the directory, else STATE_DIR/admin.sock)",
+    )
+    directory: str = _key("", DIRECTORY_HELP)
+    keyring_dir: str = _key("", "where the keyring is, if nodes share it (default: STATE_DIR)")
+    insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
     engines: tuple[str, ...] = _key((), "base URLs of engines that no node announces")
     policy: str = _key("cost", "cost or round_robin")
     fabric: bool = _key(True, "use the nodes; false: a plain load balancer with API keys")
@@ -117,7 +136,13 @@ class RouterConfig:
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 
     @property
+    def keyring_path(self) -> Path:
+        return Path(self.keyring_dir) if self.keyring_dir else self.state_dir
+
+    @property
     def admin_sockets(self) -> tuple[str, ...]:
+        if self.directory:
+            return self.nodes
         return self.nodes or (str(self.state_dir / "admin.sock"),)
 
 

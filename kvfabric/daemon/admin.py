@@ -311,6 +311,10 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Any) -> pb.EpochLease:
         if not 0 < len(request.holder_id) <= 200:
             raise ConfigError("a holder has an id of 1 to 200 characters")
+        if self._registry.tracks_holders:
+            raise Conflict(
+                "this node's registry is a directory: give the router the same --directory"
+            )
         state = self._registry.state
         ttl_s = self._holders.renew(
             request.holder_id, request.holder_kind, request.applied_version, state.version
@@ -410,8 +414,7 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         self, change: Change, who: str, started: float, requested_at: float
     ) -> pb.Receipt:
         """What happened and when it counted. Bytes are left out: nobody has counted them."""
-        # The node itself acts on the registry's own state, from the moment it was published.
-        acks = [Ack(self._node_id, "node", self._clock()), *await self._reached(change.version)]
+        acks = await self._reached(change.version)
         return pb.Receipt(
             action=change.action,
             scope=change.scope,
@@ -434,13 +437,17 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
 
     async def _reached(self, version: int) -> list[Ack]:
         """Wait until every holder of a lease has applied `version` or was waited out."""
+        if self._registry.tracks_holders:
+            return await self._registry.reached(version)
+        # The node itself acts on the registry's own state, from the moment it was published.
+        own = Ack(self._node_id, "node", self._clock())
         current = self._holders.begin(version)
         try:
             while (wait_s := self._holders.wait_s(current)) is not None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
                         await self._heard.wait()
-            return current.acks
+            return [own, *current.acks]
         finally:
             self._holders.end(current)
 

@@ -29,7 +29,8 @@ from kvfabric.errors import ConfigError, NoSpace, TransferError
 from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
-from kvfabric.registry.embedded import EmbeddedRegistry
+from kvfabric.registry.home import open_registry
+from kvfabric.registry.state import PURGED
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
@@ -76,10 +77,9 @@ class Node:
         config = self.config
         _make_private(config.state_dir)
         stack.enter_context(locked(config.state_dir / "node.lock"))
-        self.keyring = Keyring.create_or_open(config.state_dir)
-        self.registry = await stack.enter_async_context(
-            EmbeddedRegistry(config.state_dir / "registry")
-        )
+        _make_private(config.keyring_path)
+        self.keyring = Keyring.create_or_open(config.keyring_path)
+        self.registry = await stack.enter_async_context(open_registry(config))
         self.keeper = ArenaKeeper(config.state_dir / "arena.json", self.boot_id, config.host_bytes)
         stack.callback(self.keeper.close)
         await stack.enter_async_context(self._ssd_stack)  # left after the store
@@ -99,11 +99,13 @@ class Node:
         await self._open_http(stack)
         # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        for work in (
+        background = (
             self._await_arena(),
             self._await_ssd(),
             garbage.collect(self.store.turns.wait),
-        ):
+            self._purge_struck_off(),
+        )
+        for work in background:
             stack.callback(group.create_task(work).cancel)
         stack.enter_context(garbage.own_schedule())
 
@@ -119,7 +121,7 @@ class Node:
         )
         return BlockStore(
             limits=limits,
-            registry=lambda: self.registry.state,
+            registry=lambda: self.registry.usable(),
             clock=time.monotonic,
             events=self.events,
             ssd=None,
@@ -160,7 +162,7 @@ class Node:
         services = Services(
             store=self.store,
             keyring=self.keyring,
-            registry=lambda: self.registry.state,
+            registry=lambda: self.registry.usable(),
             events=self.events,
             require_handle=config.require_handle,
             wall_clock=time.time,
@@ -275,6 +277,20 @@ class Node:
                 warned = True
                 pids = sorted(process.pid for process in self.keeper.waiting_for)
                 log.warning("no host tier: processes %s keep the earlier arena", pids)
+
+    # ------------------------------------------------------------------ the registry
+
+    async def _purge_struck_off(self) -> None:
+        """Drop what was purged from here or by another node. Its reach ended before that."""
+        struck: frozenset[bytes] = frozenset()
+        state = self.registry.state
+        while True:
+            templates = state.templates.values()
+            now = frozenset(bytes(t.incarnation) for t in templates if t.state == PURGED)
+            if now - struck:
+                await self.store.purge(now - struck)
+            struck = now
+            state = await self.registry.wait_newer(state.version)
 
     # ------------------------------------------------------------------ SessionObserver
 

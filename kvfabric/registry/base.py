@@ -7,14 +7,15 @@ durable, in order, and publishes the state after it. What a change does is decid
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 from kvfabric.errors import ConfigError
 from kvfabric.registry import changes
 from kvfabric.registry.audit import AuditRecord
 from kvfabric.registry.changes import Draft, TenantChange
+from kvfabric.registry.holders import Ack
 from kvfabric.registry.state import RegistryState, TemplateVersion, Tenant, TierQuota
 from kvfabric.types import TenantId
 
@@ -34,6 +35,24 @@ class Change:
     new_epoch: int
     version: int
     audit_head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryStatus:
+    """For status, metrics and doctor. `home`: embedded, or the address of the directory, without secrets.
+
+    `state`: serving, or why nothing may be served: `no_lease`, or `new_store` for two lease times after the
+    store turned out to be another one. `detail`: what was wrong last, empty if nothing is. `num_errors` by
+    reason and `num_restores` (what a store had lost was given back) count since start.
+    """
+
+    home: str
+    state: str
+    detail: str = ""
+    lease_left_s: float = float("inf")
+    num_holders: int = 0
+    num_restores: int = 0
+    num_errors: Mapping[str, int] = field(default_factory=dict)
 
 
 class Registry(ABC):
@@ -58,6 +77,29 @@ class Registry(ABC):
     @abstractmethod
     async def wait_newer(self, version: int) -> RegistryState:
         """The newest state as soon as it is newer than `version`."""
+
+    def usable(self) -> RegistryState | None:
+        """The state to serve by now, or None without an epoch lease: then every lookup is a miss.
+
+        A registry that nobody else can change needs no lease.
+        """
+        return self.state
+
+    @property
+    @abstractmethod
+    def status(self) -> RegistryStatus: ...
+
+    @property
+    def tracks_holders(self) -> bool:
+        """Whether `reached` knows every holder of an epoch lease, this process included."""
+        return False
+
+    async def reached(self, version: int) -> list[Ack]:
+        """Wait until every holder applied `version` or was waited out, one lease and a grace after the call.
+
+        On cancellation the change stands. Only where `tracks_holders`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     async def commit(

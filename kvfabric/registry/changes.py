@@ -235,6 +235,22 @@ def scope_of(state: RegistryState, kind: str, name: str) -> str:
     return scopes[kind](name)
 
 
+# ---------------------------------------------------------------------- what never goes back
+
+
+def check_forward(before: RegistryState, after: RegistryState) -> None:
+    """Whatever made `after`: no epoch and no version goes back, and what was purged stays purged.
+
+    Raises Conflict.
+    """
+    back = [scope for scope, epoch in before.epochs.items() if after.epoch(scope) < epoch]
+    if back or after.version <= before.version or after.registry_id != before.registry_id:
+        raise Conflict(f"epochs never go back: {', '.join(back) or 'registry version'} would")
+    for name, template in before.templates.items():
+        if template.state == PURGED and after.templates.get(name) != template:
+            raise Conflict(f"template {' '.join(name)} was purged for good")
+
+
 # ---------------------------------------------------------------------- inside
 
 

@@ -307,3 +307,88 @@ class RegistryTests(ABC):
             return replace(invalidate_scope(state, model_scope("m1"), "rogue"), state=make(state))
 
         return decide
+
+
+class SharedRegistryTests(RegistryTests):
+    """Further, of a registry that several processes share: each opens its own at the same `home`."""
+
+    @abstractmethod
+    def open_holder(self, home: Path, name: str) -> Registry: ...
+
+    def open_registry(self, home: Path) -> Registry:
+        return self.open_holder(home, "a")
+
+    async def test_what_one_changes_all_see_and_log(self, tmp_path: Path) -> None:
+        async with (
+            self.open_holder(tmp_path, "a") as one,
+            self.open_holder(tmp_path, "b") as other,
+        ):
+            await one.create_tenant("acme", TierQuota(100, 10), NO_QUOTA, requested_by="alice")
+            await self.register(one, "v1")
+            await self.see(other, one.state.version)
+            assert other.state == one.state
+            await other.invalidate("template", "greeting", "", purge=False, requested_by="bob")
+            await self.see(one, other.state.version)
+            assert one.state == other.state
+            assert await one.audit_log() == await other.audit_log()
+            assert [r.who for r in await one.audit_log()] == ["alice", "", "bob"]
+
+    async def test_changes_of_several_are_made_one_after_the_other(self, tmp_path: Path) -> None:
+        async with (
+            self.open_holder(tmp_path, "a") as one,
+            self.open_holder(tmp_path, "b") as other,
+            asyncio.TaskGroup() as group,
+        ):
+            first = one.state.version
+            tasks = [
+                group.create_task(holder.invalidate("model", "m1", "", purge=False))
+                for _ in range(6)
+                for holder in (one, other)
+            ]
+            changes = [await task for task in tasks]
+            assert sorted(change.new_epoch for change in changes) == list(range(1, 13))
+            assert len({change.audit_head for change in changes}) == 12
+            await self.see(one, first + 12)
+            await self.see(other, first + 12)
+
+    async def test_a_change_reaches_every_holder(self, tmp_path: Path) -> None:
+        async with (
+            self.open_holder(tmp_path, "a") as one,
+            self.open_holder(tmp_path, "b") as other,
+        ):
+            await self.lease(one)
+            await self.lease(other)
+            change = await one.invalidate("model", "m1", "", purge=False)
+            acks = await one.reached(change.version)
+            assert [ack.waited_out for ack in acks] == [False, False]
+            assert {ack.holder_id[0] for ack in acks} == {"a", "b"}
+            seen = other.usable()
+            assert seen is not None
+            assert seen.version >= change.version
+
+    async def test_nobody_waits_for_who_has_left(self, tmp_path: Path) -> None:
+        async with self.open_holder(tmp_path, "a") as one:
+            async with self.open_holder(tmp_path, "b") as other:
+                await self.lease(other)
+            assert other.usable() is None or one.state.version == other.state.version
+            change = await one.invalidate("model", "m1", "", purge=False)
+            assert [ack.holder_id[0] for ack in await one.reached(change.version)] == ["a"]
+
+    async def test_names_and_leases_outlive_a_restart(self, tmp_path: Path) -> None:
+        async with self.open_holder(tmp_path, "a") as one:
+            await self.lease(one)
+            await one.invalidate("model", "m1", "", purge=False)
+        async with self.open_holder(tmp_path, "b") as other:
+            await self.lease(other)
+            assert other.state.epoch(model_scope("m1")) == 1
+
+    async def see(self, registry: Registry, version: int) -> None:
+        async with asyncio.timeout(5):
+            await registry.wait_newer(version - 1)
+
+    async def lease(self, registry: Registry) -> RegistryState:
+        """Wait until it may serve."""
+        async with asyncio.timeout(10):
+            while (state := registry.usable()) is None:
+                await asyncio.sleep(0.01)
+        return state

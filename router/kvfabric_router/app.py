@@ -23,11 +23,11 @@ from aiohttp import web
 from kvfabric.config import RouterConfig, split_address
 from kvfabric.errors import ConfigError, KVFabricError
 from kvfabric.events.index import FleetIndex
+from kvfabric.registry.lease import EpochLease
 from kvfabric_router import api
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner, explain
 from kvfabric_router.fleet import Fleet
-from kvfabric_router.lease import EpochLease
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
 from kvfabric_router.probes import Prober

@@ -20,11 +20,11 @@ from kvfabric.errors import ConnectError, KVFabricError, RemoteProtocolError
 from kvfabric.events.index import FleetIndex, NodeFeed
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
+from kvfabric.registry.lease import RENEW_EVERY_S
 from kvfabric.registry.wire import state_from_pb
 from kvfabric.types import NodeId
 from kvfabric_router.fleet import Fleet, SessionReport
 from kvfabric_router.identity import ModelIdentity
-from kvfabric_router.lease import RENEW_EVERY_S
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.registry_view import RegistryView
 

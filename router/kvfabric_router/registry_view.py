@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 
+from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.state import RegistryState, Tenant
 from kvfabric_router.api import ApiError
 from kvfabric_router.auth import TenantDirectory
-from kvfabric_router.lease import EpochLease
 from kvfabric_router.prompt import TOKENIZERS, TemplateIndex
 
 

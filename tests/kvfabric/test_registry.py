@@ -10,7 +10,7 @@ import pytest
 
 from kvfabric.errors import ClosedError, ConfigError, Conflict, NoSpace, RemoteProtocolError
 from kvfabric.protocol import kvfabric_pb2 as pb
-from kvfabric.registry import embedded
+from kvfabric.registry import database
 from kvfabric.registry.base import Registry
 from kvfabric.registry.embedded import EmbeddedRegistry
 from kvfabric.registry.state import RegistryState, TierQuota, namespace_of, scopes_of
@@ -82,7 +82,7 @@ async def test_two_processes_never_both_write_one_registry(tmp_path: Path) -> No
 async def test_a_commit_that_fails_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_MAP_BYTES", 256 << 10)
+    monkeypatch.setattr(database, "_MAP_BYTES", 256 << 10)
     async with EmbeddedRegistry(tmp_path) as registry:
         before = registry.state
         with pytest.raises(NoSpace, match="full"):

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from kvfabric_router.fleet import SessionReport
 from kvfabric_router.identity import ModelIdentity, RequestIdentity
-from kvfabric_router.lease import EpochLease
 from kvfabric_router.prompt import TemplateIndex
 
 from kvfabric import tokenizer
 from kvfabric.handle import Handle, open_handle
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.state import RETIRED, RegistryState
 from kvfabric.types import NodeId
 from tests.router.standin import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from kvfabric_router.lease import EpochLease, boottime
 
+from kvfabric.registry.lease import EpochLease, boottime
 from kvfabric.registry.state import RegistryState
 from tests.router.standin import REGISTRY_ID, registry_state
 

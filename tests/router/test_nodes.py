@@ -11,7 +11,6 @@ import aiohttp
 import grpc
 import pytest
 from kvfabric_router.app import running
-from kvfabric_router.lease import boottime
 from kvfabric_router.registry_view import RegistryView
 
 from kvfabric.config import RouterConfig
@@ -23,6 +22,7 @@ from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.protocol.messages import BlockRun, EngineEvents
 from kvfabric.registry.embedded import EmbeddedRegistry
+from kvfabric.registry.lease import boottime
 from kvfabric.registry.state import RETIRED, RegistryState
 from kvfabric.store.turns import Turns
 from kvfabric.types import BlockKey, NodeId, TierName

@@ -1,0 +1,47 @@
+"""Which registry a process uses: its own, or a fleet's. Redis is imported only for the latter."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from kvfabric.config import NodeConfig, RouterConfig
+from kvfabric.errors import ConfigError
+from kvfabric.registry.base import Registry
+from kvfabric.registry.embedded import EmbeddedRegistry
+
+if TYPE_CHECKING:
+    from kvfabric.registry.redis.registry import RedisRegistry
+
+
+def open_registry(config: NodeConfig) -> Registry:
+    """A node's, to be entered. Raises ConfigError for a directory that cannot be meant."""
+    if not config.directory:
+        return EmbeddedRegistry(config.state_dir / "registry")
+    return join_directory(
+        config, kind="node", name=config.name, address=f"unix:{config.admin_socket_path}"
+    )
+
+
+def join_directory(
+    config: NodeConfig | RouterConfig,
+    *,
+    kind: str,
+    name: str,
+    address: str = "",
+    before_ack: Callable[[], Awaitable[None]] | None = None,
+) -> RedisRegistry:
+    """The fleet's registry as this holder sees it, to be entered. Raises ConfigError."""
+    try:
+        from kvfabric.registry.redis.address import parse
+        from kvfabric.registry.redis.registry import Holder, RedisRegistry
+    except ModuleNotFoundError as exc:
+        raise ConfigError(
+            f"--directory needs {exc.name}, which is missing: pip install 'kvfabric[redis]'"
+        ) from exc
+    return RedisRegistry(
+        parse(config.directory, insecure=config.insecure),
+        config.state_dir / ("registry" if kind == "node" else f"registry-{name}"),
+        holder=Holder(kind, name, address, before_ack),
+        lease_s=config.epoch_lease_s if isinstance(config, NodeConfig) else 2.0,
+    )

@@ -1,0 +1,1 @@
+"""The registry of a fleet, on a Redis that nodes and routers share (`--directory`)."""
