@@ -59,6 +59,8 @@ NODE_METRICS: tuple[Metric, ...] = (
     _gauge("adoption_waits_processes", "Processes that still have an earlier daemon's arena"),
     _gauge("arena_adopted_info", "1 if the arena is an earlier daemon's"),
     _gauge("registry_version", "Version of the registry's state"),
+    _gauge("registry_holders", "Nodes and routers registered in the directory"),
+    _gauge("epoch_lease_valid", "1 if the epochs may be believed; at 0 every lookup is a miss"),
     _gauge("event_sequence", "Number of the newest batch of the event stream"),
     _counter("requests", "Requests of engines, by result: ok or the code of an error", "result"),
     _counter("protocol_errors", "Connections ended because the wire contract was broken"),
@@ -73,6 +75,8 @@ NODE_METRICS: tuple[Metric, ...] = (
     _counter("ssd_writes", "Parts sealed on SSD"),
     _counter("ssd_errors", "Reads and writes that SSD failed"),
     _counter("ssd_refused", "Parts that SSD had no room for"),
+    _counter("registry_errors", "Failed renewals of the epoch lease", "reason"),
+    _counter("registry_restores", "Times that a directory got back what it had lost"),
     _counter("corrupt_parts", "Parts whose bytes did not verify"),
 )
 

@@ -47,6 +47,11 @@ def _status(args: argparse.Namespace) -> int:
         f"node {status.node_id}, version {status.version}, boot {status.boot_id.hex()[:8]}, "
         f"up {status.uptime_s:.0f} s, registry version {status.registry_version}"
     ]
+    registry = status.registry
+    lines.append(
+        f"registry {registry.home}: {registry.state}, {registry.num_holders} holders, "
+        f"restored {registry.num_restores} times" + (f": {registry.detail}" * bool(registry.detail))
+    )
     lines += _table(
         ("tier", "state", "used", "capacity", "draining", "blocks"),
         [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvfabric.metrics import Sample
 from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.registry.base import RegistryStatus
 from kvfabric.store.store import StoreStatistics
 from kvfabric.types import TierName
 
@@ -24,6 +25,7 @@ def node_samples(node: Node) -> Iterator[Sample]:
         up = there is not None and not details[tier]
         yield Sample(_PREFIX + "tier_up_info", float(up), (tier,))
     sessions, counts = node.sessions, node.engines.counts
+    registry = node.registry.status
     values: tuple[tuple[str, float], ...] = (
         ("sessions", len(sessions.live())),
         ("sessions_draining", sessions.num_ended),
@@ -32,6 +34,9 @@ def node_samples(node: Node) -> Iterator[Sample]:
         ("adoption_waits_processes", len(node.keeper.waiting_for) * node.keeper.is_missing()),
         ("arena_adopted_info", node.keeper.adopted),
         ("registry_version", node.registry.state.version),
+        ("registry_holders", registry.num_holders),
+        ("registry_restores", registry.num_restores),
+        ("epoch_lease_valid", registry.state == "serving"),
         ("event_sequence", node.events.sequence),
         ("protocol_errors", counts.protocol_errors),
         ("refused_connections", counts.refused_connections),
@@ -40,6 +45,20 @@ def node_samples(node: Node) -> Iterator[Sample]:
         yield Sample(_PREFIX + name, value)
     for result, count in counts.requests.items():
         yield Sample(_PREFIX + "requests", count, (result,))
+    for reason, count in registry.num_errors.items():
+        yield Sample(_PREFIX + "registry_errors", count, (reason,))
+
+
+def _registry_status(status: RegistryStatus) -> pb.RegistryStatus:
+    return pb.RegistryStatus(
+        home=status.home,
+        state=status.state,
+        detail=status.detail,
+        lease_left_s=status.lease_left_s if status.lease_left_s < float("inf") else 0.0,
+        num_holders=status.num_holders,
+        num_restores=status.num_restores,
+        num_errors=status.num_errors,
+    )
 
 
 def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
@@ -77,6 +96,7 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
         arena_adopted=node.keeper.adopted,
         counters=_counters(node, store),
         sealed_keys=sorted(keys),
+        registry=_registry_status(node.registry.status),
     )
 
 

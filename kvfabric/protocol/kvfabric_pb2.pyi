@@ -367,8 +367,33 @@ class TenantUsage(_message.Message):
     leased_bytes: int
     def __init__(self, tenant_id: _Optional[str] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ...) -> None: ...
 
+class RegistryStatus(_message.Message):
+    __slots__ = ("home", "state", "detail", "lease_left_s", "num_holders", "num_restores", "num_errors")
+    class NumErrorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    HOME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    LEASE_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESTORES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    home: str
+    state: str
+    detail: str
+    lease_left_s: float
+    num_holders: int
+    num_restores: int
+    num_errors: _containers.ScalarMap[str, int]
+    def __init__(self, home: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., lease_left_s: _Optional[float] = ..., num_holders: _Optional[int] = ..., num_restores: _Optional[int] = ..., num_errors: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
 class NodeStatus(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "uptime_s", "tiers", "engines", "usage", "registry_version", "arena_adopted", "counters", "sealed_keys")
+    __slots__ = ("node_id", "boot_id", "version", "uptime_s", "tiers", "engines", "usage", "registry_version", "arena_adopted", "counters", "sealed_keys", "registry")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -387,6 +412,7 @@ class NodeStatus(_message.Message):
     ARENA_ADOPTED_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     SEALED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    REGISTRY_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
@@ -398,4 +424,5 @@ class NodeStatus(_message.Message):
     arena_adopted: bool
     counters: _containers.ScalarMap[str, int]
     sealed_keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., usage: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., registry_version: _Optional[int] = ..., arena_adopted: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., sealed_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    registry: RegistryStatus
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., usage: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., registry_version: _Optional[int] = ..., arena_adopted: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., sealed_keys: _Optional[_Iterable[bytes]] = ..., registry: _Optional[_Union[RegistryStatus, _Mapping]] = ...) -> None: ...

@@ -389,6 +389,8 @@ class SharedRegistryTests(RegistryTests):
     async def lease(self, registry: Registry) -> RegistryState:
         """Wait until it may serve."""
         async with asyncio.timeout(10):
-            while (state := registry.usable()) is None:
+            while True:
+                state = registry.usable()
+                if state is not None:
+                    return state
                 await asyncio.sleep(0.01)
-        return state
