@@ -18,7 +18,11 @@ SGLANG_STAMP := $(SGLANG_VENV)/.installed
 LMCACHE_VENV := .venv-lmcache
 LMCACHE_STAMP := $(LMCACHE_VENV)/.installed
 
-.PHONY: demo test torture check bench proto clean test-vllm $(VLLM_VENV) test-sglang $(SGLANG_VENV) $(LMCACHE_VENV)
+# The routers beside which bench_router.py measures ours, an index to compare, and the official client.
+ROUTERS_VENV := .venv-routers
+ROUTERS_STAMP := $(ROUTERS_VENV)/.installed
+
+.PHONY: demo test torture check bench proto clean test-vllm $(VLLM_VENV) test-sglang $(SGLANG_VENV) $(LMCACHE_VENV) $(ROUTERS_VENV)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -96,5 +100,15 @@ $(LMCACHE_STAMP): constraints-lmcache.txt
 	$(LMCACHE_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+$(ROUTERS_VENV): $(ROUTERS_STAMP)
+
+# Ours and its node run from $(VENV); what the benchmark itself imports of kvfabric is here too.
+$(ROUTERS_STAMP): constraints-routers.txt $(STAMP)
+	$(PYTHON) -m venv $(ROUTERS_VENV)
+	$(ROUTERS_VENV)/bin/python -m pip install --quiet --constraint constraints-routers.txt smg sglang-router vllm-router ai-dynamo-runtime openai \
+		aiohttp msgspec numpy xxhash
+	$(ROUTERS_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LMCACHE_VENV)
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(LMCACHE_VENV) $(ROUTERS_VENV)

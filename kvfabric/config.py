@@ -124,7 +124,7 @@ class RouterConfig:
     keyring_dir: str = _key("", "where the keyring is, if nodes share it (default: STATE_DIR)")
     insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
     engines: tuple[str, ...] = _key((), "base URLs of engines that no node announces")
-    policy: str = _key("cost", "cost or round_robin")
+    policy: str = _key("cost", "cost, least_loaded or round_robin")
     fabric: bool = _key(True, "use the nodes; false: a plain load balancer with API keys")
     request_timeout_s: float = _key(600.0, "how long an engine may take for one answer")
     handle_ttl_s: float = _key(600.0, "how long a handle is valid")
@@ -132,7 +132,7 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "request_timeout_s", "handle_ttl_s")
-        _one_of(self, "policy", "cost", "round_robin")
+        _one_of(self, "policy", "cost", "least_loaded", "round_robin")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 
     @property

@@ -335,6 +335,11 @@ class NodeFeed:
             self._take(batch)
         self.needs_snapshot = False
 
+    def distrust(self) -> None:
+        """What is known may be wrong although no batch is missing: a snapshot is to replace it."""
+        self.needs_snapshot = True
+        self._kept.clear()
+
     def lost(self) -> None:
         """The node is gone: so is all it held, until a snapshot says otherwise."""
         self._index.drop_node(self._node_id)

@@ -14,6 +14,7 @@ import msgspec
 
 from kvfabric import tokenizer
 from kvfabric.errors import KVFabricError
+from kvfabric_router.rates import Work
 
 COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
 MAX_BODY_BYTES = 16 << 20
@@ -200,6 +201,17 @@ class Usage:
     hbm_tokens: int
     host_tokens: int
     ssd_tokens: int
+
+    @property
+    def work(self) -> Work:
+        """What the prompt asked of the engine; reuse of no known tier counts as HBM's."""
+        fetched = self.host_tokens + self.ssd_tokens
+        return Work(
+            computed=max(self.prompt_tokens - self.cached_tokens, 0),
+            hbm=max(self.cached_tokens - fetched, 0),
+            host=self.host_tokens,
+            ssd=self.ssd_tokens,
+        )
 
 
 def parse_usage(answer: object) -> Usage | None:

@@ -22,14 +22,16 @@ from kvfabric.events.index import FleetIndex, Holder, Present
 from kvfabric.handle import PARAMS_FIELD
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RegistryState, Tenant
-from kvfabric.types import TenantId
+from kvfabric.types import BlockKey, TenantId
 from kvfabric_router import policy
 from kvfabric_router.api import ApiError, ModelRequest
 from kvfabric_router.fleet import Fleet
+from kvfabric_router.flight import Sent
 from kvfabric_router.identity import PromptKeys, RequestIdentity, one_time_salt
 from kvfabric_router.keyring_reader import KeyringReader
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.policy import Candidate, EngineView, Ranked, Reuse
+from kvfabric_router.predicted import Predicted
 from kvfabric_router.prompt import TOKENIZERS, tokenise
 from kvfabric_router.registry_view import RegistryView
 
@@ -69,11 +71,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to send where, now. `version` is that of the registry state that it was made by."""
+    """What to send where, now. `version` is that of the registry state that it was made by; `keys` those
+    blocks of the prompt that the engine will have for the next request that starts like this one.
+    """
 
     decision: Decision
     body: Mapping[str, Any]
     version: int
+    keys: Sequence[BlockKey] = ()
 
     @property
     def choice(self) -> Candidate:
@@ -82,6 +87,12 @@ class Plan:
     @property
     def engine(self) -> EngineView:
         return self.choice.engine
+
+    @property
+    def sent(self) -> Sent:
+        """What the fleet's account needs to know of it."""
+        chosen = self.decision.ranked[0]
+        return Sent(chosen.candidate.work, chosen.terms.own_work, self.keys)
 
 
 class Planner:
@@ -113,12 +124,16 @@ class Planner:
         engines = self._eligible(call)
         state = self._registry.usable() if self._config.fabric else None
         identities = _Identities(call, state, self._keyring, self._registry)
-        matches = _Matches(self._index)
+        matches = _Matches(self._index, self._fleet.predicted)
         candidates = [self._candidate(call, engine, identities, matches) for engine in engines]
         ranked = self._rank(call, candidates)
         body, reason = self._body(call, ranked[0].candidate.engine, identities)
+        keys = None if reason or call.no_store else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
-            Decision(call.tenant.tenant_id, ranked, reason), body, state.version if state else 0
+            Decision(call.tenant.tenant_id, ranked, reason),
+            body,
+            state.version if state else 0,
+            keys.keys if keys is not None and not call.tenant.opted_out else (),
         )
         self._remember(call.request_id, plan.decision)
         self._count(plan, identities)
@@ -168,8 +183,13 @@ class Planner:
         keys = identities.keys(engine)
         reuse = Reuse()
         if keys is not None and not call.tenant.opted_out:
-            present = matches.of(keys)
-            reuse = policy.reuse_of(engine, present, len(keys.keys), keys.block_tokens)
+            reuse = policy.reuse_of(
+                engine,
+                matches.of(keys),
+                matches.predicted(keys).get(engine.endpoint),
+                num_blocks=len(keys.keys),
+                block_tokens=keys.block_tokens,
+            )
         tokens = tokens_of(call, engine.tokenizer)
         length = len(tokens) if tokens is not None else _guess_tokens(call.request)
         return Candidate(engine, length, reuse)
@@ -177,6 +197,8 @@ class Planner:
     def _rank(self, call: Call, candidates: Sequence[Candidate]) -> tuple[Ranked, ...]:
         if self._config.fabric and self._config.policy == "cost":
             return policy.by_cost(candidates, self._rng)
+        if self._config.policy == "least_loaded":
+            return policy.least_loaded(candidates, self._rng)
         self._turn += not call.tried  # another attempt is no turn of its own
         return policy.round_robin(candidates, self._turn)
 
@@ -357,15 +379,24 @@ class _Identities:
 class _Matches:
     """The index's answers for one call: asked once for each namespace."""
 
-    def __init__(self, index: FleetIndex) -> None:
+    def __init__(self, index: FleetIndex, predicted: Predicted) -> None:
         self._index = index
+        self._predicted = predicted
         self._answers: dict[tuple[bytes, bytes, int], dict[Holder, Present]] = {}
+        self._expected: dict[tuple[bytes, bytes, int], dict[str, Present]] = {}
 
     def of(self, keys: PromptKeys) -> dict[Holder, Present]:
         name = (keys.tenant_tag, keys.public_tag, keys.block_tokens)
         if name not in self._answers:
             self._answers[name] = self._ask(keys)
         return self._answers[name]
+
+    def predicted(self, keys: PromptKeys) -> dict[str, Present]:
+        """What engines will have because of earlier requests, by endpoint."""
+        name = (keys.tenant_tag, keys.public_tag, keys.block_tokens)
+        if name not in self._expected:
+            self._expected[name] = self._predicted.of(keys.keys)
+        return self._expected[name]
 
     def _ask(self, keys: PromptKeys) -> dict[Holder, Present]:
         public, own = keys.keys[: keys.public_blocks], keys.keys[keys.public_blocks :]

@@ -8,32 +8,26 @@ became of its node: without a session it gets no handle, and that is all.
                           ^                                                        |
                           +-------------------- probe answered --------------------+
     EXCLUDED for `FORGET_S`, and named by neither node nor configuration --> forgotten
-
-What an engine is doing is the set of its `Flight`s. A flight ends with its `with` block, so a client
-that goes away, a cancelled task and a failed engine all leave the account right.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field, replace
-from statistics import median
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from kvfabric.types import NodeId
+from kvfabric_router.flight import Activity, Flight, Sent
 from kvfabric_router.identity import ModelIdentity
-from kvfabric_router.policy import EngineView, FleetView, Rates
+from kvfabric_router.policy import EngineView, FleetView
+from kvfabric_router.predicted import Predicted
+from kvfabric_router.rates import Rates, fetch_prior, typical
 
 BACKOFF_S, MAX_BACKOFF_S = 0.25, 10.0
 PROBE_EVERY_S = 2.0
 PROBE_FAILURES = 2
 """Probes in a row that an engine may miss while it takes requests: a busy one may be late once."""
 FORGET_S = 60.0
-_LEARN = 0.2  # weight of a new measurement
-_LEAST_TOKENS = 16  # fewer computed tokens than this say more of overhead than of the rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +56,7 @@ class ProbeReport:
 @dataclass(slots=True, eq=False)
 class _Engine:
     endpoint: str
+    activity: Activity
     configured: bool = False
     node_id: NodeId | None = None
     announced: SessionReport | None = None
@@ -70,10 +65,6 @@ class _Engine:
     failures: int = 0
     next_probe: float = 0.0
     failing_since: float = 0.0
-    rates: Rates = field(default_factory=Rates)
-    measured: bool = False
-    flights: dict[int, Flight] = field(default_factory=dict)
-    last_first_byte: float = 0.0
 
     @property
     def takes_requests(self) -> bool:
@@ -83,10 +74,14 @@ class _Engine:
     def model_names(self) -> set[str]:
         return {report.model_name for report in (self.announced, self.probed) if report is not None}
 
-    def view(self, now: float, rates: Rates) -> EngineView:
-        announced, probed = self.announced, self.probed
+    def view(self, others: Rates) -> EngineView:
+        announced, probed, activity = self.announced, self.probed, self.activity
         assert probed is not None, "only probed engines are shown"
-        waiting = [flight for flight in self.flights.values() if flight.first_byte_at is None]
+        if not activity.learner.num_sights:
+            # Not seen at work yet: it counts as one of the others, not as a faster one.
+            block = announced and announced.block_bytes / announced.model.block_tokens
+            activity.learner.prior(fetch_prior(block or 0.0, others))
+        num_waiting = activity.num_waiting
         return EngineView(
             endpoint=self.endpoint,
             engine_id=announced.engine_id if announced else self.endpoint,
@@ -97,102 +92,11 @@ class _Engine:
             block_bytes=announced.block_bytes if announced else 0,
             tokenizer=probed.tokenizer,
             max_model_tokens=probed.max_model_tokens,
-            rates=rates,
-            waiting_ms=self._waiting_ms(waiting, now),
-            num_waiting=len(waiting),
-            num_decoding=len(self.flights) - len(waiting),
+            rates=activity.learner.rates,
+            waiting_ms=activity.waiting_ms(),
+            num_waiting=num_waiting,
+            num_decoding=len(activity.flights) - num_waiting,
         )
-
-    def _waiting_ms(self, waiting: list[Flight], now: float) -> float:
-        if not waiting:
-            return 0.0
-        # First come, first served: the engine has been at the oldest since it got it, or since it
-        # finished the one before.
-        head = waiting[0]
-        done = min((now - max(head.sent_at, self.last_first_byte)) * 1e3, head.work_ms)
-        return max(sum(flight.work_ms for flight in waiting) - max(done, 0.0), 0.0)
-
-
-class Flight:
-    """One request at one engine, from before it is sent until its `with` block ends.
-
-    `work_ms`: predicted work before its first byte; `computed_tokens`: prompt tokens it has to compute.
-    """
-
-    def __init__(
-        self, engine: _Engine, *, work_ms: float, computed_tokens: int, clock: Callable[[], float]
-    ) -> None:
-        self._engine = engine
-        self._clock = clock
-        self.work_ms = work_ms
-        self.computed_tokens = computed_tokens
-        self.sent_at = clock()
-        self.first_byte_at: float | None = None
-        self._lost = False
-        self._limit: asyncio.Timeout | None = None
-        self._events = 0
-        self._last_event_at = 0.0
-
-    def __enter__(self) -> Self:
-        self.sent_at = self._clock()
-        self._engine.flights[id(self)] = self
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._engine.flights.pop(id(self), None)
-        if (
-            self.first_byte_at is None
-        ):  # not streamed, or failed: the engine is done with it all the same
-            self._engine.last_first_byte = self._clock()
-        if self._events > 1 and self.first_byte_at is not None:
-            steps_ms = (self._last_event_at - self.first_byte_at) * 1e3 / (self._events - 1)
-            rates = self._engine.rates
-            self._engine.rates = replace(rates, decode_ms=_learn(rates.decode_ms, steps_ms))
-
-    @contextlib.asynccontextmanager
-    async def unless_lost(self) -> AsyncIterator[None]:
-        """Around a wait for this engine. Raises TimeoutError once the engine is given up."""
-        async with asyncio.timeout(0 if self._lost else None) as self._limit:
-            try:
-                yield
-            finally:
-                self._limit = None
-
-    def give_up(self) -> None:
-        """The engine stopped answering probes: nobody need wait for it."""
-        if not self._lost and self._limit is not None:
-            self._limit.reschedule(asyncio.get_running_loop().time())
-        self._lost = True
-
-    def stream_event(self) -> None:
-        """A piece of a streamed answer arrived; the first teaches how fast the engine computes."""
-        now = self._clock()
-        self._events += 1
-        self._last_event_at = now
-        if self.first_byte_at is None:
-            self.first_byte_at = now
-            self._teach_prefill(now)
-            self._engine.last_first_byte = now
-
-    def _teach_prefill(self, now: float) -> None:
-        if self.computed_tokens < _LEAST_TOKENS:
-            return
-        engine = self._engine
-        began = max(self.sent_at, engine.last_first_byte)
-        measured = (now - began) * 1e3 / self.computed_tokens
-        known = engine.rates.prefill_ms_per_token
-        taught = _learn(known, measured) if engine.measured else measured
-        engine.rates = replace(engine.rates, prefill_ms_per_token=max(taught, 1e-6))
-        engine.measured = True
-
-
-def _learn(known: float, measured: float) -> float:
-    return known + _LEARN * (measured - known)
 
 
 def base_url(endpoint: str) -> str:
@@ -207,12 +111,15 @@ class Fleet:
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._engines: dict[str, _Engine] = {}
+        self.predicted = Predicted(clock=clock)
+        self.distrusted: dict[NodeId, asyncio.Event] = {}
+        """Set when what a node told is wrong about an engine of it, again and again: learn it anew."""
         self.probe_due = asyncio.Event()
         """Set when an engine should be probed earlier than planned."""
 
     def __repr__(self) -> str:
         taking = sum(engine.takes_requests for engine in self._engines.values())
-        flights = sum(len(engine.flights) for engine in self._engines.values())
+        flights = sum(len(engine.activity.flights) for engine in self._engines.values())
         return (
             f"<Fleet [Engines: {taking} taking, {len(self._engines)} known | Flights: {flights}]>"
         )
@@ -245,7 +152,8 @@ class Fleet:
     def _known(self, endpoint: str) -> _Engine:
         endpoint = base_url(endpoint)
         if endpoint not in self._engines:
-            self._engines[endpoint] = _Engine(endpoint, failing_since=self._clock())
+            activity = Activity(endpoint, self.predicted, self._clock)
+            self._engines[endpoint] = _Engine(endpoint, activity, failing_since=self._clock())
             self._probe_soon(self._engines[endpoint])
         return self._engines[endpoint]
 
@@ -306,7 +214,7 @@ class Fleet:
 
     def _give_up(self, engine: _Engine) -> None:
         self._exclude(engine)
-        for flight in engine.flights.values():
+        for flight in engine.activity.flights.values():
             flight.give_up()
 
     def _exclude(self, engine: _Engine) -> None:
@@ -325,32 +233,28 @@ class Fleet:
 
     def view(self) -> FleetView:
         """The engines that take requests now."""
-        now = self._clock()
         taking = [engine for engine in self._engines.values() if engine.takes_requests]
-        measured = [engine.rates for engine in taking if engine.measured]
-        # An engine that was not seen at work yet counts as one of the others, not as a faster one.
-        typical = (
-            Rates(
-                median(rates.prefill_ms_per_token for rates in measured),
-                median(rates.decode_ms for rates in measured),
-            )
-            if measured
-            else Rates()
-        )
-        return FleetView(tuple(e.view(now, e.rates if e.measured else typical) for e in taking))
+        learners = [engine.activity.learner for engine in taking]
+        others = typical([learner.rates for learner in learners if learner.num_sights])
+        return FleetView(tuple(engine.view(others) for engine in taking))
 
-    def flight(self, endpoint: str, *, work_ms: float, computed_tokens: int) -> Flight:
+    def flight(self, endpoint: str, sent: Sent) -> Flight:
         """A request about to be sent; enter it before sending."""
+        engine = self._engines[endpoint]
         return Flight(
-            self._engines[endpoint],
-            work_ms=work_ms,
-            computed_tokens=computed_tokens,
-            clock=self._clock,
+            engine.activity,
+            sent,
+            is_told=engine.announced is not None,
+            wrong=lambda: self._distrust(engine),
         )
+
+    def _distrust(self, engine: _Engine) -> None:
+        if engine.node_id is not None and engine.announced is not None:
+            self.distrusted.setdefault(engine.node_id, asyncio.Event()).set()
 
     @property
     def num_flights(self) -> int:
-        return sum(len(engine.flights) for engine in self._engines.values())
+        return sum(len(engine.activity.flights) for engine in self._engines.values())
 
     def counts(self) -> dict[str, int]:
         """Engines by what is to be done with them."""

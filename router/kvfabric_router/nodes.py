@@ -31,6 +31,7 @@ from kvfabric_router.registry_view import RegistryView
 HOLDER_KIND = "router"
 CALL_TIMEOUT_S = 2.0
 PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
+DISTRUST_PAUSE_S = 30.0
 # A channel of its own for each attempt: otherwise gRPC shares its own, longer back-off between them.
 _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
@@ -117,6 +118,7 @@ class NodeLink:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch(events, feed))
                 group.create_task(self._take_snapshots(events, feed))
+                group.create_task(self._watch_trust(feed))
                 if self._registry is not None:
                     registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
                     group.create_task(self._watch_registry(registry, self._registry))
@@ -155,6 +157,18 @@ class NodeLink:
             else:
                 self._metrics.index_gaps.labels(result="applied").inc()
                 self._announce(feed)
+
+    async def _watch_trust(self, feed: NodeFeed) -> None:
+        """What engines reuse is less than the index says, again and again: learn the node anew."""
+        distrusted = self._fleet.distrusted.setdefault(self._node_id, asyncio.Event())
+        while True:
+            await distrusted.wait()
+            _log.warning("node %s: engines reuse less than it told; learning anew", self._node_id)
+            self._metrics.index_gaps.labels(result="distrusted").inc()
+            feed.distrust()
+            self._snapshot_needed.set()
+            await asyncio.sleep(DISTRUST_PAUSE_S)
+            distrusted.clear()
 
     def _announce(self, feed: NodeFeed) -> None:
         self._fleet.announce(self._node_id, map(session_report, feed.engines.values()))

@@ -5,43 +5,33 @@ Cost of a candidate, in milliseconds:
     wait      work that waits on this engine before it
     fetch     bringing its cached blocks into HBM, by tier
     prefill   computing the tokens that are cached nowhere near
-    decode    the answers in progress there, which share the engine's steps
-    others    what it costs those it joins: its uncached work times the requests in that queue
+    decode    what the answers in progress there take from the steps of that prefill
+    others    what it costs the rest: its uncached work, for each who waits in the queue that it joins
+              and for each who waits at a mean engine
 
 Without the last term a busy fleet gives its reuse away: each request takes the emptiest engine and makes
-all later ones on it wait longer than the reuse it gave up would have cost.
+all later ones on it wait longer than the reuse it gave up would have cost. Those behind it on this engine
+are as many as wait there now; and work done twice is missing wherever the fleet is short of it.
 
-No I/O, no clock, no state: the same code ranks live requests and recorded ones.
+No I/O, no clock, no state: the same code ranks live requests, recorded ones and simulated ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from statistics import fmean
 
 import numpy as np
 
 from kvfabric.events.index import Holder, Present
 from kvfabric.types import NodeId, TierName
 from kvfabric_router.identity import ModelIdentity
+from kvfabric_router.rates import UNKNOWN, Rates, Work
 
-TIE_MS, TIE_SHARE = 1.0, 0.02
+TIE_SHARE = 0.01
 """Costs closer than this are the same cost: measured rates are no better than that."""
-
-DEFAULT_PREFILL_MS_PER_TOKEN = 0.5
-DEFAULT_DECODE_MS = 20.0
-HOST_BYTES_PER_MS = 4e6
-SSD_BYTES_PER_MS = 8e5
-"""Before anything was measured: memory and disk of a small machine."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What this engine was seen to need. `decode_ms`: one step of one running answer."""
-
-    prefill_ms_per_token: float = DEFAULT_PREFILL_MS_PER_TOKEN
-    decode_ms: float = DEFAULT_DECODE_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +53,7 @@ class EngineView:
     block_bytes: int = 0
     tokenizer: str = ""
     max_model_tokens: int = 0
-    rates: Rates = Rates()
+    rates: Rates = UNKNOWN
     waiting_ms: float = 0.0
     num_waiting: int = 0
     num_decoding: int = 0
@@ -78,11 +68,15 @@ class FleetView:
 
 @dataclass(frozen=True, slots=True)
 class Reuse:
-    """Tokens of one prompt that one engine would not have to compute, by where they are."""
+    """Tokens of one prompt that one engine would not have to compute, by where they are.
+
+    `is_approximate`: no node told so; it follows from what was sent there before.
+    """
 
     hbm_tokens: int = 0
     host_tokens: int = 0
     ssd_tokens: int = 0
+    is_approximate: bool = False
 
     @property
     def tokens(self) -> int:
@@ -94,6 +88,17 @@ class Candidate:
     engine: EngineView
     prompt_tokens: int
     reuse: Reuse = Reuse()
+
+    @property
+    def work(self) -> Work:
+        """An engine computes at least the last token."""
+        reuse = self.reuse
+        return Work(
+            computed=max(self.prompt_tokens - reuse.tokens, 1),
+            hbm=reuse.hbm_tokens,
+            host=reuse.host_tokens,
+            ssd=reuse.ssd_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,12 @@ class CostTerms:
     @property
     def own_work(self) -> float:
         """What the engine has to do for this request before its first token."""
-        return self.fetch + self.prefill
+        return self.fetch + self.prefill + self.decode
+
+    @property
+    def first_token(self) -> float:
+        """When its first token is expected."""
+        return self.wait + self.own_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,34 +134,35 @@ class Ranked:
     terms: CostTerms
 
 
-def cost(candidate: Candidate) -> CostTerms:
-    """See the module."""
-    engine, reuse = candidate.engine, candidate.reuse
+def cost(candidate: Candidate, mean_waiting: float = 0.0) -> CostTerms:
+    """See the module. `mean_waiting`: requests that wait at a mean engine."""
+    engine, work = candidate.engine, candidate.work
     rates = engine.rates
-    prefill = (candidate.prompt_tokens - reuse.tokens) * rates.prefill_ms_per_token
+    prefill = rates.prefill_ms(work)
+    decode = rates.decode_ms(work, engine.num_decoding)
     return CostTerms(
         wait=engine.waiting_ms,
-        fetch=_fetch_ms(engine, reuse),
+        fetch=rates.fetch_ms(work),
         prefill=prefill,
-        decode=engine.num_decoding * rates.decode_ms,
-        others=prefill * (engine.num_waiting + engine.num_decoding),
+        decode=decode,
+        others=(prefill + decode) * (engine.num_waiting + mean_waiting),
     )
 
 
-def _fetch_ms(engine: EngineView, reuse: Reuse) -> float:
-    if engine.model is None:
-        return 0.0
-    token_bytes = engine.block_bytes / engine.model.block_tokens
-    host, ssd = reuse.host_tokens / HOST_BYTES_PER_MS, reuse.ssd_tokens / SSD_BYTES_PER_MS
-    return token_bytes * (host + ssd)
+def costs(candidates: Sequence[Candidate]) -> list[Ranked]:
+    """Each candidate with its cost, in the order given."""
+    if not candidates:
+        return []
+    mean_waiting = fmean(c.engine.num_waiting for c in candidates)
+    return [Ranked(c, cost(c, mean_waiting)) for c in candidates]
 
 
 def by_cost(candidates: Sequence[Candidate], rng: Random) -> tuple[Ranked, ...]:
     """Cheapest first; equals in random order, so that equal routers do not all choose the same."""
-    ranked = sorted((Ranked(c, cost(c)) for c in candidates), key=lambda r: r.terms.total)
+    ranked = sorted(costs(candidates), key=lambda r: r.terms.total)
     if not ranked:
         return ()
-    limit = ranked[0].terms.total * (1 + TIE_SHARE) + TIE_MS
+    limit = ranked[0].terms.total * (1 + TIE_SHARE)
     ties = [r for r in ranked if r.terms.total <= limit]
     rng.shuffle(ties)
     return (*ties, *ranked[len(ties) :])
@@ -161,21 +172,38 @@ def round_robin(candidates: Sequence[Candidate], turn: int) -> tuple[Ranked, ...
     """Each engine in its turn, whatever it holds or does."""
     ordered = sorted(candidates, key=lambda c: c.engine.endpoint)
     start = turn % len(ordered) if ordered else 0
-    return tuple(Ranked(c, cost(c)) for c in (*ordered[start:], *ordered[:start]))
+    return tuple(costs((*ordered[start:], *ordered[:start])))
+
+
+def least_loaded(candidates: Sequence[Candidate], rng: Random) -> tuple[Ranked, ...]:
+    """Fewest requests first, whatever an engine holds; equals in random order."""
+    load = {c.engine.endpoint: c.engine.num_waiting + c.engine.num_decoding for c in candidates}
+    shuffled = rng.sample(list(candidates), len(candidates))
+    ordered = sorted(shuffled, key=lambda c: load[c.engine.endpoint])
+    return tuple(costs(ordered))
 
 
 def reuse_of(
-    engine: EngineView, present: dict[Holder, Present], num_blocks: int, block_tokens: int
+    engine: EngineView,
+    present: Mapping[Holder, Present],
+    predicted: Present | None,
+    *,
+    num_blocks: int,
+    block_tokens: int,
 ) -> Reuse:
     """What `engine` could reuse of a prompt, given who holds its `num_blocks` cacheable blocks.
 
     An engine uses its own HBM up to the first gap, then what its node has from there, without a gap.
+    `predicted`: blocks that it has or will have because of what was sent there.
     """
-    if engine.node_id is None or not engine.session or not num_blocks:
+    if not num_blocks:
         return Reuse()
     nothing = np.zeros(num_blocks, np.bool_)
+    hbm = nothing if predicted is None else predicted
     node = engine.node_id
-    from_hbm = _leading(present.get(Holder(node, TierName.HBM, engine.session), nothing))
+    if node is None or not engine.session:
+        return Reuse(hbm_tokens=_leading(hbm) * block_tokens, is_approximate=True)
+    from_hbm = _leading(hbm | present.get(Holder(node, TierName.HBM, engine.session), nothing))
     host = present.get(Holder(node, TierName.HOST), nothing)[from_hbm:]
     ssd = present.get(Holder(node, TierName.SSD), nothing)[from_hbm:]
     from_node = _leading(host | ssd)

@@ -21,7 +21,6 @@ import msgspec
 from aiohttp import web
 
 from kvfabric.errors import TransferError
-from kvfabric_router import policy
 from kvfabric_router.api import (
     ApiError,
     EventSplitter,
@@ -32,7 +31,8 @@ from kvfabric_router.api import (
     parse_usage,
 )
 from kvfabric_router.dispatch import Call, Plan, Planner
-from kvfabric_router.fleet import Fleet, Flight
+from kvfabric_router.fleet import Fleet
+from kvfabric_router.flight import Flight
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.registry_view import RegistryView
 
@@ -143,18 +143,19 @@ class _Attempt:
         self._usage: Usage | None = None
 
     async def run(self) -> web.StreamResponse:
-        choice = self._plan.choice
-        flight = self._proxy.fleet.flight(
-            self._plan.engine.endpoint,
-            work_ms=policy.cost(choice).own_work,
-            computed_tokens=choice.prompt_tokens - choice.reuse.tokens,
-        )
+        flight = self._proxy.fleet.flight(self._plan.engine.endpoint, self._plan.sent)
         with flight:
             async with self._ask(flight) as answer:
                 if answer.status == 200 and answer.content_type == _STREAM:
                     response: web.StreamResponse = await self._stream(answer, flight)
                 else:
                     response = await self._whole(answer, flight)
+            if response.status < 400 and not self._call.result:
+                usage = self._usage
+                flight.answered(
+                    usage.work if usage else None,
+                    completion_tokens=usage.completion_tokens if usage else 0,
+                )
         self._count()
         return response
 

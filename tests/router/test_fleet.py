@@ -14,9 +14,13 @@ from kvfabric_router.fleet import (
     SessionReport,
     base_url,
 )
+from kvfabric_router.flight import Sent
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import EngineView
+from kvfabric_router.predicted import TOLD_S
+from kvfabric_router.rates import Work
 
+from kvfabric.hashing import block_keys
 from kvfabric.types import NodeId
 
 MODEL = ModelIdentity("revision-1", bytes(32), 16)
@@ -158,12 +162,16 @@ def test_what_nobody_names_and_does_not_answer_is_forgotten(fleet: Fleet, clock:
     assert fleet.counts() == {"taking": 0, "excluded": 1}
 
 
+def sent(computed: int, work_ms: float = 1.0) -> Sent:
+    return Sent(Work(computed), work_ms)
+
+
 def test_flights_are_counted_while_their_block_runs(fleet: Fleet, clock: Clock) -> None:
     fleet.configure([URL])
     probed(fleet)
     with (
-        fleet.flight(URL, work_ms=100.0, computed_tokens=0),
-        fleet.flight(URL, work_ms=50.0, computed_tokens=0) as second,
+        fleet.flight(URL, sent(0, 100.0)),
+        fleet.flight(URL, sent(0, 50.0)) as second,
     ):
         assert only(fleet).num_waiting == 2
         assert only(fleet).waiting_ms == 150.0
@@ -180,7 +188,7 @@ def test_flights_are_counted_while_their_block_runs(fleet: Fleet, clock: Clock) 
 def test_a_flight_that_raises_is_counted_no_more(fleet: Fleet) -> None:
     fleet.configure([URL])
     probed(fleet)
-    with pytest.raises(ZeroDivisionError), fleet.flight(URL, work_ms=1, computed_tokens=1):
+    with pytest.raises(ZeroDivisionError), fleet.flight(URL, sent(1, 1)):
         raise ZeroDivisionError
     assert fleet.num_flights == 0
 
@@ -188,24 +196,24 @@ def test_a_flight_that_raises_is_counted_no_more(fleet: Fleet) -> None:
 def test_the_prefill_rate_is_learned_from_first_bytes(fleet: Fleet, clock: Clock) -> None:
     fleet.configure([URL])
     probed(fleet)
-    with fleet.flight(URL, work_ms=1, computed_tokens=1000) as flight:
+    with fleet.flight(URL, sent(1000, 1)) as flight:
         clock.now += 0.2
         flight.stream_event()
-    assert only(fleet).rates.prefill_ms_per_token == pytest.approx(0.2)
+    assert only(fleet).rates.token_ms == pytest.approx(0.2, rel=0.1)
 
 
 def test_time_in_the_queue_is_not_taken_for_slowness(fleet: Fleet, clock: Clock) -> None:
     fleet.configure([URL])
     probed(fleet)
     with (
-        fleet.flight(URL, work_ms=1, computed_tokens=1000) as first,
-        fleet.flight(URL, work_ms=1, computed_tokens=1000) as second,
+        fleet.flight(URL, sent(1000, 1)) as first,
+        fleet.flight(URL, sent(1000, 1)) as second,
     ):
         clock.now += 0.2
         first.stream_event()
         clock.now += 0.2
         second.stream_event()
-    assert only(fleet).rates.prefill_ms_per_token == pytest.approx(0.2)
+    assert only(fleet).rates.token_ms == pytest.approx(0.2, rel=0.1)
 
 
 def test_a_new_engine_counts_as_slow_as_the_others(fleet: Fleet, clock: Clock) -> None:
@@ -214,10 +222,10 @@ def test_a_new_engine_counts_as_slow_as_the_others(fleet: Fleet, clock: Clock) -
     fleet.configure([URL, other])
     probed(fleet)
     probed(fleet, other)
-    with fleet.flight(URL, work_ms=1, computed_tokens=100) as flight:
+    with fleet.flight(URL, sent(1000, 1)) as flight:
         clock.now += 1.0
         flight.stream_event()
-    assert [e.rates.prefill_ms_per_token for e in fleet.view().engines] == [10.0, 10.0]
+    assert [e.rates.token_ms for e in fleet.view().engines] == [pytest.approx(1.0, rel=0.1)] * 2
 
 
 def test_an_engine_that_said_nothing_yet_may_serve_any_model(fleet: Fleet) -> None:
@@ -229,21 +237,74 @@ def test_an_engine_that_said_nothing_yet_may_serve_any_model(fleet: Fleet) -> No
     assert not fleet.knows_model("anything")
 
 
-def test_the_decode_rate_is_learned_from_the_events_after(fleet: Fleet, clock: Clock) -> None:
+def test_the_decode_rate_is_learned_from_tokens_not_from_events(fleet: Fleet, clock: Clock) -> None:
+    """An engine may send many tokens in one event."""
     fleet.configure([URL])
     probed(fleet)
     for _ in range(50):
-        with fleet.flight(URL, work_ms=1, computed_tokens=16) as flight:
-            for _ in range(3):
-                flight.stream_event()
-                clock.now += 0.005
-    assert only(fleet).rates.decode_ms == pytest.approx(5.0, rel=0.01)
+        with fleet.flight(URL, sent(16)) as flight:
+            flight.stream_event()
+            clock.now += 0.5
+            flight.stream_event()
+            flight.answered(None, completion_tokens=101)
+    assert only(fleet).rates.step_ms == pytest.approx(5.0, rel=0.01)
+
+
+def test_what_the_engine_computed_teaches_not_what_was_predicted(
+    fleet: Fleet, clock: Clock
+) -> None:
+    fleet.configure([URL])
+    probed(fleet)
+    for _ in range(20):
+        with fleet.flight(URL, sent(1000)) as flight:
+            clock.now += 0.4
+            flight.stream_event()
+            flight.answered(Work(computed=2000, hbm=0), completion_tokens=1)
+    assert only(fleet).rates.token_ms == pytest.approx(0.2, rel=0.05)
+
+
+def test_blocks_on_their_way_count_until_the_node_told(fleet: Fleet, clock: Clock) -> None:
+    fleet.announce(NODE, [report()])
+    probed(fleet)
+    keys = block_keys(list(range(64)), 16, bytes(32))
+    with fleet.flight(URL, Sent(Work(64), 1.0, keys)) as flight:
+        clock.now += 60.0
+        assert fleet.predicted.of(keys)[URL].all()
+        flight.stream_event()
+    clock.now += TOLD_S - 0.1
+    assert fleet.predicted.of(keys)[URL].all()
+    clock.now += 0.2
+    assert fleet.predicted.of(keys) == {}
+    assert len(fleet.predicted) == 0
+
+
+def test_blocks_of_a_failed_request_are_not_there(fleet: Fleet) -> None:
+    fleet.configure([URL])
+    probed(fleet)
+    keys = block_keys(list(range(64)), 16, bytes(32))
+    with (
+        pytest.raises(ZeroDivisionError),
+        fleet.flight(URL, Sent(Work(64), 1.0, keys)),
+    ):
+        raise ZeroDivisionError
+    assert fleet.predicted.of(keys) == {}
+
+
+@pytest.mark.parametrize("actual", [800, 0])
+def test_an_engine_that_keeps_falling_short_is_learned_anew(fleet: Fleet, actual: int) -> None:
+    fleet.announce(NODE, [report()])
+    probed(fleet)
+    for _ in range(16):
+        with fleet.flight(URL, Sent(Work(200, hbm=800), 1.0)) as flight:
+            flight.stream_event()
+            flight.answered(Work(1000 - actual, hbm=actual), completion_tokens=1)
+    assert (NODE in fleet.distrusted and fleet.distrusted[NODE].is_set()) == (actual == 0)
 
 
 async def test_who_waits_for_a_dead_engine_is_released(fleet: Fleet) -> None:
     fleet.configure([URL])
     probed(fleet)
-    with fleet.flight(URL, work_ms=1, computed_tokens=1) as flight:
+    with fleet.flight(URL, sent(1, 1)) as flight:
 
         async def wait() -> None:
             async with flight.unless_lost():

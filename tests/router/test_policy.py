@@ -10,13 +10,13 @@ from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import (
     Candidate,
     EngineView,
-    Rates,
     Reuse,
     by_cost,
     cost,
     reuse_of,
     round_robin,
 )
+from kvfabric_router.rates import Rates, fetch_prior
 
 from kvfabric.events.index import Holder
 from kvfabric.types import NodeId, TierName
@@ -26,7 +26,8 @@ NODE = NodeId("n")
 
 
 def engine(name: str, **fields: object) -> EngineView:
-    view = EngineView(name, name, "m", NODE, name.encode(), MODEL, block_bytes=1 << 20)
+    rates = fetch_prior((1 << 20) / 16, Rates(answer_ms=0.01))
+    view = EngineView(name, name, "m", NODE, name.encode(), MODEL, rates=rates)
     return replace(view, **fields)  # type: ignore[arg-type]
 
 
@@ -49,7 +50,7 @@ def test_hbm_is_preferred_to_host_and_host_to_ssd() -> None:
 
 def test_a_disk_slower_than_computing_does_not_attract() -> None:
     """Bytes that take longer to fetch than to compute make the holder the dearer engine."""
-    fast = Rates(prefill_ms_per_token=0.001)
+    fast = fetch_prior((1 << 20) / 16, Rates(token_ms=0.001))
     holder = Candidate(engine("holder", rates=fast), 1600, Reuse(ssd_tokens=1600 - 16))
     assert first(holder, Candidate(engine("other", rates=fast), 1600)) == "other"
 
@@ -75,7 +76,7 @@ def test_running_answers_make_an_engine_dearer() -> None:
 
 
 def test_a_faster_engine_is_preferred() -> None:
-    quick = engine("quick", rates=Rates(prefill_ms_per_token=0.1))
+    quick = engine("quick", rates=Rates(token_ms=0.1))
     assert first(Candidate(engine("slow"), 1000), Candidate(quick, 1000)) == "quick"
 
 
@@ -92,9 +93,11 @@ def test_the_ranking_names_every_candidate_with_its_terms() -> None:
         Candidate(engine("b"), 100, Reuse(host_tokens=64)),
     ]
     ranked = by_cost(candidates, Random(1))
+    mean_waiting = 0.5
     assert [r.candidate.engine.endpoint for r in ranked] == ["b", "a"]
     assert ranked[1].terms.wait == 50.0
-    assert ranked[1].terms.others == ranked[1].terms.prefill == 50.0
+    assert ranked[1].terms.prefill == 50.0
+    assert ranked[1].terms.others == 50.0 * (1 + mean_waiting)
     assert ranked[0].terms.fetch > 0
 
 
@@ -113,6 +116,27 @@ def present(bits: str) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     return np.array([bit == "1" for bit in bits])
 
 
+def reused(
+    engine: EngineView,
+    held: dict[Holder, np.ndarray[tuple[int], np.dtype[np.bool_]]],
+    num_blocks: int,
+    predicted: str = "",
+) -> Reuse:
+    sent = present(predicted) if predicted else None
+    return reuse_of(engine, held, sent, num_blocks=num_blocks, block_tokens=16)
+
+
+def test_what_was_sent_there_fills_what_the_node_has_not_told_yet() -> None:
+    a = engine("a")
+    held = {Holder(NODE, TierName.HBM, a.session): present("1000")}
+    assert reused(a, held, 4, "0110") == Reuse(hbm_tokens=3 * 16)
+
+
+def test_without_a_node_what_was_sent_there_is_an_approximation() -> None:
+    alone = engine("a", node_id=None)
+    assert reused(alone, {}, 4, "1100") == Reuse(hbm_tokens=2 * 16, is_approximate=True)
+
+
 def test_reuse_counts_hbm_first_and_the_node_from_there() -> None:
     a = engine("a")
     held = {
@@ -120,18 +144,18 @@ def test_reuse_counts_hbm_first_and_the_node_from_there() -> None:
         Holder(NODE, TierName.HOST): present("01110100"),
         Holder(NODE, TierName.SSD): present("00001000"),
     }
-    assert reuse_of(a, held, 8, 16) == Reuse(2 * 16, 3 * 16, 16)
+    assert reused(a, held, 8) == Reuse(2 * 16, 3 * 16, 16)
 
 
 def test_reuse_ends_at_the_first_gap_of_all_tiers() -> None:
     held = {Holder(NODE, TierName.HOST): present("10111")}
-    assert reuse_of(engine("a"), held, 5, 16).tokens == 16
+    assert reused(engine("a"), held, 5).tokens == 16
 
 
 def test_a_head_missing_in_hbm_is_no_reuse_of_hbm() -> None:
     a = engine("a")
     held = {Holder(NODE, TierName.HBM, a.session): present("0111")}
-    assert reuse_of(a, held, 4, 16) == Reuse()
+    assert reused(a, held, 4) == Reuse()
 
 
 def test_another_engines_hbm_and_another_nodes_host_are_not_reused() -> None:
@@ -139,9 +163,9 @@ def test_another_engines_hbm_and_another_nodes_host_are_not_reused() -> None:
         Holder(NODE, TierName.HBM, b"b"): present("111"),
         Holder(NodeId("other"), TierName.HOST): present("111"),
     }
-    assert reuse_of(engine("a"), held, 3, 16) == Reuse()
+    assert reused(engine("a"), held, 3) == Reuse()
 
 
 def test_an_engine_without_a_node_reuses_nothing_that_is_known() -> None:
     held = {Holder(NODE, TierName.HOST): present("111")}
-    assert reuse_of(engine("a", node_id=None), held, 3, 16) == Reuse()
+    assert reused(engine("a", node_id=None), held, 3).tokens == 0

@@ -1,0 +1,184 @@
+"""`Flight`: one request at one engine, from before it is sent until its `with` block ends. Sync state.
+
+What an engine is doing is the set of its flights. A flight ends with its block, so a client that goes away,
+a cancelled task and a failed engine all leave the account right. On its way it says what was seen:
+
+    enter                 the request's blocks are expected at the engine
+    stream_event          the first one: its prefill is over; how long that took
+    answered              what the engine says it reused: the time teaches the rates, the tokens whether the
+                          index can be believed
+    exit                  without an answer: its blocks are not there
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from kvfabric.types import BlockKey
+from kvfabric_router.predicted import SILENT_S, TOLD_S, Expected, Predicted
+from kvfabric_router.rates import RateLearner, Work
+
+_LEAST_TOKENS = 16  # fewer computed tokens than this say more of overhead than of the rate
+_JUDGED = 16  # requests that are looked at together
+_SHORT_SHARE = 0.5
+
+
+@dataclass(slots=True)
+class Trust:
+    """Whether an engine reuses what the index promises of it."""
+
+    num_requests: int = 0
+    predicted_tokens: int = 0
+    missing_tokens: int = 0
+
+    def saw(self, predicted: int, actual: int) -> bool:
+        """Take one answer in. Returns whether the index is wrong about this engine again and again."""
+        if not predicted:
+            return False
+        self.num_requests += 1
+        self.predicted_tokens += predicted
+        self.missing_tokens += max(predicted - actual, 0)
+        if self.num_requests < _JUDGED:
+            return False
+        is_wrong = self.missing_tokens > _SHORT_SHARE * self.predicted_tokens
+        self.num_requests = self.predicted_tokens = self.missing_tokens = 0
+        return is_wrong
+
+
+@dataclass(slots=True, eq=False)
+class Activity:
+    """What an engine is doing for this router, and what that taught. `clock`: monotonic seconds."""
+
+    endpoint: str
+    predicted: Predicted
+    clock: Callable[[], float]
+    learner: RateLearner = field(default_factory=RateLearner)
+    trust: Trust = field(default_factory=Trust)
+    flights: dict[int, Flight] = field(default_factory=dict)
+    last_first_byte: float = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(flight.first_byte_at is None for flight in self.flights.values())
+
+    def waiting_ms(self) -> float:
+        """Predicted work before a newcomer's."""
+        waiting = [flight for flight in self.flights.values() if flight.first_byte_at is None]
+        if not waiting:
+            return 0.0
+        now = self.clock()
+        # First come, first served: the engine has been at the oldest since it got it, or since it
+        # finished the one before.
+        head = waiting[0]
+        done = min((now - max(head.sent_at, self.last_first_byte)) * 1e3, head.work_ms)
+        return max(sum(flight.work_ms for flight in waiting) - max(done, 0.0), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What is known of a request when it is sent. `work_ms`: predicted until its first token."""
+
+    work: Work
+    work_ms: float
+    keys: Sequence[BlockKey] = ()
+
+
+class Flight:
+    """See the module. `is_told`: a node tells what the engine has; `wrong`: called when that was not so,
+    again and again.
+    """
+
+    def __init__(
+        self, activity: Activity, sent: Sent, *, is_told: bool, wrong: Callable[[], None]
+    ) -> None:
+        self._activity = activity
+        self._predicted = activity.predicted
+        self._clock = activity.clock
+        self._told_s = TOLD_S if is_told else SILENT_S
+        self._wrong = wrong
+        self._sent = sent
+        self._expected: Expected | None = None
+        self.work_ms = sent.work_ms
+        self.sent_at = activity.clock()
+        self.first_byte_at: float | None = None
+        self._prefill_ms = 0.0
+        self._num_decoding = 0
+        self._is_answered = False
+        self._lost = False
+        self._limit: asyncio.Timeout | None = None
+        self._last_event_at = 0.0
+
+    def __enter__(self) -> Self:
+        self.sent_at = self._clock()
+        self._activity.flights[id(self)] = self
+        self._expected = self._predicted.expect(self._activity.endpoint, self._sent.keys)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._activity.flights.pop(id(self), None)
+        if self.first_byte_at is not None:
+            if not self._is_answered:
+                self._teach(self._sent.work)
+            return
+        # Not streamed, or failed: the engine is done with it all the same.
+        self._activity.last_first_byte = self._clock()
+        assert self._expected is not None
+        if self._is_answered:
+            self._predicted.done(self._expected, for_s=self._told_s)
+        else:
+            self._predicted.failed(self._expected)
+
+    @contextlib.asynccontextmanager
+    async def unless_lost(self) -> AsyncIterator[None]:
+        """Around a wait for this engine. Raises TimeoutError once the engine is given up."""
+        async with asyncio.timeout(0 if self._lost else None) as self._limit:
+            try:
+                yield
+            finally:
+                self._limit = None
+
+    def give_up(self) -> None:
+        """The engine stopped answering probes: nobody need wait for it."""
+        if not self._lost and self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time())
+        self._lost = True
+
+    def stream_event(self) -> None:
+        """A piece of a streamed answer arrived."""
+        now = self._clock()
+        self._last_event_at = now
+        if self.first_byte_at is not None:
+            return
+        began = max(self.sent_at, self._activity.last_first_byte)
+        self._prefill_ms = (now - began) * 1e3
+        self._num_decoding = len(self._activity.flights) - self._activity.num_waiting
+        self.first_byte_at = self._activity.last_first_byte = now
+        assert self._expected is not None
+        self._predicted.done(self._expected, for_s=self._told_s)
+
+    def answered(self, actual: Work | None, *, completion_tokens: int) -> None:
+        """The answer is whole; `actual` is what the engine says of its prompt, None if it says nothing."""
+        self._is_answered = True
+        if self.first_byte_at is not None:
+            self._teach(actual or self._sent.work)
+            took_ms = (self._last_event_at - self.first_byte_at) * 1e3
+            self._activity.learner.saw_answer(completion_tokens - 1, took_ms)
+        if actual is not None:
+            promised, found = self._sent.work, actual.hbm + actual.host + actual.ssd
+            if self._activity.trust.saw(promised.hbm + promised.host + promised.ssd, found):
+                self._wrong()
+
+    def _teach(self, work: Work) -> None:
+        if work.computed >= _LEAST_TOKENS:
+            learner = self._activity.learner
+            learner.saw_prefill(work, self._num_decoding, self._prefill_ms)

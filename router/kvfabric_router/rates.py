@@ -1,0 +1,191 @@
+"""How long an engine takes before its first token, learned from its own timings. Pure.
+
+The model of one request, in milliseconds:
+
+    base + token * n + context * n * (reused + n / 2) + answer * n * decoding + host * h + ssd * s
+
+n tokens computed after `reused` others (attention makes the second half of a long prompt dearer: the
+curvature), while `decoding` answers share the engine's steps; h and s tokens fetched from host and SSD.
+Coefficients are least squares over what was seen, older sights weighing less, each relative to its own
+size (a long prompt is not more true than a short one). Until enough was seen they lean on a prior: the
+other engines' rates. None is negative: one that would be is taken out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+
+DEFAULT_TOKEN_MS = 0.5
+HOST_BYTES_PER_MS = 4e6
+SSD_BYTES_PER_MS = 8e5
+"""Before anything was measured: computing, memory and disk of a small machine."""
+
+_FORGET = 0.98  # weight of all earlier sights at each new one: the last 50 count
+_CONTEXT_UNIT, _ANSWER_UNIT = 8192.0, 16.0
+_PRIOR_WEIGHT = 0.05
+_OUTLIER = 4.0  # a sight further off than this factor counts as one that far off
+_OUTLIERS_FROM = 8  # sights before that is known
+_LEARN_STEP = 0.2
+_FIT_EACH, _FIT_EVERY = 16, 4
+
+_Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one request asks of an engine before its first token, in tokens."""
+
+    computed: int
+    hbm: int = 0
+    host: int = 0
+    ssd: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The coefficients, in milliseconds for each of what the module's formula multiplies them with.
+
+    `step_ms`: one token of a running answer.
+    """
+
+    base_ms: float = 0.0
+    token_ms: float = DEFAULT_TOKEN_MS
+    context_ms: float = 0.0
+    answer_ms: float = 0.0
+    host_ms: float = 0.0
+    ssd_ms: float = 0.0
+    step_ms: float = 20.0
+
+    def prefill_ms(self, work: Work) -> float:
+        """Computing, on an engine that does nothing else."""
+        n = work.computed
+        context = work.hbm + work.host + work.ssd + n / 2
+        return self.base_ms + n * (self.token_ms + self.context_ms * context)
+
+    def decode_ms(self, work: Work, num_decoding: int) -> float:
+        """What running answers take from the steps of this request's prefill."""
+        return self.answer_ms * work.computed * num_decoding
+
+    def fetch_ms(self, work: Work) -> float:
+        return self.host_ms * work.host + self.ssd_ms * work.ssd
+
+
+UNKNOWN = Rates()
+
+
+def fetch_prior(token_bytes: float, rates: Rates) -> Rates:
+    """`rates` for an engine whose KV takes `token_bytes` a token, nothing fetched yet."""
+    return replace(
+        rates,
+        host_ms=rates.host_ms or token_bytes / HOST_BYTES_PER_MS,
+        ssd_ms=rates.ssd_ms or token_bytes / SSD_BYTES_PER_MS,
+    )
+
+
+def typical(rates: list[Rates]) -> Rates:
+    """The median engine, coefficient by coefficient."""
+    if not rates:
+        return Rates()
+    names = ("base_ms", "token_ms", "context_ms", "answer_ms", "host_ms", "ssd_ms", "step_ms")
+    return Rates(**{name: median(getattr(one, name) for one in rates) for name in names})
+
+
+class RateLearner:
+    """One engine's rates, and what is needed to better them."""
+
+    def __init__(self) -> None:
+        self.rates = Rates()
+        self.num_sights = 0
+        self._prior = Rates()
+        self._moments = np.zeros((6, 6))
+        self._products = np.zeros(6)
+
+    def prior(self, rates: Rates) -> None:
+        """What to lean on where this engine itself was not seen yet."""
+        self._prior = rates
+        if not self.num_sights:
+            self.rates = rates
+
+    def saw_prefill(self, work: Work, num_decoding: int, took_ms: float) -> None:
+        """A request was the engine's next for `took_ms`, until its first token."""
+        expected = self.rates.prefill_ms(work) + self.rates.fetch_ms(work)
+        expected += self.rates.decode_ms(work, num_decoding)
+        if self.num_sights >= _OUTLIERS_FROM:
+            took_ms = min(max(took_ms, expected / _OUTLIER), expected * _OUTLIER)
+        features = _features(work, num_decoding)
+        scale = 1.0 / max(features[0] * 16 + features[1] + (work.host + work.ssd) / 16, 1.0)
+        features *= scale
+        self._moments = _FORGET * self._moments + np.outer(features, features)
+        self._products = _FORGET * self._products + features * (took_ms * scale)
+        self.num_sights += 1
+        # A fit takes a third of a millisecond of the loop: often at first, then now and then.
+        if self.num_sights <= _FIT_EACH or self.num_sights % _FIT_EVERY == 0:
+            self.rates = _rates(self._solve(), self.rates.step_ms)
+
+    def saw_answer(self, num_tokens: int, took_ms: float) -> None:
+        """So many tokens of one answer followed its first."""
+        if num_tokens > 0:
+            step = took_ms / num_tokens
+            known = self.rates.step_ms
+            self.rates = replace(self.rates, step_ms=known + _LEARN_STEP * (step - known))
+
+    def _solve(self) -> _Vector:
+        prior = _coefficients(self._prior)
+        weights = np.full(6, _PRIOR_WEIGHT)
+        weights[0] = _PRIOR_WEIGHT / 16**2  # in the units of a scaled sight
+        moments = self._moments + np.diag(weights)
+        products = self._products + weights * prior
+        kept = np.arange(6)
+        while True:
+            found = np.linalg.solve(moments[np.ix_(kept, kept)], products[kept])
+            wrong = found < 0
+            if not wrong.any() or len(kept) == 1:
+                solution = np.zeros(6)
+                solution[kept] = np.maximum(found, 0.0)
+                return solution
+            kept = np.delete(kept, int(found.argmin()))
+
+
+def _features(work: Work, num_decoding: int) -> _Vector:
+    n = work.computed
+    context = work.hbm + work.host + work.ssd + n / 2
+    return np.array(
+        [
+            1.0,
+            n,
+            n * context / _CONTEXT_UNIT,
+            n * num_decoding / _ANSWER_UNIT,
+            work.host,
+            work.ssd,
+        ]
+    )
+
+
+def _coefficients(rates: Rates) -> _Vector:
+    return np.array(
+        [
+            rates.base_ms,
+            rates.token_ms,
+            rates.context_ms * _CONTEXT_UNIT,
+            rates.answer_ms * _ANSWER_UNIT,
+            rates.host_ms,
+            rates.ssd_ms,
+        ]
+    )
+
+
+def _rates(solution: _Vector, step_ms: float) -> Rates:
+    base, token, context, answer, host, ssd = solution.tolist()
+    return Rates(
+        base_ms=base,
+        token_ms=max(token, 1e-6),
+        context_ms=context / _CONTEXT_UNIT,
+        answer_ms=answer / _ANSWER_UNIT,
+        host_ms=host,
+        ssd_ms=ssd,
+        step_ms=step_ms,
+    )
