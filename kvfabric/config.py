@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from kvfabric.errors import ConfigError
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_SIZE = re.compile(r"(\d+)\s*([KMGT]iB)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20})\s*([KMGT]iB)?", re.IGNORECASE)
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -296,7 +296,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
             document = tomllib.load(stream)
     except OSError as exc:
         raise ConfigError(f"cannot read {file}: {exc.strerror}") from exc
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # TOML's own errors, and bytes that are no text
         raise ConfigError(f"{file} is not TOML: {exc}") from exc
     for section, content in document.items():
         if section not in _SECTIONS and section != "fabric":
@@ -370,7 +370,7 @@ def _to_bool(value: object, key: str) -> bool:
 
 def _parse_number(text: str, hint: Any, key: str) -> int | float:
     if hint is int:
-        return int(text) if re.fullmatch(r"-\d+", text) else parse_size(text, key)
+        return int(text) if re.fullmatch(r"-\d{1,20}", text) else parse_size(text, key)
     try:
         return float(text)
     except ValueError as exc:

@@ -96,7 +96,7 @@ def open_handle(text: str, keys: Mapping[int, bytes], *, audience: bytes, now: f
     body, signer = _verify(text, keys)
     try:
         handle = _DECODER.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise BadHandle(f"handle does not decode: {exc}") from exc
     if handle.version != FORMAT_VERSION:
         raise BadHandle(f"handle of format {handle.version}; this node reads {FORMAT_VERSION}")

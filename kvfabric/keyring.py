@@ -103,7 +103,13 @@ class Keyring:
             plain = AESGCM(root).decrypt(nonce, raw[head:], _MAGIC)
         except InvalidTag as exc:
             raise ConfigError(f"{self._path} does not open with {self._root_key_path}") from exc
-        self._contents = msgspec.msgpack.decode(plain, type=_Contents)
+        try:
+            contents = msgspec.msgpack.decode(plain, type=_Contents)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise ConfigError(f"{self._path} is damaged: {exc}") from exc
+        if contents.current_handle_key not in contents.handle_keys:
+            raise ConfigError(f"{self._path} is damaged: it lacks its current handle key")
+        self._contents = contents
 
     def tenant_secret(self, tenant: TenantId) -> bytes:
         """32 bytes. Raises UnknownTenant."""

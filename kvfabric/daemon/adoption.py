@@ -74,7 +74,7 @@ class ArenaRecord:
             )
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
             log.warning("%s does not read (%s): taken as absent", path, exc)
             return None
 

@@ -131,6 +131,8 @@ def decode_identity(data: bytes | memoryview) -> PartIdentity:
     end = _IDENTITY.size + tenant
     if tenant > MAX_TENANT_BYTES or len(data) < end + count * INCARNATION_BYTES:
         raise CorruptBlock(f"identity with a tenant of {tenant} bytes and {count} incarnations")
+    if not num_bytes or count > MAX_INCARNATIONS:
+        raise CorruptBlock(f"identity of {num_bytes} payload bytes and {count} incarnations")
     try:
         tenant_id = TenantId(bytes(data[_IDENTITY.size : end]).decode())
     except UnicodeDecodeError as exc:
