@@ -212,6 +212,24 @@ class LeaseBook:
             raise Overloaded(f"the session holds {MAX_REQUESTS} requests that it did not release")
         session.requests[request_id] = Request(grant)
 
+    def restore_request(
+        self, session: Session, request_id: str, grant: RequestGrant, rows: Rows
+    ) -> None:
+        """A request of an earlier daemon: its right to `rows` (ascending) has ended, its hold has not."""
+        request = session.requests[request_id] = Request(grant)
+        if len(rows):
+            self._residency.hold(rows)
+            first = rows[(self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)]
+            self._lapsed.array[rows] += 1
+            self._count("lapsed", first, +1)
+            request.rows, request.lapsed = rows, True
+
+    def end_reservations(self) -> None:
+        """Of all sessions, as far as they are not being copied."""
+        for session in list(self.sessions.values()):
+            for reservation in list(session.reservations.values()):
+                self.end_reservation(reservation)
+
     def find(self, number: SessionId, request_id: str) -> tuple[Session, Request] | None:
         """None if the session's rights ended or the request was never opened."""
         session = self.sessions.get(number)

@@ -514,6 +514,32 @@ class Residency:
         tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         self.ssd.accounts[tenant].ready -= record_bytes(num_bytes)
 
+    # -- handing over ---------------------------------------------------------------------------------
+
+    def detached_slots(self) -> Iterator[tuple[int, DetachedSlot]]:
+        """(row whose readers keep it, slot); row 0 for those that only wait to be zeroed."""
+        for row, slots in self._detached.items():
+            for slot in slots:
+                yield row, slot
+        for slot in self.unwiped:
+            yield 0, slot
+
+    def restored(self, rows: Rows) -> None:
+        """These rows were filled in with parts in the arena by hand: count them, queue nothing yet."""
+        index = self.index
+        np.add.at(index.host_children.array, index.parent.array[rows], 1)
+        self.policy.arrive(rows)
+        self.num_host_blocks += int(np.count_nonzero(self._complete(rows)))
+
+    def restore_detached(self, row: int, slot: DetachedSlot) -> None:
+        """As `detached_slots` gave it; the row is held already."""
+        self.host.add_one("detached", slot.tenant, slot.num_bytes)
+        if row:
+            assert self.index.holds.cell[row], "a slot drains for a reader"
+            self._detached.setdefault(row, []).append(slot)
+        else:
+            self.unwiped.append(slot)
+
     # -- proof ---------------------------------------------------------------------------------------
 
     def check(self) -> None:

@@ -72,6 +72,7 @@ class SsdTraffic:
         # Of parts being read: done with the read or at its deadline, whichever comes first.
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._probing = False
+        self._num_reads = 0
         # A queued block is not held: it may be evicted first, and its row reused. The first word of
         # its key tells.
         self._queue: deque[tuple[int, int]] = deque()
@@ -138,6 +139,7 @@ class SsdTraffic:
         location = self._place_of(part)
         assert residency.arena is not None
         buffer = residency.arena.part(int(slots.first_pages[0]), size)
+        self._num_reads += 1
         late = _Late(residency, index.lineage_tenant.cell[index.lineage.cell[row]], size)
         timer = asyncio.get_running_loop().call_later(
             self._deadline_s, self._read_is_late, part, late
@@ -157,6 +159,7 @@ class SsdTraffic:
         except (KVFabricError, OSError) as exc:
             self._fail(self.read_breaker, str(exc))
         finally:
+            self._num_reads -= 1
             timer.cancel()
             late.settle()
             buffer.release()
@@ -373,6 +376,14 @@ class SsdTraffic:
                 self._give_queue_up()
             self._changed.set()
             await asyncio.sleep(0.005)
+
+    async def settle(self) -> None:
+        """As `drain`, and wait until no read is under way, late ones included. On cancellation: likewise."""
+        await self.drain()
+        while self._num_reads or self._probing:
+            # A device that does not answer is not waited for here: who asks for this has a deadline.
+            await asyncio.sleep(0.005)
+            await self.drain()
 
     def _give_queue_up(self) -> None:
         while self._queue:

@@ -10,6 +10,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     reading    match, load, confirm            writing  reserve, commit, abort
     copying    window -> slot with checksum    ssd      promotion, spilling, breaker
     breaker    when SSD is left alone
+    contents   all of it as data, for a successor
     scrub      the arena's bytes, checked anew     purging  for good, and zeroed
     turns      how all of it shares the event loop
 """
@@ -27,7 +28,9 @@ from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Committed, Confirmed, Located, Matched, Reserved
 from kvfabric.registry.state import PURGED, RegistryState
+from kvfabric.store import contents
 from kvfabric.store.access import Access
+from kvfabric.store.contents import Contents
 from kvfabric.store.index import MAX_PARTS, BlockIndex
 from kvfabric.store.lease import LeaseBook, RequestGrant
 from kvfabric.store.purging import Purger
@@ -171,14 +174,15 @@ class BlockStore:
         self._group = asyncio.TaskGroup()
         self._room_is_low = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
+        self._works: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._scrubber = Scrubber(self._residency, self._pool, self.turns, self._drop)
         self._purger = Purger(self._residency, self._pool, partial(self._drop, wipe=True))
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
         self._residency.room_is_low = self._room_is_low.set
-        self._start(self._keep_house())
-        self._start(self._keep_room())
+        self._start(self._keep_house)
+        self._start(self._keep_room)
         if self._tier is not None:
             await self.attach_ssd(self._tier)
         return self
@@ -203,8 +207,10 @@ class BlockStore:
         templates = state.templates.values() if state is not None else ()
         return [template.incarnation for template in templates if template.state == PURGED]
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._background.append(self._group.create_task(work))
+    def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run `work` in the background, anew after each `thaw`."""
+        self._works.append(work)
+        self._background.append(self._group.create_task(work()))
 
     def attach_arena(self, arena: Arena) -> None:
         """The host tier's memory, once; before it everything misses. Stays the caller's to close."""
@@ -212,7 +218,7 @@ class BlockStore:
             raise LocalProtocolError("the store has an arena already")
         self._residency.arena = arena
         self._host.resize(arena.size_bytes)
-        self._start(self._touch(arena))
+        self._start(partial(self._touch, arena))
 
     async def attach_ssd(self, tier: Tier) -> None:
         """The SSD tier, once; it may come while the store serves, and is left after the store. Its blocks
@@ -230,7 +236,7 @@ class BlockStore:
         tier.owner = self._ssd
         await self._ssd.seed(self._purged())
         self._residency.save = self._ssd.save
-        self._start(self._ssd.run())
+        self._start(self._ssd.run)
         self._reader.ssd = self._ssd
 
     # -- sessions and requests -----------------------------------------------------------------------
@@ -416,6 +422,36 @@ class BlockStore:
         if self._scrubbing_ssd is None or self._scrubbing_ssd.done():
             work = ssd.scrub_on(int(self.limits.ssd_scrub_bytes_per_s * _HOUSE_S))
             self._scrubbing_ssd = self._group.create_task(work, name="kvfabric-scrub-ssd")
+
+    # -- handing over --------------------------------------------------------------------------------
+
+    async def freeze(self) -> None:
+        """Come to rest: reservations end, and nothing is read, written, evicted or zeroed any more when this
+        returns. The caller sees to it that no verb is called until `thaw`. On cancellation: `thaw`."""
+        self._leases.end_reservations()
+        if self._ssd is not None:
+            await self._ssd.settle()
+        for task in self._background:
+            task.cancel()
+        if self._background:
+            await asyncio.wait(self._background)
+        self._background.clear()
+
+    def thaw(self) -> None:
+        """Go on after a `freeze`, finished or not."""
+        for task in self._background:
+            task.cancel()
+        self._background = [self._group.create_task(work()) for work in self._works]
+
+    def contents(self) -> Contents:
+        """What a frozen store holds in the host tier, for a successor with the same arena."""
+        return contents.describe(self._residency, self._leases, started=self._started)
+
+    def restore(self, held: Contents) -> None:
+        """Into an empty store with that arena, before anything else; the clock must be the same. Raises
+        CapacityError and RemoteProtocolError, and is of no use then."""
+        contents.restore(held, self._residency, self._leases)
+        self._started = held.started
 
     # -- statistics ----------------------------------------------------------------------------------
 

@@ -99,6 +99,19 @@ class SlotAllocator:
         self.free_pages += len(first_pages) * pages
         self._changed_pages += len(first_pages) * pages
 
+    def resume(self, first_pages: Pages, pages: npt.NDArray[np.int64]) -> None:
+        """Of a fresh allocator: these slots, each of so many pages, are in use. Raises ValueError if they
+        overlap or lie outside."""
+        order = np.argsort(first_pages, kind="stable")
+        starts = first_pages[order].astype(np.int64)
+        ends = starts + pages[order]
+        edges = np.concatenate([[0], ends])
+        gaps = np.append(starts, self.num_pages) - edges
+        if (gaps < 0).any():
+            raise ValueError("slots in use overlap or lie outside the arena")
+        self._run_starts, self._run_pages = edges[gaps > 0], gaps[gaps > 0]
+        self.free_pages = int(gaps.sum())
+
     def _refill(self, stack: array[int], num_slots: int, pages: int) -> bool:
         missing = num_slots - len(stack)
         if self._carve(stack, missing, pages):
@@ -237,6 +250,16 @@ class Arena:
         generations = ((self._generation + steps) & 0xFFFFFFFF).astype(np.uint32)
         self._generation = (self._generation + num_slots) & 0xFFFFFFFF
         return Slots(pages, generations)
+
+    @property
+    def generation(self) -> int:
+        """The last number given."""
+        return self._generation
+
+    def resume(self, first_pages: Pages, pages: npt.NDArray[np.int64], generation: int) -> None:
+        """Of an arena that nobody has used yet: go on where another daemon stopped. As the allocator's."""
+        self.allocator.resume(first_pages, pages)
+        self._generation = generation
 
     def free(self, first_pages: Pages, num_bytes: int) -> None:
         """Give slots of `num_bytes` back. Nobody may be reading or writing them any more."""
