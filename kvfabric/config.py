@@ -102,6 +102,10 @@ class NodeConfig:
         return Path(self.admin_socket) if self.admin_socket else self.state_dir / "admin.sock"
 
     @property
+    def takeover_socket_path(self) -> Path:
+        return self.state_dir / "takeover.sock"
+
+    @property
     def ssd_path(self) -> Path:
         return Path(self.ssd_dir) if self.ssd_dir else self.state_dir / "ssd"
 

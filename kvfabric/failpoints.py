@@ -47,6 +47,16 @@ POINTS = (
     "arena.recorded",
     "arena.replaced",
     "arena.adopted",
+    "takeover.frozen",
+    "takeover.given",
+    "takeover.agreed",
+    "takeover.gone",
+    "takeover.asked",
+    "takeover.received",
+    "takeover.restored",
+    "takeover.ready",
+    "takeover.going",
+    "takeover.serving",
 )
 
 _armed: dict[str, int] = {}  # name -> passings until the end

@@ -172,6 +172,14 @@ class ArenaKeeper:
         failpoint("arena.adopted")
         return arena
 
+    def take_over(self, descriptor: int) -> Arena:
+        """The arena of a living daemon that hands it over; `descriptor` stays the caller's.
+
+        Raises RemoteProtocolError if it is none.
+        """
+        assert self.arena is None
+        return self._set(Arena.adopt(descriptor))
+
     def save(self, processes: set[ProcessId]) -> None:
         """Note who has the arena now, before they get it; earlier ones that still map it stay listed."""
         if self.arena is None:

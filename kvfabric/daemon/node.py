@@ -2,6 +2,7 @@
 
 Start and stop are one stack of contexts, so whatever was started is stopped, in reverse: first the
 engines' socket (nothing new is accepted, rights end), then SSD writes are sealed, then the tiers close.
+A life may begin with what another process hands over, and end by handing it on (`takeover`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +27,19 @@ from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
 from kvfabric.daemon.status import degraded, node_samples, node_status
-from kvfabric.errors import ConfigError, NoSpace, TransferError
+from kvfabric.daemon.takeover import Estate, TakeoverServer, take_over
+from kvfabric.daemon.takeover_wire import HbmEntry, NodeState
+from kvfabric.errors import (
+    CapacityError,
+    ConfigError,
+    NoSpace,
+    RemoteProtocolError,
+    TransferError,
+)
 from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol.messages import BlockRun, EngineEvents
 from kvfabric.registry.home import open_registry
 from kvfabric.registry.state import PURGED
 from kvfabric.store.breaker import Breaker
@@ -41,15 +52,30 @@ from kvfabric.types import TierName
 log = logging.getLogger(__name__)
 
 _STALL_PROBE_S = 0.05
+_LOCK_S = 5.0
+"""How long the kernel may take to give up what a killed predecessor had."""
 _POLL_S = 0.2
 """Between looks at whether a tier that is not there can be had now."""
 
 
 class Node:
-    """`async with Node(config) as node` serves; leaving stops in order. A node runs once."""
+    """`async with Node(config) as node` serves; leaving stops in order. A node runs once.
 
-    def __init__(self, config: NodeConfig) -> None:
+    `takeover`: go on where the daemon that runs on this state directory is; it hands over and exits.
+    """
+
+    def __init__(self, config: NodeConfig, *, takeover: bool = False) -> None:
         self.config = config
+        self.ended = asyncio.Event()
+        """Set when there is nothing more to do here: a successor serves, or is to."""
+        self._takes_over = takeover
+        self._estate: Estate | None = None
+        self._handed_over = False
+        self._lock = -1
+        self._front = contextlib.AsyncExitStack()
+        self._front_is_open = False
+        self._changing = asyncio.Lock()  # for changes in the background; held while frozen
+        self._is_frozen = False
         self.boot_id = secrets.token_bytes(16)
         self.http_address = ""
         self.events = EventStream(boot_id=self.boot_id)
@@ -65,18 +91,37 @@ class Node:
         return f"<Node {self.config.name} boot {self.boot_id.hex()[:8]}: {self.keeper!r}>"
 
     async def __aenter__(self) -> Node:
+        """Raises TransferError if the daemon to take over from does not let go."""
+        if self._takes_over:
+            self._estate = await take_over(self.config.takeover_socket_path)
+        try:
+            await self._enter()
+        except (CapacityError, RemoteProtocolError) as exc:
+            if self._estate is None or self._estate.is_accepted:
+                raise
+            log.warning("what was handed over is of no use: %s. Starting from SSD", exc)
+            estate, self._estate = self._estate, None
+            await estate.give_back(str(exc))
+            await self._enter()
+        return self
+
+    async def _enter(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
             self._stack = stack.pop_all()
-        return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
-        config = self.config
+        config, estate = self.config, self._estate
         _make_private(config.state_dir)
-        stack.enter_context(locked(config.state_dir / "node.lock"))
+        if estate is None:
+            patience_s = _LOCK_S if self._takes_over else 0.0
+            self._lock = stack.enter_context(locked(config.state_dir / "node.lock", patience_s))
+        else:
+            self._lock = estate.take(estate.state.lock)
+            stack.callback(os.close, self._lock)
         _make_private(config.keyring_path)
         self.keyring = Keyring.create_or_open(config.keyring_path)
         self.registry = await stack.enter_async_context(open_registry(config))
@@ -84,19 +129,24 @@ class Node:
         stack.callback(self.keeper.close)
         await stack.enter_async_context(self._ssd_stack)  # left after the store
         self.store = await stack.enter_async_context(self._make_store())
-        await self._open_ssd()
         self.sessions = Sessions(self.store, self)
         self.engines = self._make_server()
+        if estate is None:
+            await self._open_ssd()
+            await self.keeper.refresh()
+            if not self.keeper.waiting_for:
+                self._make_arena()
+        else:
+            await self._inherit(estate)
+            stack.callback(estate.close)
         self.probe = StallProbe(_STALL_PROBE_S)
         self.probe.start()
         stack.callback(self.probe.stop)
-        await self.keeper.refresh()
-        if not self.keeper.waiting_for:
-            self._make_arena()
         stack.push_async_callback(self.store.seal)  # after the engines' socket is closed, below
         await stack.enter_async_context(self.engines)
-        await stack.enter_async_context(self._make_admin())
-        await self._open_http(stack)
+        stack.push_async_callback(self._close_front)
+        await self._open_front()
+        self.takeovers = await stack.enter_async_context(self._make_takeover_server())
         # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
         background = (
@@ -108,6 +158,17 @@ class Node:
         for work in background:
             stack.callback(group.create_task(work).cancel)
         stack.enter_context(garbage.own_schedule())
+
+    async def _open_front(self) -> None:
+        """What routers and administrators ask."""
+        self._front_is_open = True
+        await self._front.enter_async_context(self._make_admin())
+        await self._open_http(self._front)
+
+    async def _close_front(self) -> None:
+        if self._front_is_open:
+            self._front_is_open = False
+            await self._front.aclose()
 
     def _make_store(self) -> BlockStore:
         config = self.config
@@ -196,7 +257,7 @@ class Node:
             return
         from kvfabric.daemon.http import HttpServer  # a fifth of a node's imports
 
-        host, port = split_address(self.config.http, "node.http")
+        host, port = split_address(self.http_address or self.config.http, "node.http")
         server = HttpServer(
             host,
             port,
@@ -212,10 +273,13 @@ class Node:
 
     async def _await_ssd(self) -> None:
         """Until there is an SSD tier: try again when its breaker allows."""
+        if self._estate is not None:
+            await self._estate.predecessor_exited()
         while self.config.ssd_bytes and self.ssd is None:
+            async with self._changing:
+                if self.ssd_breaker.begin():
+                    await self._open_ssd()
             await asyncio.sleep(_POLL_S)
-            if self.ssd_breaker.begin():
-                await self._open_ssd()
 
     # ------------------------------------------------------------------ the arena
 
@@ -288,9 +352,91 @@ class Node:
             templates = state.templates.values()
             now = frozenset(bytes(t.incarnation) for t in templates if t.state == PURGED)
             if now - struck:
-                await self.store.purge(now - struck)
+                async with self._changing:
+                    await self.store.purge(now - struck)
             struck = now
             state = await self.registry.wait_newer(state.version)
+    # ------------------------------------------------------------------ takeover
+
+    async def _inherit(self, estate: Estate) -> None:
+        """Become what the predecessor was. SSD is not part of it: that is opened when it has exited."""
+        state, given = estate.state, estate.descriptors
+        self.store.attach_arena(self.keeper.take_over(given[state.arena]))
+        self.store.restore(state.contents)
+        self.sessions.restore(state.sessions, given)
+        self.engines.restore(state.listener, state.connections, given)
+        for entry in state.hbm:
+            run = BlockRun(entry.namespace_tag, b"", entry.keys)
+            self.events.engine_events(entry.session, EngineEvents((run,), (), cleared=False))
+        await estate.accept()
+        self.processes_changed()
+        statistics = self.store.statistics()
+        log.info(
+            "%d blocks and %d connections were taken over; %d bytes drain",
+            statistics.num_blocks[TierName.HOST],
+            len(state.connections),
+            statistics.draining_bytes,
+        )
+
+    def _make_takeover_server(self) -> TakeoverServer:
+        listener = None
+        if self._estate is not None:
+            at = self._estate.state.takeover_listener
+            listener = socket.socket(fileno=self._estate.take(at))
+        return TakeoverServer(self.config.takeover_socket_path, self, listener=listener)
+
+    def why_not(self) -> str:
+        return "" if self.keeper.arena is not None else "this node has no host tier to hand over"
+
+    async def freeze(self) -> None:
+        await self._changing.acquire()
+        self._is_frozen = True
+        await self._close_front()
+        await self.engines.freeze()
+        await self.store.freeze()
+
+    async def thaw(self) -> None:
+        self.store.thaw()
+        self.engines.thaw()
+        if self._is_frozen:
+            self._is_frozen = False
+            self._changing.release()
+        if not self._front_is_open:
+            self.events.reopen()
+            try:
+                await self._open_front()
+            except ConfigError as exc:
+                # Somebody took the address meanwhile. Engines are served all the same.
+                log.error("after a takeover that failed: %s", exc)  # noqa: TRY400
+
+    def describe(self, numbered: list[int]) -> NodeState:
+        sessions = self.sessions.describe(numbered)
+        listener, connections = self.engines.describe(numbered)
+        hbm = tuple(
+            HbmEntry(run.engine, run.namespace_tag, run.keys)
+            for batch in self.events.hbm_runs()
+            for run in batch.runs
+        )
+        at = len(numbered)
+        numbered += [self.keeper.descriptor, self._lock, self.takeovers.descriptor]
+        return NodeState(
+            contents=self.store.contents(),
+            sessions=sessions,
+            connections=connections,
+            hbm=hbm,
+            arena=at,
+            lock=at + 1,
+            listener=listener,
+            takeover_listener=at + 2,
+        )
+
+    def hand_over(self) -> None:
+        self._handed_over = True
+        self.engines.abandon()
+        self.ended.set()
+
+    def end(self) -> None:
+        self.ended.set()
 
     # ------------------------------------------------------------------ SessionObserver
 
@@ -301,7 +447,8 @@ class Node:
         self.events.engine_gone(session.id)
 
     def processes_changed(self) -> None:
-        self.keeper.save(self.sessions.processes())
+        if not self._handed_over:  # the record is the successor's then
+            self.keeper.save(self.sessions.processes())
 
 
 def describe(session: Session) -> pb.Engine:
@@ -321,16 +468,27 @@ def describe(session: Session) -> pb.Engine:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Only one daemon on a state directory. Raises ConfigError if another has it."""
+def locked(path: Path, patience_s: float = 0.0) -> Iterator[int]:
+    """Only one daemon on a state directory; its descriptor. Raises ConfigError if another has it for longer
+    than `patience_s`, for which this blocks."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + patience_s
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as exc:
-        raise ConfigError(f"another node runs on {path.parent}") from exc
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise ConfigError(f"another node runs on {path.parent}")
+            time.sleep(0.02)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _make_private(directory: Path) -> None:

@@ -1,12 +1,6 @@
-"""The engines' socket: accepts, shakes hands, and runs one `Connection` per engine process.
+"""The engines' socket: accepts, shakes hands, and runs one `connection.Connection` per engine process.
 
-Sockets, windows and backpressure are here; what a request means is in `handlers`, who an engine is in
-`sessions`. A connection that breaks the wire contract gets one `Failed` and is closed; a request that
-fails gets `Failed` and its connection lives.
-
-Backpressure: a connection has at most `MAX_RUNNING` requests under way and `MAX_OUTPUT_BYTES` of answers
-waiting; beyond that it is not read, so its engine's own socket fills. Connections take turns with each other
-and with the store's own work (`kvfabric.store.turns`).
+Who an engine is, is in `sessions`; what is asked of it after the handshake in `connection` and `handlers`.
 """
 
 from __future__ import annotations
@@ -14,37 +8,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import mmap
 import os
-import select
 import socket
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvfabric.daemon.handlers import CONCURRENT, IN_ORDER, Caller, Services
-from kvfabric.daemon.sessions import Process, Session, Sessions, open_peer
+from kvfabric.daemon.connection import Connection, ConnectionState, make_window, map_window
+from kvfabric.daemon.handlers import Caller, Services
+from kvfabric.daemon.sessions import Session, Sessions, open_peer
 from kvfabric.errors import (
     ConfigError,
     KVFabricError,
     Overloaded,
     PeerClosed,
-    ProtocolError,
     RemoteProtocolError,
 )
 from kvfabric.protocol import descriptors
 from kvfabric.protocol.codec import MAX_HELLO_BYTES, FrameReader, decode_request, encode
 from kvfabric.protocol.messages import (
     PROTOCOL_VERSION,
-    Bye,
-    Done,
     Failed,
     Hello,
-    Reply,
-    Request,
     Role,
     Welcome,
 )
@@ -52,10 +40,11 @@ from kvfabric.protocol.messages import (
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 512
-MAX_RUNNING = 64
-MAX_OUTPUT_BYTES = 1 << 20
 HELLO_DEADLINE_S = 5.0
 _ACCEPT_PAUSE_S = 0.1
+_FREEZE_POLL_S = 0.002
+_FLUSH_S = 1.0
+"""How long a connection that is handed over may take to read its last answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +92,8 @@ class EngineServer:
         self._connections: set[Connection] = set()
         self._greetings: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
+        self._heirlooms: list[tuple[socket.socket, Connection]] = []
+        self._abandoned = False
         self._group = asyncio.TaskGroup()
         self._accepting: asyncio.Task[None] | None = None
 
@@ -110,9 +101,15 @@ class EngineServer:
         return f"<EngineServer {self.options.path}: {len(self._connections)} connections>"
 
     async def __aenter__(self) -> EngineServer:
-        self._listener = listen(self.options.path)
+        if self._listener is None:
+            self._listener = listen(self.options.path)
         await self._group.__aenter__()
         self._accepting = self._group.create_task(self._accept(self._listener))
+        loop = asyncio.get_running_loop()
+        for sock, connection in self._heirlooms:
+            # Bound at once: the next turn of the loop has another.
+            await loop.connect_accepted_socket(lambda connection=connection: connection, sock)  # type: ignore[misc]
+        self._heirlooms.clear()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -122,13 +119,79 @@ class EngineServer:
         for task in (self._accepting, *self._greetings):
             task.cancel()
         self._listener.close()
-        self.options.path.unlink(missing_ok=True)
+        if not self._abandoned:
+            self.options.path.unlink(missing_ok=True)
         for connection in list(self._connections):
             connection.close()
         await self._group.__aexit__(None, None, None)
         self.sessions.close()
         for connection in list(self._connections):
             connection.abort()  # its engine reads nothing: what waits for it is lost
+
+    # -- handing over --------------------------------------------------------------------------------
+
+    async def freeze(self) -> None:
+        """Accept nothing more, read nothing more, and finish what was read. On cancellation: `thaw`.
+
+        A connection whose engine does not read its answers is closed: it comes back to the successor.
+        """
+        assert self._accepting is not None
+        self._accepting.cancel()
+        if self._greetings:
+            await asyncio.wait(self._greetings)
+        for connection in list(self._connections):
+            connection.freeze()
+        patience = asyncio.get_running_loop().time() + _FLUSH_S
+        while busy := [one for one in self._connections if not one.is_at_rest()]:
+            if asyncio.get_running_loop().time() > patience:
+                for connection in busy:
+                    if connection.is_unread():
+                        connection.abort()
+            await asyncio.sleep(_FREEZE_POLL_S)
+
+    def thaw(self) -> None:
+        """Go on after a `freeze`, finished or not."""
+        assert self._listener is not None
+        assert self._accepting is not None
+        self._accepting.cancel()
+        self._accepting = self._group.create_task(self._accept(self._listener))
+        for connection in list(self._connections):
+            connection.thaw()
+
+    def describe(self, descriptors: list[int]) -> tuple[int, tuple[ConnectionState, ...]]:
+        """(position of the listening socket, connections at rest); the descriptors stay ours."""
+        assert self._listener is not None
+        descriptors.append(self._listener.fileno())
+        listener = len(descriptors) - 1
+        return listener, tuple(one.describe(descriptors) for one in self._connections)
+
+    def restore(
+        self, listener: int, states: Sequence[ConnectionState], descriptors: list[int]
+    ) -> None:
+        """What `describe` said, before this is entered. Takes the descriptors over and leaves -1."""
+        self._listener = _take_socket(listener, descriptors)
+        for state in states:
+            session, process = self.sessions.rejoin(state.session, state.process)
+            window, kept = memoryview(b""), -1
+            if state.window >= 0:
+                kept, descriptors[state.window] = descriptors[state.window], -1
+                window = map_window(kept, state.window_bytes)
+            connection = Connection(
+                self,
+                Caller(self.services, session, window),
+                process,
+                has_arena=state.has_arena,
+                window_descriptor=kept,
+                unfinished=state.unfinished,
+            )
+            self._heirlooms.append((_take_socket(state.socket, descriptors), connection))
+
+    def abandon(self) -> None:
+        """A successor has everything: let go of it without a word to anybody."""
+        self._abandoned = True
+        self.sessions.close()
+        for connection in list(self._connections):
+            connection.abort()
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run a request of a connection; `work` raises nothing."""
@@ -200,19 +263,23 @@ class EngineServer:
         except BaseException:
             os.close(peer.pidfd)
             raise
+        descriptor = -1
         try:
             window, descriptor = make_window(self._window_bytes(hello))
             welcome, sent = self._welcome(session, len(window), descriptor)
-            try:
-                descriptors.send(sock, encode(correlation, welcome), sent)
-            finally:
-                if descriptor >= 0:
-                    os.close(descriptor)
+            descriptors.send(sock, encode(correlation, welcome), sent)
         except BaseException:
+            if descriptor >= 0:
+                os.close(descriptor)
             self.sessions.leave(session, process, said_bye=True)  # it never got anything to touch
             raise
-        caller = Caller(self.services, session, window)
-        return Connection(self, caller, process, has_arena=bool(welcome.arena_bytes))
+        return Connection(
+            self,
+            Caller(self.services, session, window),
+            process,
+            has_arena=bool(welcome.arena_bytes),
+            window_descriptor=descriptor,
+        )
 
     def _drop_lost(self, session: bytes) -> None:
         """A session comes back: end those of its connections that are over, though nobody has read their
@@ -248,192 +315,19 @@ class EngineServer:
         return welcome, sent
 
 
-class Connection(asyncio.Protocol):
-    """One engine process after its handshake. Its window is unmapped when the last copy of it ended."""
-
-    def __init__(
-        self, server: EngineServer, caller: Caller, process: Process, *, has_arena: bool
-    ) -> None:
-        self.has_arena = has_arena
-        self._server = server
-        self._caller = caller
-        self._process = process
-        self._transport: asyncio.Transport | None = None
-        self._reader = FrameReader()
-        self._frames: deque[tuple[int, bytes]] = deque()
-        self._running = 0
-        self._output_full = False
-        self._turn_due = False
-        self._said_bye = False
-        self._has_left = False
-
-    def __repr__(self) -> str:
-        name = self._caller.session.id.hex()[:8]
-        return (
-            f"<Connection of session {name}: {self._running} running, {len(self._frames)} queued>"
-        )
-
-    def close(self) -> None:
-        """Send what is waiting and close. Idempotent."""
-        if self._transport is not None:
-            self._transport.close()
-
-    def abort(self) -> None:
-        """End now, without sending what is waiting. Idempotent."""
-        if self._transport is not None:
-            self._transport.abort()
-        self._leave()
-
-    def is_of(self, session: bytes) -> bool:
-        return self._caller.session.id == session
-
-    def is_hung_up(self) -> bool:
-        """Whether the other end is closed, read or not."""
-        if self._transport is None:
-            return True
-        poll = select.poll()
-        poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-        return bool(poll.poll(0))
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=MAX_OUTPUT_BYTES)
-        self._server.opened(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._has_left:
-            return
-        self._has_left = True
-        self._frames.clear()
-        self._server.ended(self)
-        clean = self._said_bye and not self._running
-        self._server.sessions.leave(self._caller.session, self._process, said_bye=clean)
-
-    def pause_writing(self) -> None:
-        self._output_full = True
-
-    def resume_writing(self) -> None:
-        self._output_full = False
-        self._work()
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._frames.extend(self._reader.feed(data))
-        except RemoteProtocolError as exc:
-            self._break(0, exc)
-            return
-        self._work()
-
-    def eof_received(self) -> None:
-        if self._reader.num_pending_bytes:
-            self._break(0, RemoteProtocolError("the stream ends in the middle of a frame"))
-
-    def _work(self) -> None:
-        """Answer what is queued, as far as backpressure and this turn allow."""
-        turns = self._server.services.store.turns
-        while self._frames and self._may_work():
-            if self._turn_due or not turns.is_open():
-                self._work_soon()
-                break
-            self._answer(*self._frames.popleft())
-        if self._transport is None or self._transport.is_closing():
-            self._frames.clear()
-        elif self._frames:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
-
-    def _work_soon(self) -> None:
-        if not self._turn_due:
-            self._turn_due = True
-            self._server.services.store.turns.call(self._next_turn)
-
-    def _next_turn(self) -> None:
-        self._turn_due = False
-        if self._frames and self._may_work():
-            self._answer(*self._frames.popleft())
-        self._work()
-
-    def _may_work(self) -> bool:
-        if self._transport is None or self._transport.is_closing():
-            return False
-        return self._running < MAX_RUNNING and not self._output_full
-
-    def _answer(self, correlation: int, body: bytes) -> None:
-        try:
-            request = decode_request(body)
-        except RemoteProtocolError as exc:
-            self._break(correlation, exc)
-            return
-        kind = type(request)
-        if kind in CONCURRENT:
-            self._running += 1
-            self._server.spawn(self._finish(correlation, request))
-        elif kind in IN_ORDER:
-            with self._failing(correlation):
-                self._reply(correlation, IN_ORDER[kind](self._caller, request))
-        elif isinstance(request, Bye):
-            self._said_bye = True
-            self._reply(correlation, Done())
-            self.close()
-        else:
-            self._break(correlation, RemoteProtocolError("a connection says hello once"))
-
-    async def _finish(self, correlation: int, request: Request) -> None:
-        try:
-            with self._failing(correlation):
-                await self._server.services.store.turns.wait()
-                self._reply(correlation, await CONCURRENT[type(request)](self._caller, request))
-        finally:
-            self._running -= 1
-        if self._frames:
-            self._work_soon()
-
-    @contextlib.contextmanager
-    def _failing(self, correlation: int) -> Iterator[None]:
-        """Top of one request: whatever goes wrong in it becomes its answer."""
-        try:
-            yield
-        except ProtocolError as exc:
-            self._break(correlation, exc)
-        except KVFabricError as exc:
-            self._reply(correlation, Failed(exc.code, str(exc)))
-        except Exception as exc:  # one of the two places that may: the daemon lives on
-            log.exception("request of session %s failed", self._caller.session.id.hex()[:8])
-            self._reply(correlation, Failed(KVFabricError.code, f"internal error: {exc!r}"))
-
-    def _reply(self, correlation: int, reply: Reply) -> None:
-        result = reply.code if isinstance(reply, Failed) else "ok"
-        self._server.counts.requests[result] += 1
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(encode(correlation, reply))
-
-    def _break(self, correlation: int, error: ProtocolError) -> None:
-        """One error frame, then the end of the connection."""
-        self._server.counts.protocol_errors += 1
-        log.warning("session %s: %s", self._caller.session.id.hex()[:8], error)
-        self._reply(correlation, Failed(error.code, str(error)))
-        self.close()
-
-
-def listen(path: Path) -> socket.socket:
+def listen(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """A listening socket that only our user can connect to. Replaces one that nobody listens on.
 
     Raises ConfigError if another node listens there, or the path does not do.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         try:
             taken = probe.connect_ex(str(path)) == 0
         except OSError as exc:  # too long a path
             raise ConfigError(f"cannot listen on {path}: {exc}") from exc
     if taken:
         raise ConfigError(f"another node listens on {path}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
     try:
         path.unlink(missing_ok=True)
         listener.bind(str(path))
@@ -445,20 +339,11 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def make_window(num_bytes: int) -> tuple[memoryview, int]:
-    """(our mapping, descriptor for the engine) of fresh memory that nobody can shrink; (empty, -1) for 0."""
-    if num_bytes == 0:
-        return memoryview(b""), -1
-    descriptor = os.memfd_create("kvfabric-window", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(descriptor, num_bytes)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-        mapping = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return memoryview(mapping), descriptor
+def _take_socket(at: int, descriptors: list[int]) -> socket.socket:
+    sock = socket.socket(fileno=descriptors[at])
+    descriptors[at] = -1
+    sock.setblocking(False)
+    return sock
 
 
 async def _receive_hello(

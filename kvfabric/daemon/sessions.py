@@ -20,8 +20,11 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from kvfabric.daemon.adoption import ProcessId, start_time
 from kvfabric.errors import AccessError, NotFound, PeerClosed, RemoteProtocolError
@@ -88,6 +91,23 @@ class Session:
     @property
     def num_open(self) -> int:
         return sum(process.num_open for process in self.processes.values())
+
+
+class ProcessState(msgspec.Struct, frozen=True):
+    """A process, for a successor. `pidfd`: its position among the descriptors that go along, -1: none."""
+
+    id: ProcessId
+    num_unclean: int
+    exited: bool
+    pidfd: int
+
+
+class SessionState(msgspec.Struct, frozen=True):
+    """A session, for a successor; its connections say themselves whose they are."""
+
+    id: bytes
+    hello: Hello
+    processes: tuple[ProcessState, ...]
 
 
 def to_layout(wire: WireLayout) -> BlockLayout:
@@ -211,6 +231,45 @@ class Sessions:
                 self._unwatch(process)
         self._sessions.clear()
 
+    # -- handing over --------------------------------------------------------------------------------
+
+    def describe(self, descriptors: list[int]) -> tuple[SessionState, ...]:
+        """All sessions; their pidfds, which stay ours, are appended to `descriptors`."""
+        return tuple(
+            SessionState(
+                session.id,
+                session.hello,
+                tuple(_describe(process, descriptors) for process in session.processes.values()),
+            )
+            for session in self._sessions.values()
+        )
+
+    def restore(self, states: Sequence[SessionState], descriptors: list[int]) -> None:
+        """What `describe` said, while none has a connection yet. Takes the pidfds over and leaves -1."""
+        for state in states:
+            layout = to_layout(state.hello.layout)
+            name = SessionId(state.id)
+            session = Session(name, state.hello, layout, layout_fingerprint(layout))
+            self._sessions[name] = session
+            for known in state.processes:
+                process = Process(known.id, -1, 0, known.num_unclean, known.exited)
+                session.processes[known.id] = process
+                if known.pidfd >= 0:
+                    process.pidfd, descriptors[known.pidfd] = descriptors[known.pidfd], -1
+                    loop = asyncio.get_running_loop()
+                    loop.add_reader(process.pidfd, self._exited, session, process)
+
+    def rejoin(self, name: bytes, peer: ProcessId) -> tuple[Session, Process]:
+        """A connection that was handed over. Raises RemoteProtocolError for one that is not known."""
+        session = self._sessions.get(SessionId(name))
+        process = None if session is None else session.processes.get(peer)
+        if session is None or process is None:
+            raise RemoteProtocolError("a connection was handed over without its session")
+        process.num_open += 1
+        if session.num_open == 1:
+            self._observer.session_opened(session)
+        return session, process
+
     def _find(self, hello: Hello) -> Session:
         layout = to_layout(hello.layout)
         if not hello.session:
@@ -270,6 +329,14 @@ class Sessions:
             asyncio.get_running_loop().remove_reader(process.pidfd)
             os.close(process.pidfd)
             process.pidfd = -1
+
+
+def _describe(process: Process, descriptors: list[int]) -> ProcessState:
+    at = -1
+    if process.pidfd >= 0:
+        at = len(descriptors)
+        descriptors.append(process.pidfd)
+    return ProcessState(process.id, process.num_unclean, process.exited, at)
 
 
 def _check_same(session: Session, hello: Hello, layout: BlockLayout) -> None:

@@ -231,6 +231,10 @@ class EventStream:
         self._closed = True
         self._wake()
 
+    def reopen(self) -> None:
+        """After `close`: take subscriptions again. Sequence and history go on."""
+        self._closed = False
+
     async def subscribe(self, boot_id: bytes, from_sequence: int) -> AsyncIterator[pb.EventBatch]:
         """Batches from `from_sequence` of that life on. Where they are not kept any more, or the life is
         another: one batch with `gap` and the engines that live, then what comes next.

@@ -71,6 +71,11 @@ class FrameReader:
         """Bytes of an unfinished frame: not zero at end of stream means it was cut off."""
         return len(self._buffer)
 
+    @property
+    def unfinished(self) -> bytes:
+        """Those bytes."""
+        return bytes(self._buffer)
+
 
 def decode_request(body: bytes) -> Request:
     """Raises RemoteProtocolError for anything that is not exactly a request of this version."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from kvfabric.failpoints import VARIABLE
+
 READY = "kvfabric node ready"
 STOP_DEADLINE_S = 20.0
 
@@ -25,12 +27,16 @@ class NodeProcess:
     def __init__(self, state_dir: Path, *, python: str = sys.executable, **options: object) -> None:
         """`options`: keys of NodeConfig. HTTP is off unless given; the host tier is 64 MiB, no SSD.
 
-        `python`: of the environment that the node runs in.
+        `python`: of the environment that the node runs in. `takeover`: from the node that runs there.
+        `failpoint`: where it dies, as `kvfabric.failpoints` reads it.
         """
         self.state_dir = state_dir
         self._python = python
         defaults = {"http": "", "host_bytes": 64 << 20, "ssd_bytes": 0, "max_blocks": 16384}
         self._options = defaults | options
+        self._flags = ["--takeover"] if self._options.pop("takeover", False) else []
+        failpoint = str(self._options.pop("failpoint", ""))
+        self._environment = os.environ | ({VARIABLE: failpoint} if failpoint else {})
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self.log: list[str] = []
@@ -60,9 +66,12 @@ class NodeProcess:
     def start(self) -> Self:
         """Start and wait until it is ready. Raises RuntimeError with its last words if it is not."""
         command = [self._python, "-m", "kvfabric", "node", "--state-dir", str(self.state_dir)]
+        command += self._flags
         for name, value in self._options.items():
             command += ["--" + name.replace("_", "-"), str(value)]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=self._environment
+        )
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.log.append(line)
@@ -70,7 +79,8 @@ class NodeProcess:
                 break
         else:
             self._process.stderr.close()
-            raise RuntimeError(f"node ended with {self._process.wait()}:\n{''.join(self.log)}")
+            code, self._process = self._process.wait(), None
+            raise RuntimeError(f"node ended with {code}:\n{''.join(self.log)}")
         self._reader = threading.Thread(target=self._drain, args=(self._process,))
         self._reader.start()
         return self
@@ -87,6 +97,16 @@ class NodeProcess:
     def send(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def wait(self) -> int:
+        """Wait for the end that something else brings; the exit code."""
+        assert self._process is not None
+        code = self._process.wait(STOP_DEADLINE_S)
+        self._end(signal.SIGKILL)
+        return code
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""

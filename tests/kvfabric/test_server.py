@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from kvfabric.daemon import handlers
+from kvfabric.daemon.connection import MAX_RUNNING
 from kvfabric.daemon.handlers import Caller, Services
-from kvfabric.daemon.server import MAX_RUNNING, EngineServer, Offer, ServerOptions
+from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
@@ -98,7 +99,7 @@ async def test_session_comes_back_past_a_connection_whose_end_nobody_reads(
         return m.Located(0, 0, b"", b"", b"", "none")
 
     slow: dict[Any, Any] = {**handlers.CONCURRENT, m.Load: slow_load}
-    monkeypatch.setattr("kvfabric.daemon.server.CONCURRENT", slow)
+    monkeypatch.setattr("kvfabric.daemon.connection.CONCURRENT", slow)
     async with serving(tmp_path) as (server, store):
         loop = asyncio.get_running_loop()
         lost, welcome = await connect(server)
