@@ -188,6 +188,11 @@ class Node:
             ssd=None,
         )
 
+    def _inherited_ssd_lock(self) -> int:
+        if self._estate is None or self._estate.state.ssd_lock < 0:
+            return -1
+        return self._estate.take(self._estate.state.ssd_lock)
+
     async def _open_ssd(self) -> None:
         """Have the SSD tier, or open its breaker: a disk that is full or broken is no reason to be down."""
         config = self.config
@@ -199,6 +204,7 @@ class Node:
             clock=time.monotonic,
             budget=WriteBudget(config.ssd_write_bytes_per_day),
         )
+        tier.inherit_lock(self._inherited_ssd_lock())
         try:
             await self._ssd_stack.enter_async_context(tier)
         except (NoSpace, TransferError) as exc:
@@ -278,7 +284,12 @@ class Node:
         while self.config.ssd_bytes and self.ssd is None:
             async with self._changing:
                 if self.ssd_breaker.begin():
-                    await self._open_ssd()
+                    try:
+                        await self._open_ssd()
+                    except (
+                        ConfigError
+                    ) as exc:  # at the start that is a reason to stop; not any more
+                        self.ssd_breaker.fail(str(exc))
             await asyncio.sleep(_POLL_S)
 
     # ------------------------------------------------------------------ the arena
@@ -419,6 +430,8 @@ class Node:
         )
         at = len(numbered)
         numbered += [self.keeper.descriptor, self._lock, self.takeovers.descriptor]
+        if self.ssd is not None:
+            numbered.append(self.ssd.lock_descriptor)
         return NodeState(
             contents=self.store.contents(),
             sessions=sessions,
@@ -426,6 +439,7 @@ class Node:
             hbm=hbm,
             arena=at,
             lock=at + 1,
+            ssd_lock=-1 if self.ssd is None else at + 3,
             listener=listener,
             takeover_listener=at + 2,
         )

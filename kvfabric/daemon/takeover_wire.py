@@ -90,7 +90,8 @@ class HbmEntry(msgspec.Struct, frozen=True):
 
 
 class NodeState(msgspec.Struct, frozen=True):
-    """A whole daemon at rest. `arena`, `lock`, `listener`, `takeover_listener`: positions of descriptors."""
+    """A whole daemon at rest. `arena`, `lock` (of the state directory), `ssd_lock`, `listener`,
+    `takeover_listener`: positions of descriptors, -1: none."""
 
     contents: Contents
     sessions: tuple[SessionState, ...]
@@ -98,6 +99,7 @@ class NodeState(msgspec.Struct, frozen=True):
     hbm: tuple[HbmEntry, ...]
     arena: int
     lock: int
+    ssd_lock: int
     listener: int
     takeover_listener: int
 

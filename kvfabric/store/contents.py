@@ -232,9 +232,7 @@ def _restore_rows(contents: Contents, residency: Residency) -> Rows:
     keys = np.frombuffer(contents.keys, dtype=np.uint64).reshape(-1, 4)
     lineages = np.frombuffer(contents.lineages, "<u4")
     places = np.frombuffer(contents.parents, "<u4")
-    needed = len(keys) + len(contents.owners) // 4
-    if needed > min(index.free_rows, index.free_parts):
-        raise CapacityError(f"an index of {index.max_blocks} blocks does not hold {len(keys)}")
+    _require(index, len(keys), index.free_rows)
     rows = index.insert(keys)
     by_place = np.concatenate([np.zeros(1, dtype=np.uint32), rows])
     index.block_index.array[rows] = np.frombuffer(contents.block_indexes, "<u4")
@@ -253,6 +251,11 @@ def _restore_rows(contents: Contents, residency: Residency) -> Rows:
     index.freq.array[rows] = np.maximum(freq, (flags & MAIN) != 0)
     index.flags.array[rows] |= flags & HIT
     return rows
+
+
+def _require(index: BlockIndex, needed: int, free: int) -> None:
+    if needed > free:
+        raise CapacityError(f"an index of {index.max_blocks} blocks does not hold {needed}")
 
 
 def _rest_of(entry: LineageEntry) -> tuple[bytes, bytes, tuple[bytes, ...]]:
@@ -301,6 +304,7 @@ def _restore_parts(
     sizes = _part_bytes(contents, index, rows, owners)
     for fingerprint, layout in index.layouts.items():
         own = _rows_of_layout(index, rows, fingerprint)
+        _require(index, len(own) * layout.num_parts, index.free_parts)
         index.ensure_parts(own, layout.num_parts)
     for ordinal in sorted(set(ordinals.tolist())):
         chosen = np.flatnonzero(ordinals == ordinal)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from kvfabric.store.index import NO_ROW, SSD, BlockIndex, Lineage, Rows
+from kvfabric.store.index import HOST, NO_ROW, RESERVED, SSD, BlockIndex, Lineage, Rows
 from kvfabric.store.residency import Residency
 from kvfabric.tiers.base import Flags, Location, RecordBatch, Tier
 from kvfabric.types import PartSpec
@@ -91,7 +91,7 @@ class Seeder:
             own = own[np.unique(rows[own], return_index=True)[1]]
             index.ensure_parts(rows[own], ordinal + 1)
             parts = index.parts(rows[own], ordinal)
-            fresh = (index.part_state.array[parts] & SSD) == 0
+            fresh = self._may_seal(parts, batch.rows["checksum"][own])
             own, parts = own[fresh], parts[fresh]
             chosen = batch.rows[own]
             index.part_checksum[parts] = chosen["checksum"]
@@ -104,6 +104,14 @@ class Seeder:
             )
             taken.append(own)
         return np.concatenate(taken) if taken else np.zeros(0, dtype=np.intp)
+
+    def _may_seal(self, parts: Rows, sums: npt.NDArray[np.void]) -> Flags:
+        """Not those that are sealed already. One that came into the arena before the tier did may have other
+        bytes, as right as these: the index has one checksum for both, so that is the one that counts."""
+        state = self._index.part_state.array[parts]
+        same = ((state & HOST) != 0) & (self._index.part_checksum[parts] == sums)
+        may: Flags = ((state & SSD) == 0) & (((state & (HOST | RESERVED)) == 0) | same)
+        return may
 
     def _by_ordinal(
         self, batch: RecordBatch, rows: Rows

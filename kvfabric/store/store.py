@@ -431,10 +431,11 @@ class BlockStore:
         self._leases.end_reservations()
         if self._ssd is not None:
             await self._ssd.settle()
-        for task in self._background:
+        tasks = [*self._background, *([self._scrubbing_ssd] if self._scrubbing_ssd else [])]
+        for task in tasks:
             task.cancel()
-        if self._background:
-            await asyncio.wait(self._background)
+        if tasks:
+            await asyncio.wait(tasks)
         self._background.clear()
 
     def thaw(self) -> None:

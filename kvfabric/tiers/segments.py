@@ -130,8 +130,7 @@ class SegmentTier(Tier):
     `capacity_bytes` is a hard bound on the segment files, those under way and those that could not be removed
     included, and must hold at least two of them; the index beside them takes a few hundred bytes a record.
     `budget`: of bytes written in a day, the tier's own from now on. `ops`: the system's file operations.
-    Entering raises ConfigError (capacity, directory, another daemon
-    using it), NoSpace or TransferError.
+    Entering raises ConfigError (capacity, directory, another daemon using it), NoSpace or TransferError.
     """
 
     def __init__(
@@ -222,7 +221,12 @@ class SegmentTier(Tier):
         """Blocking: make the directory and become its only user, until the process ends."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock_fd = self._ops.open(self._directory / "lock", os.O_CREAT | os.O_RDWR)
+            path = self._directory / "lock"
+            if self._lock_fd >= 0 and not _is_at(path, self._lock_fd):
+                self._ops.close(self._lock_fd)  # of another directory
+                self._lock_fd = -1
+            if self._lock_fd < 0:
+                self._lock_fd = self._ops.open(path, os.O_CREAT | os.O_RDWR)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             raise ConfigError(
@@ -230,6 +234,15 @@ class SegmentTier(Tier):
             ) from exc
         except OSError as exc:
             raise ConfigError(f"SSD directory {self._directory}: {exc.strerror}") from exc
+
+    def inherit_lock(self, descriptor: int) -> None:
+        """Before entering: a `lock_descriptor` of the daemon that had the directory, taken over; -1: none."""
+        self._lock_fd = descriptor
+
+    @property
+    def lock_descriptor(self) -> int:
+        """Of the lock, while this is open: whoever gets a copy holds it too."""
+        return self._lock_fd
 
     def _recover(self) -> None:
         """Blocking: find out what is in the directory. Nothing else runs yet."""
@@ -632,3 +645,10 @@ class SegmentTier(Tier):
 def _append(file: SegmentFile, runs: Sequence[Sequence[Appended]]) -> None:
     for run in runs:
         file.append(run)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
