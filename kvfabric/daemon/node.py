@@ -367,6 +367,7 @@ class Node:
                     await self.store.purge(now - struck)
             struck = now
             state = await self.registry.wait_newer(state.version)
+
     # ------------------------------------------------------------------ takeover
 
     async def _inherit(self, estate: Estate) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from kvfabric.failpoints import POINTS
+from kvfabric.failpoints import POINTS as EVERY_POINT
 from tests.torture.launcher import Launcher
 from tests.torture.oracle import AT_START, Oracle, Tally
 from tests.torture.scale import FULL, at_most, count, record
 
 pytestmark = [pytest.mark.fleet, pytest.mark.slow]
 
+POINTS = [point for point in EVERY_POINT if not point.startswith("takeover.")]
+"""Those take two daemons: `test_takeover` kills at them."""
 CYCLES = count(100, 2000, "KVFABRIC_TORTURE_CYCLES")
 LIVES_OF_A_DIRECTORY = 50
 HITS = 10 if FULL else 1
