@@ -53,7 +53,7 @@ from kvfabric_engine.reference.weights import (
     Rope,
     Weights,
 )
-from kvfabric_engine.staging import StagedMover
+from kvfabric_engine.staging import Fence, StagedMover
 from kvfabric_engine.testing import Pending, begin
 
 from kvfabric.config import EngineConfig
@@ -67,6 +67,8 @@ GIB = 1 << 30
 MIB = 1 << 20
 PAGE_TOKENS, BLOCK_TOKENS = 16, 64
 WAIT_S = 120.0
+SAVE_PIECES = 4
+"""Of the window, as the connector saves by."""
 
 
 class Sizes:
@@ -175,15 +177,35 @@ class Copies:
         self.pinned[: count * self.size].copy_(self.device[: count * self.size], non_blocking=True)
         torch.cuda.synchronize()
 
-    def in_window(self, count: int) -> Iterator[tuple[range, list[memoryview]]]:
-        """Blocks [0, count) by as many as the window holds, and where each goes."""
-        step = len(self.window) // self.size
-        for start in range(0, count, step):
+    def in_window(self, count: int, pieces: int = 1) -> Iterator[tuple[range, list[memoryview]]]:
+        """Blocks [0, count) by as many as a piece of the window holds, and where each goes, in turns."""
+        step = len(self.window) // self.size // pieces
+        for turn, start in enumerate(range(0, count, step)):
             numbers = range(start, min(start + step, count))
-            places = [self.window[i * self.size : (i + 1) * self.size] for i in range(len(numbers))]
-            yield numbers, places
+            first = turn % pieces * step
+            yield (
+                numbers,
+                [
+                    self.window[(first + i) * self.size : (first + i + 1) * self.size]
+                    for i in range(len(numbers))
+                ],
+            )
 
     def save(self, count: int) -> None:
+        """A piece of the window is gathered while the one before is on the bus."""
+        begun: Fence | None = None
+        for numbers, places in self.in_window(count, SAVE_PIECES):
+            blocks = [self.blocks[number] for number in numbers]
+            last, begun = (
+                begun,
+                self.mover.begin_gather(blocks, places, after=self.mover.fence()),
+            )
+            if last is not None:
+                last.wait()
+        if begun is not None:
+            begun.wait()
+
+    def save_one_at_a_time(self, count: int) -> None:
         for numbers, places in self.in_window(count):
             blocks = [self.blocks[number] for number in numbers]
             self.mover.gather(blocks, places, after=self.mover.fence())
@@ -237,6 +259,7 @@ def measure_copies(layers: int, sizes: Sizes, seed: int) -> tuple[list[Rows], fl
             "load_neighbours": lambda n=count: copies.load(n, neighbours),  # type: ignore[misc]
             "limit_out": lambda n=count: copies.limit_out(n),  # type: ignore[misc]
             "save": lambda n=count: copies.save(n),  # type: ignore[misc]
+            "save_one_at_a_time": lambda n=count: copies.save_one_at_a_time(n),  # type: ignore[misc]
             "save_one_buffer": lambda n=count: copies.save_one_buffer(n),  # type: ignore[misc]
             "save_no_gather": lambda n=count: copies.save_no_gather(n),  # type: ignore[misc]
         }

@@ -80,16 +80,31 @@ class DeviceChecksums:
         if not self._uses_kernel:
             return self._chain(words, self._sums(words))
         order = torch.arange(len(words), device=words.device)
-        return self._by_kernel(_Paged(words, order, 1, self._words))
+        paged = _Paged(words, order, 1, self._words)
+        sums = self._empty_sums(paged)
+        self._sum(paged, sums, 0, self._num_blocks + 1)
+        return self._chain_sums(paged, sums)
 
-    def accumulate_paged(self, region: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """As `accumulate`, of parts that lie in pages: `region` uint8 [num_pages, page_bytes] with contiguous
-        rows, `pages` int64 [n * pages a part] on the device. See `supports_pages`."""
+    def begin_paged(self, region: torch.Tensor, pages: torch.Tensor) -> PagedSums:
+        """As `accumulate`, of parts that lie in pages and come there bit by bit: `region` uint8
+        [num_pages, page_bytes] with contiguous rows, `pages` int64 [n * pages a part] on the device. See
+        `supports_pages`."""
         page_bytes = region.shape[1]
-        if not self._uses_kernel:
-            return self.accumulate(region[pages].reshape(-1))
-        words = region.view(torch.int64)
-        return self._by_kernel(_Paged(words, pages, 8 * self._words // page_bytes, page_bytes // 8))
+        paged = _Paged(
+            region.view(torch.int64), pages, 8 * self._words // page_bytes, page_bytes // 8
+        )
+        return PagedSums(region, paged, self._empty_sums(paged) if self._uses_kernel else None)
+
+    def add_paged(self, begun: PagedSums, start: int, num_bytes: int) -> None:
+        """Of each page bytes [start, start + num_bytes) are there, whole KiB. Enqueued, as the next."""
+        if begun.sums is not None and num_bytes:
+            self._sum(begun.paged, begun.sums, start // BLOCK_BYTES, num_bytes // BLOCK_BYTES)
+
+    def accumulate_paged(self, begun: PagedSums) -> torch.Tensor:
+        """Everything was added; int64 [n, 8]."""
+        if begun.sums is None:
+            return self.accumulate(begun.region[begun.paged.pages].reshape(-1))
+        return self._chain_sums(begun.paged, begun.sums)
 
     def digests(self, accumulators: torch.Tensor) -> list[bytes]:
         """`accumulators`, on the host, as checksums: XXH3-128, 16 B big-endian each."""
@@ -102,25 +117,32 @@ class DeviceChecksums:
         packed = halves.astype(">u8").tobytes()
         return [packed[start : start + 16] for start in range(0, len(packed), 16)]
 
-    def _by_kernel(self, paged: _Paged) -> torch.Tensor:
-        count, rows = len(paged.pages) // paged.part_pages, self._num_blocks + 1
-        sums = paged.words.new_empty(count, rows, LANES)
-        found = paged.words.new_empty(count, LANES)
-        stride = paged.words.stride(0)
-        _sum_blocks[(count, triton.cdiv(rows, BLOCKS_A_PROGRAM))](
+    def _empty_sums(self, paged: _Paged) -> torch.Tensor:
+        count = len(paged.pages) // paged.part_pages
+        return paged.words.new_empty(count, self._num_blocks + 1, LANES)
+
+    def _sum(self, paged: _Paged, sums: torch.Tensor, first: int, number: int) -> None:
+        """Blocks [first, first + number) of each page."""
+        total = paged.part_pages * number
+        _sum_blocks[(len(sums), triton.cdiv(total, BLOCKS_A_PROGRAM))](
             paged.words,
             paged.pages,
             self._keys,
             sums,
             paged.part_pages,
             paged.page_words,
-            stride,
+            paged.words.stride(0),
             self._num_blocks,
             self._last_stripes,
+            first,
+            number,
             BLOCKS=BLOCKS_A_PROGRAM,
             num_warps=8,
         )
-        _chain_blocks[(count,)](
+
+    def _chain_sums(self, paged: _Paged, sums: torch.Tensor) -> torch.Tensor:
+        found = paged.words.new_empty(len(sums), LANES)
+        _chain_blocks[(len(sums),)](
             paged.words,
             paged.pages,
             sums,
@@ -130,7 +152,7 @@ class DeviceChecksums:
             found,
             paged.part_pages,
             paged.page_words,
-            stride,
+            paged.words.stride(0),
             self._num_blocks,
             PRIME=_P32_1,
             STEP=UNROLL,
@@ -167,9 +189,18 @@ class _Paged(NamedTuple):
     page_words: int
 
 
-def supports_pages(page_bytes: int) -> bool:
-    """Whether each KiB of a part lies in one page."""
-    return page_bytes % BLOCK_BYTES == 0
+class PagedSums(NamedTuple):
+    """Parts whose blocks are being summed. `sums`: int64 [n, blocks, 8]; None without kernels, which sum at
+    the end."""
+
+    region: torch.Tensor
+    paged: _Paged
+    sums: torch.Tensor | None
+
+
+def supports_pages(piece_bytes: int) -> bool:
+    """Whether each KiB of a part lies in one such piece of a page, and so in one page."""
+    return piece_bytes % BLOCK_BYTES == 0
 
 
 def supports(part_bytes: int) -> bool:
@@ -217,20 +248,25 @@ if triton is not None:
         stride_words,
         num_blocks,
         last_stripes,
+        first_of_page,
+        num_of_page,
         BLOCKS: tl.constexpr,
     ):
-        """Program (i, j) sums blocks [j BLOCKS, (j + 1) BLOCKS) of part i; the last has fewer stripes."""
+        """Program (i, j) sums BLOCKS of part i's blocks, of which `num_of_page` from `first_of_page` on count
+        in each page; the part's last has fewer stripes."""
         low = tl.full((), 0xFFFFFFFF, tl.int64)
         part = tl.program_id(0).to(tl.int64)
-        block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+        number = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+        block = number // num_of_page * (page_words // 128) + first_of_page + number % num_of_page
+        block = tl.where(number < part_pages * num_of_page, block, num_blocks + 1)
         stripe, lane = tl.arange(0, 16), tl.arange(0, 8)
         count = tl.where(block < num_blocks, 16, tl.where(block == num_blocks, last_stripes, 0))
         there = (stripe[None, :, None] < count[:, None, None]) & (lane[None, None, :] >= 0)
         inside = stripe[:, None] * 8 + lane[None, :]
         begin = block.to(tl.int64) * 128
-        number = tl.minimum(begin // page_words, part_pages - 1)
-        page = tl.load(pages + part * part_pages + number)
-        first = page * stride_words + (begin - number * page_words)
+        nth = tl.minimum(begin // page_words, part_pages - 1)
+        page = tl.load(pages + part * part_pages + nth)
+        first = page * stride_words + (begin - nth * page_words)
         word = first[:, None, None] + inside[None, :, :]
         other = first[:, None, None] + (inside ^ 1)[None, :, :]
         data = tl.load(words + word, mask=there, other=0)

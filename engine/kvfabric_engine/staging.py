@@ -86,6 +86,14 @@ class Mover(ABC):
     def gather(self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence) -> None:
         """Copy block i into `out[i]` (writable, `part_bytes` long). Returns when the bytes are there."""
 
+    def begin_gather(
+        self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence
+    ) -> Fence:
+        """As `gather`, but on CUDA only begun: until the fence has passed nobody may write the blocks or
+        touch `out`. With one begun before the last one has ended the bus never idles."""
+        self.gather(blocks, out, after=after)
+        return Passed()
+
     @abstractmethod
     def scatter(self, data: Sequence[memoryview], blocks: Sequence[Pages]) -> None:
         """Copy `data[i]` (`part_bytes` long) into block i's pages. Returns when the bytes are there."""
@@ -289,24 +297,33 @@ class StagedMover(Mover):
         return fence_here(self._device)
 
     def gather(self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence) -> None:
+        self.begin_gather(blocks, out, after=after).wait()
+
+    def begin_gather(
+        self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence
+    ) -> Fence:
         side, size, k = self._out, self.part_bytes, self._pages_per_block
         addresses = [address_of(view) for view in out]
         with side.lock, side.kernels.use():
             side.kernels.wait_for(after)
             index = self._index(blocks)
-            for start in range(0, len(blocks), self.chunk_parts):
-                stop = min(start + self.chunk_parts, len(blocks))
-                number, buffer = side.next()
-                side.kernels.wait_for(side.free[number])
-                self._read(index[start * k : stop * k], buffer[: (stop - start) * size], after)
-                side.dma.wait_for(side.kernels.mark())
-                first = buffer.data_ptr()
-                runs = self._pinned.runs(addresses[start:stop], size)
-                side.dma.copy(
-                    _copies((run.address, first + run.start, run.num_bytes) for run in runs)
-                )
-                side.free[number] = side.dma.mark()
-            side.dma.mark().wait()
+            try:
+                for start in range(0, len(blocks), self.chunk_parts):
+                    stop = min(start + self.chunk_parts, len(blocks))
+                    number, buffer = side.next()
+                    side.kernels.wait_for(side.free[number])
+                    self._read(index[start * k : stop * k], buffer[: (stop - start) * size], after)
+                    side.dma.wait_for(side.kernels.mark())
+                    first = buffer.data_ptr()
+                    runs = self._pinned.runs(addresses[start:stop], size)
+                    side.dma.copy(
+                        _copies((run.address, first + run.start, run.num_bytes) for run in runs)
+                    )
+                    side.free[number] = side.dma.mark()
+            except BaseException:
+                side.dma.mark().wait()  # what was begun ends before `out` is somebody else's
+                raise
+            return side.dma.mark()
 
     def _read(self, pages: torch.Tensor, buffer: torch.Tensor, after: Fence) -> None:
         """Enqueue pages -> buffer on the current lane, for a gather behind `after`."""
@@ -457,22 +474,23 @@ class _StagedLanding(Landing):
         self, offsets: Sequence[int], blocks: Sequence[Pages], num_layers: int
     ) -> LayerArrival | None:
         region, layer_bytes = self._mover.page_major, self._mover.page_bytes // num_layers
-        if region is None or not supports_pages(region.shape[1]):
+        if region is None or not supports_pages(layer_bytes):
             return None
         sources, targets = self._page_addresses(region, offsets, blocks)
         before: dict[int, Fence] = {}
         groups = min(LAYER_GROUPS, num_layers)
-        for group in range(groups):
-            first, stop = num_layers * group // groups, num_layers * (group + 1) // groups
-            start, size = first * layer_bytes, (stop - first) * layer_bytes
-            self._side.dma.copy(self._split(sources + start, targets + start, size))
-            before[first] = self._side.dma.mark()
         used = self._mover.host_buffer(len(offsets) * ACCUMULATOR_BYTES)
         on_host = torch.frombuffer(used, dtype=torch.int64).view(len(offsets), -1)
         with self._checks.use():
-            index = self._mover.index(blocks)
-            self._checks.wait_for(self._side.dma.mark())
-            on_host.copy_(self._checksums.accumulate_paged(region, index), non_blocking=True)
+            begun = self._checksums.begin_paged(region, self._mover.index(blocks))
+            for group in range(groups):
+                first, stop = num_layers * group // groups, num_layers * (group + 1) // groups
+                start, size = first * layer_bytes, (stop - first) * layer_bytes
+                self._side.dma.copy(self._split(sources + start, targets + start, size))
+                before[first] = self._side.dma.mark()
+                self._checks.wait_for(before[first])
+                self._checksums.add_paged(begun, start, size)
+            on_host.copy_(self._checksums.accumulate_paged(begun), non_blocking=True)
             return LayerArrival(before, self._checks.mark(), on_host)
 
     def layer_checksums(self, arrival: LayerArrival) -> list[bytes]:

@@ -61,13 +61,17 @@ def test_every_byte_counts(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("page_bytes", [1024, 3072, 64 * 1024])
 def test_parts_in_pages_have_the_same(page_bytes: int, device: str) -> None:
-    """Pages anywhere, in any order, with other bytes between them."""
+    """Pages anywhere, in any order, with other bytes between them, that come in two pieces each."""
     whole = np.random.default_rng(2).integers(0, 256, (12, page_bytes + 512), np.uint8)
     region = torch.from_numpy(whole).to(device)[:, :page_bytes]
     pages = [7, 2, 11, 0, 3, 9]
     data = b"".join(whole[page, :page_bytes].tobytes() for page in pages)
     checksums = DeviceChecksums(torch.device(device), 3 * page_bytes)
-    found = checksums.accumulate_paged(region, torch.tensor(pages, device=device))
+    begun = checksums.begin_paged(region, torch.tensor(pages, device=device))
+    cut = page_bytes // 2048 * 1024
+    for start, stop in ((cut, page_bytes), (0, cut)):
+        checksums.add_paged(begun, start, stop - start)
+    found = checksums.accumulate_paged(begun)
     assert checksums.digests(found.cpu()) == _expected(data, 3 * page_bytes)
 
 

@@ -48,7 +48,8 @@ def test_blocks_move_bit_for_bit(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("in_one_tensor", [True, False])
 def test_layers_anywhere_make_the_same_parts(device: str, in_one_tensor: bool) -> None:
-    """KV of any number of regions: page by page, region by region; several chunks through two buffers."""
+    """KV of any number of regions: page by page, region by region; several chunks through two buffers, of two
+    gathers of which the second begins before the first has ended."""
     shape = PoolShape(40, 3, 8, 2, 16, torch.bfloat16, block_tokens=16)
     pool = shape.create(torch.device(device))
     pool.copy_(torch.randn(pool.shape))
@@ -61,7 +62,12 @@ def test_layers_anywhere_make_the_same_parts(device: str, in_one_tensor: bool) -
     blocks = [(2 * n, 39 - 2 * n) for n in range(7)]
     host = mover.host_buffer(7 * shape.part_bytes)
     parts = [host[n * shape.part_bytes : (n + 1) * shape.part_bytes] for n in range(7)]
-    mover.gather(blocks, parts, after=mover.fence())
+    begun = [
+        mover.begin_gather(blocks[some], parts[some], after=mover.fence())
+        for some in (slice(3), slice(3, None))
+    ]
+    for fence in begun:
+        fence.wait()
     pages = [page for block in blocks for page in block]
     expected = pool[pages].contiguous().view(torch.uint8).cpu().numpy().tobytes()
     assert bytes(host) == expected

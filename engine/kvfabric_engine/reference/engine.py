@@ -36,6 +36,7 @@ from kvfabric_engine.connector import (
 from kvfabric_engine.layout import PoolShape, default_block_tokens
 from kvfabric_engine.plan import FetchPlan, Planner, PrefixMatch, Prompt, Rates, Record
 from kvfabric_engine.pool_events import PoolEvents
+from kvfabric_engine.reference import decode
 from kvfabric_engine.reference.block_manager import BlockManager, CachedBlock, PoolStatistics
 from kvfabric_engine.reference.measure import measure_rates
 from kvfabric_engine.reference.model import NOTHING, Model
@@ -114,6 +115,7 @@ class Engine:
         # The CPU engine is for tests and the demo, in which fetching is the point: it never cuts a hit.
         self._decides = self.model.device.type == "cuda" and not self.is_deterministic
         self._planner = Planner(Rates(), may_cut=self._decides)
+        self._graphs: decode.DecodeGraphs | None = None
         self._local = LocalNamespaces(self.model.revision, layout_fingerprint(self.layout))
         self._sequences: dict[str, Sequence] = {}
         self._numbers = itertools.count(1)
@@ -150,6 +152,10 @@ class Engine:
         `endpoint` is the base URL of the API, for the node to announce.
         """
         prove_layout(self.pool, self.shape, self._mover)
+        if self._decides and decode.supports(self.model):
+            self._graphs = decode.DecodeGraphs(
+                self.model, self.pool, max_batch=self.config.max_batch
+            )
         if self._decides:
             rates = measure_rates(self.model, self.pool, self.shape, self._mover)
             self._planner = Planner(rates, may_cut=True)
@@ -425,15 +431,22 @@ class Engine:
         if self.is_deterministic:
             for item in work:
                 self._advance(item, self.model.forward(self.pool, [item.span]))
+            return
+        spans = [item.span for item in work]
+        if self._graphs is not None and self._graphs.takes(spans):
+            decoded = self._graphs.step(spans)
+            for row, item in enumerate(work):
+                self._advance(item, decoded.logits[row : row + 1], decoded.best[row])
         elif work:
-            logits = self.model.forward(self.pool, [item.span for item in work])
+            logits = self.model.forward(self.pool, spans)
             row = 0
             for item in work:
                 self._advance(item, logits[row : row + item.span.sample])
                 row += item.span.sample
 
-    def _advance(self, item: Work, logits: torch.Tensor) -> None:
-        """The span was computed; `logits` [1, vocab] if it asked for them, else [0, vocab]."""
+    def _advance(self, item: Work, logits: torch.Tensor, best: int | None = None) -> None:
+        """The span was computed; `logits` [1, vocab] if it asked for them, else [0, vocab]. `best`: the token
+        of the highest, if that is known already."""
         sequence = item.sequence
         in_prompt = min(item.span.end, sequence.num_prompt) - item.span.start
         self._num_computed_prompt += max(0, in_prompt)
@@ -446,7 +459,9 @@ class Engine:
             self._leave_fabric(sequence)  # answered tokens are not cached in this mode
         if not item.span.sample:
             return
-        token_id = sequence.sampler.pick(logits[0].cpu())
+        if best is None or not sequence.sampler.is_greedy:
+            best = sequence.sampler.pick(logits[0].cpu())
+        token_id = best
         sequence.tokens.append(token_id)
         self._num_answered += 1
         if sequence.num_answered == 1:

@@ -29,7 +29,8 @@ class HeadShape(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Of each row of a forward. `pages`, `offsets`: int64 [T], where its KV goes. `cos`, `sin`: [T, D], the
+    """Of each row of a forward. `pages`, `offsets`: int64 [T], where its KV goes (nowhere if the page is
+    negative, on CUDA). `cos`, `sin`: [T, D], the
     first half of sin with its sign turned."""
 
     pages: torch.Tensor
@@ -145,10 +146,8 @@ if triton is not None:
         is_value = head >= NUM_HEADS + NUM_KV_HEADS
         kept = tl.where(is_value[:, None], raw, rotated)
         number = head - NUM_HEADS - tl.where(is_value, NUM_KV_HEADS, 0)
-        slot = (
-            tl.load(page_of_row + row) * page_stride + tl.load(offset_of_row + row) * token_stride
-        )
+        page = tl.load(page_of_row + row)
+        slot = page * page_stride + tl.load(offset_of_row + row) * token_stride
         slot += number * head_stride + tl.where(is_value, kv_stride, 0)
-        tl.store(
-            pages + slot[:, None] + place[None, :], kept, mask=there & (head >= NUM_HEADS)[:, None]
-        )
+        is_kept = there & ((head >= NUM_HEADS) & (page >= 0))[:, None]
+        tl.store(pages + slot[:, None] + place[None, :], kept, mask=is_kept)

@@ -8,7 +8,7 @@ Shapes: T tokens of a forward, H hidden, A query heads, K KV heads, D head dim, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,8 @@ from kvfabric_engine.reference.heads import HeadShape, Places, place_heads
 from kvfabric_engine.reference.weights import DTYPES, LayerWeights, Weights, draw_weights
 
 NOTHING: Mapping[int, Fence] = MappingProxyType({})
+Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Queries [T, A, D] and a layer's pages -> [T, A D]."""
 # Without cuDNN's: it builds a plan for each new length of context, which costs more than the attention.
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -106,26 +108,42 @@ class Model:
         positions = self._move(torch.cat([torch.arange(s.start, s.end) for s in spans]))
         indexes = self._indexes(spans, page_tokens=pool.shape[3])
         slots = self._slots(spans, page_tokens=pool.shape[3])
-        places = Places(*slots, self._cos[positions], self._sin[positions])
-        hidden = self.embedding[tokens]  # [T, H]
+
+        def attend(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+            mixed = [self._attend(q[index.rows], pages, index) for index in indexes]
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
         with sdpa_kernel(_ATTENTION):
-            for number, layer in enumerate(self.layers):
-                if number in before:
-                    wait_here(self.device, before[number])
-                pages = pool[:, number]  # [num_pages, 2, page_tokens, K, D]
-                q = self._project(layer, hidden, places, pages)
-                mixed = [self._attend(q[index.rows], pages, index) for index in indexes]
-                attended = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-                hidden = hidden + F.linear(attended, layer.output)
-                gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(
-                    2, dim=-1
-                )
-                hidden = hidden + F.linear(F.silu(gate).mul_(up), layer.down)
+            hidden = self.compute_layers(pool, tokens, positions, slots, attend, before)
         last = [index.rows.stop - 1 for index, s in zip(indexes, spans, strict=True) if s.sample]
-        chosen = self._norm(
-            hidden[self._move(torch.tensor(last, dtype=torch.int64))], self.final_norm
-        )
-        return F.linear(chosen, self.head).float()
+        return self.logits(hidden[self._move(torch.tensor(last, dtype=torch.int64))])
+
+    def compute_layers(
+        self,
+        pool: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
+        before: Mapping[int, Fence] = NOTHING,
+    ) -> torch.Tensor:
+        """All layers of T tokens, [T, H]. `tokens`, `positions`, and `slots` (page, offset in it): int64 [T];
+        a row whose page is negative keeps its KV nowhere, on a GPU. Launches only: may be captured."""
+        places = Places(*slots, self._cos[positions], self._sin[positions])
+        hidden = self.embedding[tokens]
+        for number, layer in enumerate(self.layers):
+            if number in before:
+                wait_here(self.device, before[number])
+            pages = pool[:, number]  # [num_pages, 2, page_tokens, K, D]
+            attended = attend(self._project(layer, hidden, places, pages), pages)
+            hidden = hidden + F.linear(attended, layer.output)
+            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + F.linear(F.silu(gate).mul_(up), layer.down)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` [n, H] after the last layer; float32 [n, vocab]."""
+        return F.linear(self._norm(hidden, self.final_norm), self.head).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.shape.rms_epsilon)

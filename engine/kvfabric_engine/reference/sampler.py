@@ -34,9 +34,14 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether `pick` always takes the highest logit."""
+        return self._params.temperature < GREEDY_BELOW
+
     def pick(self, logits: torch.Tensor) -> int:
         """The next token id. `logits`: float32 [vocab] on CPU. Ties go to the lowest id."""
-        if self._params.temperature < GREEDY_BELOW:
+        if self.is_greedy:
             return int(logits.argmax())
         probabilities = torch.softmax(logits / self._params.temperature, dim=-1)
         ordered, ids = probabilities.sort(descending=True, stable=True)
