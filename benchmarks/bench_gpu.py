@@ -11,8 +11,9 @@ many bytes between page-locked and device memory: the limit.
             (HBM cache emptied before), recomputed without the node, and a miss that is stored
     decode  the step of four sequences while another prompt's blocks are saved all the time, against without
 
-Other designs, for comparison: `one_buffer` (a whole chunk gathered, then copied part by part) and `no_gather`
-(each page by a DMA of its own: this pool's pages are contiguous). Needs a CUDA device.
+Other designs, for comparison: `save_other` (gathered by a kernel into buffers where pages are read in
+place, and the reverse), `save_one_at_a_time` (a whole window, then the next) and `save_one_buffer` (gathered
+by torch, then copied part by part). Needs a CUDA device.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import torch
 import xxhash
 from kvfabric_engine.direct_load import DirectLoads, NodeCalls, parts_of
 from kvfabric_engine.kernels import PagedRuns
+from kvfabric_engine.lanes import Passed
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.pinning import ARENA_SLICE_BYTES, WINDOW_SLICE_BYTES
 from kvfabric_engine.reference.engine import Engine
@@ -53,7 +55,7 @@ from kvfabric_engine.reference.weights import (
     Rope,
     Weights,
 )
-from kvfabric_engine.staging import Fence, StagedMover
+from kvfabric_engine.staging import Fence, StagedMover, mover_for
 from kvfabric_engine.testing import Pending, begin
 
 from kvfabric.config import EngineConfig
@@ -67,6 +69,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 PAGE_TOKENS, BLOCK_TOKENS = 16, 64
 WAIT_S = 120.0
+REST_S = 0.5
 SAVE_PIECES = 4
 """Of the window, as the connector saves by."""
 
@@ -114,7 +117,16 @@ class Copies:
         self.num_parts = num_tokens // BLOCK_TOKENS
         self.pool = self.shape.create(torch.device("cuda"))
         self.rows = pages_as_bytes(self.pool)
-        self.mover = StagedMover(PagedRuns([self.rows]), self.shape.pages_per_block)
+        mover = mover_for(self.pool, self.shape)
+        assert isinstance(mover, StagedMover)
+        self.mover = mover
+        self.reads_in_place = mover._in_place is not None
+        self.other = StagedMover(
+            PagedRuns([self.rows]),
+            self.shape.pages_per_block,
+            reads_in_place=not self.reads_in_place,
+        )
+        self.other._pinned = mover.pinned  # the driver locks a page once
         draw = random.Random(seed)
         k = self.shape.pages_per_block
         pages = draw.sample(range(self.shape.num_pages), self.shape.num_pages)
@@ -192,20 +204,23 @@ class Copies:
             )
 
     def save(self, count: int) -> None:
-        """A piece of the window is gathered while the one before is on the bus."""
-        begun: Fence | None = None
+        """A piece of the window is begun while the one before is on the bus, as the connector does it."""
+        self._save(self.mover, count)
+
+    def save_other(self, count: int) -> None:
+        """Through a kernel and buffers where `save` does without them, and without where it does not."""
+        self._save(self.other, count)
+
+    def _save(self, mover: StagedMover, count: int) -> None:
+        begun: Fence = Passed()
         for numbers, places in self.in_window(count, SAVE_PIECES):
             blocks = [self.blocks[number] for number in numbers]
-            last, begun = (
-                begun,
-                self.mover.begin_gather(blocks, places, after=self.mover.fence()),
-            )
-            if last is not None:
-                last.wait()
-        if begun is not None:
-            begun.wait()
+            last, begun = begun, mover.begin_gather(blocks, places, after=mover.fence())
+            last.wait()
+        begun.wait()
 
     def save_one_at_a_time(self, count: int) -> None:
+        """Each window waits for its own last DMA."""
         for numbers, places in self.in_window(count):
             blocks = [self.blocks[number] for number in numbers]
             self.mover.gather(blocks, places, after=self.mover.fence())
@@ -216,17 +231,6 @@ class Copies:
             staged = self.rows.index_select(0, torch.tensor(pages).to("cuda"))
             for row, place in zip(staged.view(len(numbers), self.size), places, strict=True):
                 torch.frombuffer(place, dtype=torch.uint8).copy_(row, non_blocking=True)
-            torch.cuda.synchronize()
-
-    def save_no_gather(self, count: int) -> None:
-        run = self.shape.page_bytes
-        for numbers, places in self.in_window(count):
-            for number, place in zip(numbers, places, strict=True):
-                target = torch.frombuffer(place, dtype=torch.uint8)
-                for index, page in enumerate(self.blocks[number]):
-                    target[index * run : (index + 1) * run].copy_(
-                        self.rows[page], non_blocking=True
-                    )
             torch.cuda.synchronize()
 
     def check(self, count: int) -> None:
@@ -259,14 +263,15 @@ def measure_copies(layers: int, sizes: Sizes, seed: int) -> tuple[list[Rows], fl
             "load_neighbours": lambda n=count: copies.load(n, neighbours),  # type: ignore[misc]
             "limit_out": lambda n=count: copies.limit_out(n),  # type: ignore[misc]
             "save": lambda n=count: copies.save(n),  # type: ignore[misc]
+            "save_other": lambda n=count: copies.save_other(n),  # type: ignore[misc]
             "save_one_at_a_time": lambda n=count: copies.save_one_at_a_time(n),  # type: ignore[misc]
             "save_one_buffer": lambda n=count: copies.save_one_buffer(n),  # type: ignore[misc]
-            "save_no_gather": lambda n=count: copies.save_no_gather(n),  # type: ignore[misc]
         }
         harness.alternate(sides, rounds=1)
         taken = harness.alternate(sides, rounds=sizes.rounds)
         gbps = {k: count * copies.size / harness.median(v) / 1e9 for k, v in taken.items()}
         row: Rows = {"layers": layers, "part_bytes": copies.size, "tokens": tokens}
+        row["save_reads_in_place"] = copies.reads_in_place
         row |= {f"{name}_gb_per_s": round(value, 2) for name, value in gbps.items()}
         row["h2d_over_limit"] = round(gbps["load"] / gbps["limit_in"], 4)
         row["h2d_over_limit_neighbours"] = round(gbps["load_neighbours"] / gbps["limit_in"], 4)
@@ -449,20 +454,28 @@ class EngineBench:
         return rows
 
     def misses(self) -> list[Rows]:
-        """A prompt that nobody has, asked for and stored, against one that goes past the fabric."""
+        """A prompt that nobody has, asked for and stored, against one that goes past the fabric.
+
+        A GPU computes a few per cent slower right after a prefill than after a rest, and only the one side's
+        blocks are saved after it: so both are measured right after a prefill, and both after a rest.
+        """
         rows = []
         for tokens in self.sizes.missed:
-            taken: dict[str, list[float]] = {"miss": [], "none": []}
-            for _ in range(self.sizes.rounds):
-                taken["miss"].append(self.first_token(self.prompt(tokens), fabric=True)[0])
-                taken["none"].append(self.first_token(self.prompt(tokens), fabric=False)[0])
-            ratios = [a / b for a, b in zip(taken["miss"], taken["none"], strict=True)]
-            row = {
-                "tokens": tokens,
-                "miss_ms": _ms(taken["miss"]),
-                "none_ms": _ms(taken["none"]),
-                "miss_overhead": harness.median(ratios),
-            }
+            row: Rows = {"tokens": tokens}
+            for state in ("busy", "rested"):
+                taken: dict[bool, list[float]] = {True: [], False: []}
+                for _ in range(self.sizes.rounds):
+                    for fabric in (True, False):
+                        if state == "busy":
+                            self.first_token(self.prompt(tokens), fabric=False)
+                        else:
+                            time.sleep(REST_S)
+                        prompt = self.prompt(tokens)
+                        taken[fabric].append(self.first_token(prompt, fabric=fabric)[0])
+                ratios = [a / b for a, b in zip(taken[True], taken[False], strict=True)]
+                row[f"miss_ms_{state}"] = _ms(taken[True])
+                row[f"none_ms_{state}"] = _ms(taken[False])
+                row[f"miss_overhead_{state}"] = harness.median(ratios)
             rows.append(row)
             print(json.dumps(row), flush=True)
         return rows
@@ -471,7 +484,7 @@ class EngineBench:
         """Median step of four sequences, with and without a save going on all the time."""
         steps = self.sizes.decode_steps
         rounds = self.sizes.rounds
-        count = 2 * rounds * steps + 16
+        count = 4 * rounds * steps + 16
         running = [
             begin(self.engine, self.prompt(512), max_tokens=count, handle=None) for _ in range(4)
         ]
@@ -483,12 +496,17 @@ class EngineBench:
                 saver.is_wanted.set()
                 taken["saving"] += _steps(running, steps)[2:]
                 saver.stop_saving()
+                for pending in running:
+                    pending.skip()  # what was answered meanwhile took no time
             saved_bytes, saving_s = saver.num_bytes, saver.seconds
         for pending in running:
+            self.engine.abort(pending.name)
             pending.answer()
         row = {
             "step_ms": _ms(taken["plain"]),
             "step_saving_ms": _ms(taken["saving"]),
+            "step_p99_ms": 1e3 * float(np.quantile(taken["plain"], 0.99)),
+            "step_saving_p99_ms": 1e3 * float(np.quantile(taken["saving"], 0.99)),
             "save_slowdown": harness.median(taken["saving"]) / harness.median(taken["plain"]),
             "save_slowdown_mean": sum(taken["saving"]) / sum(taken["plain"]),
             "saved_gb_per_s": saved_bytes / max(saving_s, 1e-9) / 1e9,
@@ -593,7 +611,8 @@ def measure_engine(sizes: Sizes, seed: int) -> tuple[Rows, dict[str, float]]:
         "ttft_recompute_ms": main["recompute_ms"],
         "ttft_gain_16k": main["gain"],
         "save_slowdown": decode["save_slowdown"],
-        "miss_overhead": misses[-1]["miss_overhead"],
+        "save_slowdown_mean": decode["save_slowdown_mean"],
+        "miss_overhead": misses[-1]["miss_overhead_busy"],
     }
     return {"ttft": ttft, "miss": misses, "decode": decode}, figures
 

@@ -22,6 +22,7 @@ try:
 except ImportError:  # torch for CPU comes without it
     triton = None
 
+HAS_KERNELS = triton is not None
 WORD_BYTES = 8
 VECTOR_BYTES = 16
 """What a thread moves at once: every base, row and run must be a multiple of it."""
@@ -78,6 +79,13 @@ class PagedRuns:
                 region[pages[pages >= 0]] = rows[pages >= 0, number]
 
 
+def copy_words(source: torch.Tensor, target: torch.Tensor) -> None:
+    """int64, contiguous, equally many; either may be page-locked memory of the host. A kernel, so it does not
+    queue behind the fabric's DMA as a copy would. CUDA with Triton only."""
+    count = source.numel()
+    _copy_words[(triton.cdiv(count, PIECE_WORDS // 2),)](source, target, count, PIECE_WORDS // 2)
+
+
 def launch(
     bases: torch.Tensor,
     pages: torch.Tensor,
@@ -107,6 +115,11 @@ def launch(
 
 
 if triton is not None:
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
+    def _copy_words(source, target, count, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+        word = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+        tl.store(target + word, tl.load(source + word, mask=word < count), mask=word < count)
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
     def _copy_runs(  # type: ignore[no-untyped-def] # noqa: PLR0913 - triton evaluates annotations

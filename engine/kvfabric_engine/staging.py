@@ -9,6 +9,7 @@ scatters one chunk runs beside the DMA of the next. Each direction has a lane fo
 kernels, ordered by events; the engine's own stream is waited for, never held up:
 
     gather   pages --kernel--> buffer --DMA a run of neighbouring parts--> window
+             (a pool whose pages are long runs of bytes: pages --DMA--> window)
     scatter  host --DMA--> buffer --kernel--> pages
     land     arena --DMA a run of neighbouring slots--> buffer, its checksums --kernels--> host; the caller
              compares them; buffer --kernel--> pages
@@ -21,10 +22,10 @@ of the address would give other bytes.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from abc import ABC, abstractmethod
-from bisect import bisect_right, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ from kvfabric_engine.device_checksum import (
     supports_pages,
 )
 from kvfabric_engine.kernels import PagedRuns
-from kvfabric_engine.lanes import Copies, Fence, Passed, fence_here, new_lane, on_device
+from kvfabric_engine.lanes import Copies, Fence, Lane, Passed, fence_here, new_lane, on_device
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 
 __all__ = [
@@ -63,6 +64,8 @@ Pages = Sequence[int]
 PROBE_BYTES = 64
 STAGE_BYTES = 64 << 20
 """Of one of a direction's two buffers: 1.2 ms of DMA, longer than the calls to the node beside it take."""
+LONG_RUN_BYTES = 256 << 10
+"""From this on a page is read by a DMA of its own: of a batch such copies are as fast as one long copy."""
 LAYER_GROUPS = 4
 """Of a load that the model computes behind: few copies, long ones, and only the last is waited for whole."""
 LANDING_BUFFERS = 3
@@ -190,7 +193,11 @@ def mover_for(pool: torch.Tensor, shape: PoolShape) -> Mover:
     """The mover of the device that `pool` lies on. `pool` as `layout` describes it."""
     if not pool.is_cuda:
         return HostMover(pool, shape)
-    return StagedMover(PagedRuns([pages_as_bytes(pool)]), shape.pages_per_block)
+    return StagedMover(
+        PagedRuns([pages_as_bytes(pool)]),
+        shape.pages_per_block,
+        reads_in_place=shape.page_bytes >= LONG_RUN_BYTES,
+    )
 
 
 def prove_layout(pool: torch.Tensor, shape: PoolShape, mover: Mover) -> None:
@@ -279,8 +286,14 @@ class StagedMover(Mover):
     pins_memory = True
 
     def __init__(
-        self, paged: PagedRuns, pages_per_block: int, *, stage_bytes: int = STAGE_BYTES
+        self,
+        paged: PagedRuns,
+        pages_per_block: int,
+        *,
+        stage_bytes: int = STAGE_BYTES,
+        reads_in_place: bool = False,
     ) -> None:
+        """`reads_in_place`: gathers go without a kernel and a buffer; for a single region."""
         self.page_bytes = paged.page_bytes
         self.part_bytes = pages_per_block * paged.page_bytes
         self.chunk_parts = max(1, stage_bytes // self.part_bytes)
@@ -292,6 +305,7 @@ class StagedMover(Mover):
         self._in = _Direction(self._device, size)
         self._landing_in = _Direction(self._device, size, LANDING_BUFFERS)
         self._pinned = PinnedMemory(self._device)
+        self._in_place = paged.only_region if reads_in_place else None
 
     def fence(self) -> Fence:
         return fence_here(self._device)
@@ -303,26 +317,36 @@ class StagedMover(Mover):
         self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence
     ) -> Fence:
         side, size, k = self._out, self.part_bytes, self._pages_per_block
-        addresses = [address_of(view) for view in out]
+        addresses = np.array([address_of(view) for view in out], dtype=np.int64)
+        if self._in_place is not None:
+            return self._begin_in_place(self._in_place, blocks, addresses, after)
         with side.lock, side.kernels.use():
             side.kernels.wait_for(after)
             index = self._index(blocks)
-            try:
+            with _ended_on_failure(side.dma):
                 for start in range(0, len(blocks), self.chunk_parts):
                     stop = min(start + self.chunk_parts, len(blocks))
                     number, buffer = side.next()
                     side.kernels.wait_for(side.free[number])
                     self._read(index[start * k : stop * k], buffer[: (stop - start) * size], after)
                     side.dma.wait_for(side.kernels.mark())
-                    first = buffer.data_ptr()
-                    runs = self._pinned.runs(addresses[start:stop], size)
-                    side.dma.copy(
-                        _copies((run.address, first + run.start, run.num_bytes) for run in runs)
-                    )
+                    here = buffer.data_ptr() + size * np.arange(stop - start, dtype=np.int64)
+                    side.dma.copy(self._pinned.copies(addresses[start:stop], here, size, host=0))
                     side.free[number] = side.dma.mark()
-            except BaseException:
-                side.dma.mark().wait()  # what was begun ends before `out` is somebody else's
-                raise
+            return side.dma.mark()
+
+    def _begin_in_place(
+        self, region: torch.Tensor, blocks: Sequence[Pages], addresses: Addresses, after: Fence
+    ) -> Fence:
+        side = self._out
+        pages = np.array([tuple(pages) for pages in blocks], dtype=np.int64)
+        sources = (pages * region.stride(0) + region.data_ptr()).ravel()
+        within = np.arange(self._pages_per_block, dtype=np.int64) * self.page_bytes
+        targets = (addresses[:, None] + within).ravel()
+        with side.lock:
+            side.dma.wait_for(after)
+            with _ended_on_failure(side.dma):
+                side.dma.copy(self._pinned.copies(targets, sources, self.page_bytes, host=0))
             return side.dma.mark()
 
     def _read(self, pages: torch.Tensor, buffer: torch.Tensor, after: Fence) -> None:
@@ -331,7 +355,7 @@ class StagedMover(Mover):
 
     def scatter(self, data: Sequence[memoryview], blocks: Sequence[Pages]) -> None:
         side = self._in
-        addresses = [address_of(view) for view in data]
+        addresses = np.array([address_of(view) for view in data], dtype=np.int64)
         with side.lock:
             for start in range(0, len(blocks), self.chunk_parts):
                 chunk = slice(start, start + self.chunk_parts)
@@ -359,13 +383,12 @@ class StagedMover(Mover):
         return _StagedLanding(self, self._landing_in, checksums, arena)
 
     def copy_in(
-        self, side: _Direction, number: int, buffer: torch.Tensor, addresses: Sequence[int]
+        self, side: _Direction, number: int, buffer: torch.Tensor, addresses: Addresses
     ) -> Fence:
         """Enqueue host -> buffer behind the buffer's last use; the fence is behind the copies."""
         side.dma.wait_for(side.free[number])
-        first = buffer.data_ptr()
-        runs = self._pinned.runs(addresses, self.part_bytes)
-        side.dma.copy(_copies((first + run.start, run.address, run.num_bytes) for run in runs))
+        here = buffer.data_ptr() + self.part_bytes * np.arange(len(addresses), dtype=np.int64)
+        side.dma.copy(self._pinned.copies(here, addresses, self.part_bytes, host=1))
         return side.dma.mark()
 
     def spread(self, side: _Direction, arrival: Arrival, blocks: Sequence[Pages]) -> None:
@@ -448,12 +471,12 @@ class _StagedLanding(Landing):
             self._mover.pinned.remove(self._slices.pop())
 
     def covers(self, offsets: Sequence[int]) -> bool:
-        pinned, size = self._mover.pinned, self._mover.part_bytes
-        return all(pinned.holds(self._start + offset, size) for offset in offsets)
+        addresses = np.array(offsets, dtype=np.int64) + self._start
+        return self._mover.pinned.holds(addresses, self._mover.part_bytes)
 
     def begin(self, offsets: Sequence[int]) -> Arrival:
         number, buffer = self._side.next()
-        addresses = [self._start + offset for offset in offsets]
+        addresses = np.array(offsets, dtype=np.int64) + self._start
         arrived = self._mover.copy_in(self._side, number, buffer, addresses)
         parts = buffer[: len(offsets) * self._mover.part_bytes]
         used = self._accumulators[number][: len(offsets) * ACCUMULATOR_BYTES]
@@ -478,6 +501,7 @@ class _StagedLanding(Landing):
             return None
         sources, targets = self._page_addresses(region, offsets, blocks)
         before: dict[int, Fence] = {}
+        pinned = self._mover.pinned
         groups = min(LAYER_GROUPS, num_layers)
         used = self._mover.host_buffer(len(offsets) * ACCUMULATOR_BYTES)
         on_host = torch.frombuffer(used, dtype=torch.int64).view(len(offsets), -1)
@@ -486,7 +510,7 @@ class _StagedLanding(Landing):
             for group in range(groups):
                 first, stop = num_layers * group // groups, num_layers * (group + 1) // groups
                 start, size = first * layer_bytes, (stop - first) * layer_bytes
-                self._side.dma.copy(self._split(sources + start, targets + start, size))
+                self._side.dma.copy(pinned.copies(targets + start, sources + start, size, host=1))
                 before[first] = self._side.dma.mark()
                 self._checks.wait_for(before[first])
                 self._checksums.add_paged(begun, start, size)
@@ -506,29 +530,10 @@ class _StagedLanding(Landing):
         within = np.tile(np.arange(per_part, dtype=np.int64) * region.shape[1], len(offsets))
         return starts + within, pages * region.stride(0) + region.data_ptr()
 
-    def _split(self, sources: Addresses, targets: Addresses, size: int) -> Copies:
-        """Copies of `size` bytes each, cut where one would cross into another registration."""
-        starts = np.array(sorted(self._slices), dtype=np.int64)
-        edges = starts[np.searchsorted(starts, sources + (size - 1), side="right") - 1]
-        heads = np.clip(edges - sources, 0, size)
-        heads[heads == 0] = size
-        tails = size - heads
-        whole = np.stack([targets, sources, heads], axis=1)
-        rest = np.stack([targets + heads, sources + heads, tails], axis=1)[tails > 0]
-        return np.concatenate([whole, rest]).astype(np.uint64)
-
     def wait(self) -> None:
         self._side.dma.mark().wait()
         self._checks.mark().wait()
         self._side.kernels.mark().wait()
-
-
-class Run(NamedTuple):
-    """Neighbouring host bytes, and where they belong in a buffer."""
-
-    address: int
-    num_bytes: int
-    start: int
 
 
 class PinnedMemory:
@@ -541,8 +546,8 @@ class PinnedMemory:
         self._is_cuda = device.type == "cuda"
         self._device = device
         self._lock = threading.Lock()
-        self._starts: list[int] = []
-        self._ends: dict[int, int] = {}
+        self._ends: dict[int, int] = {}  # by start
+        self._known: _Registrations | None = None  # of now; made when asked for
 
     def add(self, address: int, num_bytes: int, *, is_writable: bool) -> bool:
         """Page-lock; False if the driver does not. Blocks, and the driver's other calls with it."""
@@ -553,8 +558,8 @@ class PinnedMemory:
                 if int(runtime.cudaHostRegister(address, num_bytes, flags)) != 0:
                     return False
         with self._lock:
-            insort(self._starts, address)
             self._ends[address] = address + num_bytes
+            self._known = None
         return True
 
     def remove(self, address: int) -> None:
@@ -563,56 +568,69 @@ class PinnedMemory:
             if address not in self._ends:
                 return
             del self._ends[address]
-            self._starts.remove(address)
+            self._known = None
         if self._is_cuda:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
             with on_device(self._device):
                 runtime.cudaHostUnregister(address)
 
-    def holds(self, address: int, num_bytes: int) -> bool:
-        """Whether all these bytes are page-locked, by one registration or by neighbours."""
+    def holds(self, addresses: Addresses, size: int) -> bool:
+        """Whether all these items of `size` bytes are page-locked, by one registration or by neighbours."""
+        known = self._registrations()
+        spans = np.searchsorted(known.span_starts, addresses, side="right") - 1
+        return bool(np.all((spans >= 0) & (addresses + size <= known.span_ends[spans])))
+
+    def copies(self, targets: Addresses, sources: Addresses, size: int, *, host: int) -> Copies:
+        """Items of `size` bytes each as few copies as possible. `host`: which of the two is the host's, 0 or
+        1. No copy crosses the edge of a registration."""
+        if not len(targets):
+            return np.empty((0, 3), dtype=np.uint64)
+        joins = (np.diff(targets) == size) & (np.diff(sources) == size)
+        heads = np.flatnonzero(np.append(True, ~joins))
+        left = size * np.diff(np.append(heads, len(targets)))
+        sides = (targets[heads], sources[heads])
+        edges, cut = self._registrations().edges, []
+        while len(left):
+            until = edges[np.searchsorted(edges, sides[host], side="right")] - sides[host]
+            taken = np.minimum(left, until)
+            cut.append(np.stack([*sides, taken], axis=1))
+            rest = left > taken
+            left, sides = left - taken, (sides[0] + taken, sides[1] + taken)
+            left, sides = left[rest], (sides[0][rest], sides[1][rest])
+        return np.concatenate(cut).astype(np.uint64)
+
+    def _registrations(self) -> _Registrations:
         with self._lock:
-            end = address + num_bytes
-            while address < end:
-                _, stop, is_pinned = self._piece(address, end)
-                if not is_pinned:
-                    return False
-                address = stop
-            return True
-
-    def runs(self, addresses: Sequence[int], size: int) -> list[Run]:
-        """As few copies as possible for items of `size` bytes that lie end to end in a buffer."""
-        pieces: list[list[int]] = []  # registration (or -1), address, end
-        with self._lock:
-            for item in addresses:
-                address = item
-                while address < item + size:
-                    owner, stop, is_pinned = self._piece(address, item + size)
-                    last = pieces[-1] if pieces else [-1, 0, 0]
-                    if is_pinned and last[0] == owner and last[2] == address:
-                        last[2] = stop
-                    else:
-                        pieces.append([owner if is_pinned else -1, address, stop])
-                    address = stop
-        runs, start = [], 0
-        for _, address, stop in pieces:
-            runs.append(Run(address, stop - address, start))
-            start += stop - address
-        return runs
-
-    def _piece(self, address: int, end: int) -> tuple[int, int, bool]:
-        """(registration, end of the piece, is page-locked) of the first bytes of [address, end)."""
-        index = bisect_right(self._starts, address) - 1
-        if index >= 0 and address < self._ends[self._starts[index]]:
-            owner = self._starts[index]
-            return owner, min(end, self._ends[owner]), True
-        if index + 1 < len(self._starts):
-            end = min(end, self._starts[index + 1])
-        return -1, end, False
+            if self._known is None:
+                self._known = _Registrations.of(self._ends)
+            return self._known
 
 
-def _copies(rows: Iterable[tuple[int, int, int]]) -> Copies:
-    return np.array(list(rows), dtype=np.uint64).reshape(-1, 3)
+class _Registrations(NamedTuple):
+    """`edges` of all, ascending, and one above every address. Spans: what neighbours hold together; the first
+    of them holds nothing."""
+
+    edges: Addresses
+    span_starts: Addresses
+    span_ends: Addresses
+
+    @classmethod
+    def of(cls, ends: Mapping[int, int]) -> _Registrations:
+        starts, stops = np.array(sorted(ends.items()), dtype=np.int64).reshape(-1, 2).T
+        begins = np.append(True, starts[1:] != stops[:-1])[: len(starts)]
+        lasts = np.append(begins[1:], True)[: len(starts)]
+        edges = np.unique(np.concatenate([starts, stops, [np.iinfo(np.int64).max]]))
+        return cls(edges, np.append(0, starts[begins]), np.append(0, stops[lasts]))
+
+
+@contextlib.contextmanager
+def _ended_on_failure(lane: Lane) -> Iterator[None]:
+    """What was begun inside has ended before the caller hears that not all of it was."""
+    try:
+        yield
+    except BaseException:
+        lane.mark().wait()
+        raise
 
 
 def address_of(memory: memoryview) -> int:

@@ -56,6 +56,11 @@ class Pending:
         """The next output; raises queue.Empty if none comes."""
         return self._outputs.get(timeout=ANSWER_S)
 
+    def skip(self) -> None:
+        """Drop the outputs that are there already."""
+        while not self._outputs.empty():
+            self._outputs.get()
+
     def answer(self) -> Answer:
         """Wait for the end."""
         token_ids: list[int] = []

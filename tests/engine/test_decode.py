@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from kvfabric_engine.layout import PoolShape
-from kvfabric_engine.reference.decode import Decoded, DecodeGraphs, supports
+from kvfabric_engine.reference.decode import DecodeGraphs, supports
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.reference.model import Model, Span
+from kvfabric_engine.reference.sampler import Sampler, SamplingParams
+from kvfabric_engine.reference.scores import Scorer, Scores
 from kvfabric_engine.testing import ask, begin, small_config
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -74,11 +76,27 @@ def test_a_step_is_the_models_up_to_rounding_cuda(
         assert found.logits.shape == expected.shape
         scale = float(expected.std())
         assert torch.allclose(found.logits, expected, atol=0.1 * scale, rtol=0.05)
-        assert found.best == found.logits.argmax(dim=-1).tolist()
+        best = [found.pick(row, Sampler(SamplingParams())) for row in range(count)]
+        assert best == found.logits.argmax(dim=-1).tolist()
         assert torch.allclose(pool, expected_pool, atol=0.1, rtol=0.05)
         written = (pool != before).any(dim=(1, 2, 4, 5)).nonzero().tolist()
         places = [[s.pages[-1], s.start % pool.shape[3]] for s in spans]
         assert sorted(written) == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
+)
+def test_the_likeliest_token_is_the_first_of_the_highest(device: str) -> None:
+    """Of rows of which many are on their way at a time, ties included; sampling sees all logits."""
+    logits = torch.randint(0, 50, (64, 3, 300), generator=torch.Generator().manual_seed(2)).float()
+    scorer, greedy = Scorer(torch.device(device)), Sampler(SamplingParams())
+    found = [scorer.of(some) for some in logits.to(device)]
+    picked = [[scores.pick(row, greedy) for row in range(3)] for scores in found]
+    assert picked == [[row.tolist().index(row.max()) for row in some] for some in logits]
+    seeded = SamplingParams(temperature=2.0, seed=3)
+    tokens = [Sampler(seeded).pick(logits[0, 1]), found[0].pick(1, Sampler(seeded))]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.gpu
@@ -104,7 +122,7 @@ def test_the_engine_decodes_by_graphs_cuda(monkeypatch: pytest.MonkeyPatch) -> N
         assert graphs is not None
         step, steps = graphs.step, []
 
-        def checked(spans: Sequence[Span]) -> Decoded:
+        def checked(spans: Sequence[Span]) -> Scores:
             expected = engine.model.forward(engine.pool.clone(), spans)
             found = step(spans)
             near = torch.allclose(

@@ -22,10 +22,12 @@ from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.reference.sequence import Sequence
 from kvfabric_engine.staging import (
+    Addresses,
     Fence,
     Landing,
     LayerArrival,
     Pages,
+    PinnedMemory,
     StagedMover,
     _StagedLanding,
     address_of,
@@ -210,25 +212,57 @@ def test_node_that_names_other_memory_is_refused(arena: Arena) -> None:
     arena.check(0)
 
 
-def test_copies_never_cross_registrations() -> None:
-    """Neighbouring slots are one copy, but one of each registration; what is not locked is its own."""
-    data = np.arange(100, dtype=np.uint8)
-    mover = Arena().mover
-    start = address_of(data.data)
-    mover.pinned.add(start, 30, is_writable=True)
-    mover.pinned.add(start + 30, 30, is_writable=True)
-    runs = mover.pinned.runs([start + offset for offset in (0, 20, 40, 60, 80)], 20)
-    assert [(run.address - start, run.num_bytes, run.start) for run in runs] == [
-        (0, 30, 0),
-        (30, 30, 30),
-        (60, 20, 60),
-        (80, 20, 80),
+def _copies(pinned: PinnedMemory, host: Addresses, size: int, is_target: bool) -> list[list[int]]:
+    """(other side's offset, host's, bytes), the other side packed, by the host's order."""
+    other = np.arange(len(host), dtype=np.int64) * size
+    targets, sources = (host, other) if is_target else (other, host)
+    copies = pinned.copies(targets, sources, size, host=0 if is_target else 1).astype(np.int64)
+    rows = copies[:, [1, 0, 2] if is_target else [0, 1, 2]]
+    return sorted(rows.tolist(), key=lambda row: row[1])
+
+
+@pytest.mark.parametrize("is_target", [True, False])
+def test_copies_never_cross_registrations(is_target: bool) -> None:
+    """Neighbours are one copy, but one of each registration, whatever size they have; nothing is left out."""
+    pinned = PinnedMemory(torch.device("cpu"))
+    start = 1000
+    for offset, size in ((0, 30), (30, 30), (70, 5)):
+        assert pinned.add(start + offset, size, is_writable=True)
+
+    def cut(offsets: list[int], size: int) -> list[list[int]]:
+        host = np.array(offsets, dtype=np.int64) + start
+        found = _copies(pinned, host, size, is_target)
+        return [[other, address - start, length] for other, address, length in found]
+
+    assert cut([0, 20, 40, 60, 80], 20) == [
+        [0, 0, 30],
+        [30, 30, 30],
+        [60, 60, 10],
+        [70, 70, 5],
+        [75, 75, 25],
     ]
-    assert mover.pinned.holds(start, 60)
-    assert not mover.pinned.holds(start + 50, 20)
-    mover.pinned.remove(start)
-    mover.pinned.remove(start)
-    assert not mover.pinned.holds(start, 20)
+    assert cut([40, 0, 80], 20) == [[20, 0, 20], [0, 40, 20], [40, 80, 20]]
+    assert cut([10], 62) == [[0, 10, 20], [20, 30, 30], [50, 60, 10], [60, 70, 2]]
+    assert cut([], 20) == []
+    draw = random.Random(4)
+    offsets = draw.sample(range(0, 100, 7), 10)
+    bytes_of = {o: n for n, o in enumerate(b for item in offsets for b in range(item, item + 7))}
+    found = [(o + i, h + i) for o, h, n in cut(offsets, 7) for i in range(n)]
+    assert sorted(found) == sorted((n, o) for o, n in bytes_of.items())
+
+
+def test_only_page_locked_memory_is_held() -> None:
+    pinned = PinnedMemory(torch.device("cpu"))
+    assert not pinned.holds(np.array([1000]), 1)
+    pinned.add(1030, 30, is_writable=True)
+    pinned.add(1000, 30, is_writable=True)
+    assert pinned.holds(np.array([1000, 1040, 1020]), 20)
+    for outside in (999, 1041, 1060, 5):
+        assert not pinned.holds(np.array([1000, outside]), 20)
+    pinned.remove(1000)
+    pinned.remove(1000)
+    assert not pinned.holds(np.array([1000]), 20)
+    assert pinned.holds(np.array([1030]), 30)
 
 
 def _answers(engine: Engine) -> list[Answer]:

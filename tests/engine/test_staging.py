@@ -73,6 +73,15 @@ def test_layers_anywhere_make_the_same_parts(device: str, in_one_tensor: bool) -
     assert bytes(host) == expected
     targets = [(14 + 2 * n, 15 + 2 * n) for n in range(5)]
     mover.scatter(parts[2:], targets)
+    if in_one_tensor:  # the same bytes without a kernel
+        for index in range(3):
+            mover = StagedMover(PagedRuns([regions[index]]), 2, reads_in_place=True)
+            plain = StagedMover(PagedRuns([regions[index]]), 2)
+            size = mover.part_bytes
+            two = [mover.host_buffer(2 * size) for _ in range(2)]
+            for gather, place in zip((mover.gather, plain.gather), two, strict=True):
+                gather(blocks[2:4], [place[:size], place[size:]], after=mover.fence())
+            assert bytes(two[0]) == bytes(two[1])
     moved = torch.cat([region[14:24] for region in regions], dim=1).cpu()
     assert moved.numpy().tobytes() == expected[2 * shape.part_bytes :]
 

@@ -23,7 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvfabric_engine.kernels import copy_words
+from kvfabric_engine.lanes import Passed
 from kvfabric_engine.reference.model import Model, Span
+from kvfabric_engine.reference.scores import Scores
 
 try:
     import triton
@@ -36,20 +39,11 @@ SPLITS = 16
 TILE_TOKENS = 64
 LEAST_DIM = 16
 """Of a head: what the matrix units take."""
-COPY_WORDS = 1024
 HEADER_ROWS = 5
 """Of the state: token, position, page and offset for its KV, length; then the pages."""
 TOKEN, POSITION, PAGE, OFFSET, LENGTH = range(HEADER_ROWS)
 NOWHERE = -1
 HALF = (torch.bfloat16, torch.float16)
-
-
-class Decoded(NamedTuple):
-    """`logits`: float32 [n, vocab] on the device, until the next step. `best`: the token of the highest logit
-    of each row, the lowest such id."""
-
-    logits: torch.Tensor
-    best: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +86,13 @@ class DecodeGraphs:
             len(span.token_ids) == 1 and span.sample for span in spans
         )
 
-    def step(self, spans: Sequence[Span]) -> Decoded:
-        """As `Model.forward`, of spans that `takes` allows. Waits for the result."""
+    def step(self, spans: Sequence[Span]) -> Scores:
+        """Of spans that `takes` allows. Waits for the result; its logits hold until the next step."""
         captured = next(some for some in self._captured if some.size >= len(spans))
         self._write(captured.state, spans)
         captured.graph.replay()
         torch.cuda.current_stream(self._model.device).synchronize()
-        return Decoded(captured.logits[: len(spans)], captured.best[: len(spans)].tolist())
+        return Scores(captured.logits[: len(spans)], captured.best[: len(spans)].tolist(), Passed())
 
     def _write(self, state: npt.NDArray[np.int64], spans: Sequence[Span]) -> None:
         state[PAGE, len(spans) :] = NOWHERE
@@ -138,9 +132,7 @@ class DecodeGraphs:
         scratch: _Scratch,
     ) -> torch.Tensor:
         """The logits of all rows; those without a length mean nothing."""
-        _copy_words[(triton.cdiv(state.numel(), COPY_WORDS),)](
-            host_state, state, state.numel(), WORDS=COPY_WORDS
-        )
+        copy_words(host_state, state)
 
         def attend(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
             return attend_paged(q, pages, state[HEADER_ROWS:], state[LENGTH], scratch)
@@ -150,8 +142,7 @@ class DecodeGraphs:
             self._pool, state[TOKEN], state[POSITION], slots, attend
         )
         logits = self._model.logits(hidden)
-        best = logits.argmax(dim=-1)
-        _copy_words[(1,)](best, host_best, len(best), WORDS=COPY_WORDS)
+        copy_words(logits.argmax(dim=-1), host_best)
         return logits
 
 
@@ -209,12 +200,6 @@ def attend_paged(
 
 
 if triton is not None:
-
-    @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
-    def _copy_words(source, target, count, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """int64; either may be page-locked memory of the host."""
-        word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-        tl.store(target + word, tl.load(source + word, mask=word < count), mask=word < count)
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
     def _attend_split(  # type: ignore[no-untyped-def] # noqa: PLR0913 - triton evaluates annotations

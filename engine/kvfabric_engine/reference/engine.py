@@ -48,6 +48,7 @@ from kvfabric_engine.reference.scheduler import (
     SchedulerStatistics,
     Work,
 )
+from kvfabric_engine.reference.scores import Scorer, Scores
 from kvfabric_engine.reference.sequence import (
     Finish,
     GenerationRequest,
@@ -115,6 +116,7 @@ class Engine:
         # The CPU engine is for tests and the demo, in which fetching is the point: it never cuts a hit.
         self._decides = self.model.device.type == "cuda" and not self.is_deterministic
         self._planner = Planner(Rates(), may_cut=self._decides)
+        self._scorer = Scorer(self.model.device)
         self._graphs: decode.DecodeGraphs | None = None
         self._local = LocalNamespaces(self.model.revision, layout_fingerprint(self.layout))
         self._sequences: dict[str, Sequence] = {}
@@ -380,7 +382,7 @@ class Engine:
         before = arrival.before
         for work in self._scheduler.ahead(sequence, plan.first + plan.num_blocks):
             logits = self.model.forward(self.pool, [work.span], before)
-            sequence.ahead.append((work.span, logits))
+            sequence.ahead.append((work.span, self._scorer.of(logits)))
             before = NOTHING
 
     def _loaded(
@@ -402,8 +404,8 @@ class Engine:
         self._start(sequence, loaded.num_blocks)
         if ahead and counts:
             sequence.is_alone = False  # its time to the first token says nothing of a prefill's
-            for span, logits in ahead:
-                self._advance(Work(sequence, span), logits)
+            for span, scores in ahead:
+                self._advance(Work(sequence, span), scores, 0)
 
     def _start(self, sequence: Sequence, num_fetched_blocks: int) -> None:
         if sequence.is_aborted:
@@ -430,23 +432,20 @@ class Engine:
     def _step(self, work: list[Work]) -> None:
         if self.is_deterministic:
             for item in work:
-                self._advance(item, self.model.forward(self.pool, [item.span]))
-            return
-        spans = [item.span for item in work]
-        if self._graphs is not None and self._graphs.takes(spans):
-            decoded = self._graphs.step(spans)
-            for row, item in enumerate(work):
-                self._advance(item, decoded.logits[row : row + 1], decoded.best[row])
+                logits = self.model.forward(self.pool, [item.span])
+                self._advance(item, self._scorer.of(logits), 0)
         elif work:
-            logits = self.model.forward(self.pool, spans)
-            row = 0
+            spans, row = [item.span for item in work], 0
+            if self._graphs is not None and self._graphs.takes(spans):
+                scores = self._graphs.step(spans)
+            else:
+                scores = self._scorer.of(self.model.forward(self.pool, spans))
             for item in work:
-                self._advance(item, logits[row : row + item.span.sample])
+                self._advance(item, scores, row)
                 row += item.span.sample
 
-    def _advance(self, item: Work, logits: torch.Tensor, best: int | None = None) -> None:
-        """The span was computed; `logits` [1, vocab] if it asked for them, else [0, vocab]. `best`: the token
-        of the highest, if that is known already."""
+    def _advance(self, item: Work, scores: Scores, row: int) -> None:
+        """The span was computed; `row` of `scores` is what it asked for, if it did."""
         sequence = item.sequence
         in_prompt = min(item.span.end, sequence.num_prompt) - item.span.start
         self._num_computed_prompt += max(0, in_prompt)
@@ -459,9 +458,7 @@ class Engine:
             self._leave_fabric(sequence)  # answered tokens are not cached in this mode
         if not item.span.sample:
             return
-        if best is None or not sequence.sampler.is_greedy:
-            best = sequence.sampler.pick(logits[0].cpu())
-        token_id = best
+        token_id = scores.pick(row, sequence.sampler)
         sequence.tokens.append(token_id)
         self._num_answered += 1
         if sequence.num_answered == 1:

@@ -11,13 +11,12 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from kvfabric.types import BlockKey
 from kvfabric_engine.plan import Choice
 from kvfabric_engine.reference.block_manager import CachedBlock
 from kvfabric_engine.reference.model import Span
 from kvfabric_engine.reference.sampler import Sampler, SamplingParams
+from kvfabric_engine.reference.scores import Scores
 from kvfabric_engine.request_keys import RequestKeys
 
 
@@ -115,8 +114,8 @@ class Sequence:
     is_matching: bool = False
     """The node was asked what it holds of the prompt, and has not answered yet."""
 
-    ahead: list[tuple[Span, torch.Tensor]] = field(default_factory=list)
-    """Computed behind a load that is not verified yet, with its logits; counts if all of the load does."""
+    ahead: list[tuple[Span, Scores]] = field(default_factory=list)
+    """Computed behind a load that is not verified yet, with its scores; counts if all of the load does."""
 
     is_aborted: bool = False
     """To be ended when nothing loads into its pages any more."""
