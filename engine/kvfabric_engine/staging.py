@@ -16,8 +16,8 @@ kernels, ordered by events; the engine's own stream is waited for, never held up
     layers   arena --DMA some layers of every page--> pages, then the next layers; checksums of the pages
              last: the model computes a layer while the next ones are on the bus; that counts if they agree
 
-DMA reads only what this mover itself page-locked: memory that the driver still holds for an earlier mapping
-of the address would give other bytes.
+DMA reads only what this mover itself page-locked (`registrations`): memory that the driver still holds for an
+earlier mapping of the address would give other bytes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from kvfabric_engine.device_checksum import (
     supports_pages,
 )
 from kvfabric_engine.kernels import PagedRuns
-from kvfabric_engine.lanes import Copies, Fence, Lane, Passed, fence_here, new_lane, on_device
+from kvfabric_engine.lanes import Fence, Lane, Passed, fence_here, new_lane, on_device
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
+from kvfabric_engine.registrations import Addresses, PinnedMemory, address_of
 
 __all__ = [
     "Arrival",
@@ -50,14 +51,11 @@ __all__ = [
     "Landing",
     "Mover",
     "Pages",
-    "PinnedMemory",
     "StagedMover",
-    "address_of",
     "mover_for",
     "prove_layout",
 ]
 
-Addresses = npt.NDArray[np.int64]
 Pages = Sequence[int]
 """The pages of one fabric block, in the order of their tokens: `pages_per_block` indexes into the pool."""
 
@@ -70,8 +68,6 @@ LAYER_GROUPS = 4
 """Of a load that the model computes behind: few copies, long ones, and only the last is waited for whole."""
 LANDING_BUFFERS = 3
 """One is filled while the next is checked and the one before is spread."""
-REGISTER_READ_ONLY = 8
-"""cudaHostRegisterReadOnly"""
 
 
 class Mover(ABC):
@@ -536,93 +532,6 @@ class _StagedLanding(Landing):
         self._side.kernels.mark().wait()
 
 
-class PinnedMemory:
-    """What is page-locked for the device, by address. Thread-safe.
-
-    One copy never crosses from one registration into another, nor out of one: the driver refuses that.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._device = device
-        self._lock = threading.Lock()
-        self._ends: dict[int, int] = {}  # by start
-        self._known: _Registrations | None = None  # of now; made when asked for
-
-    def add(self, address: int, num_bytes: int, *, is_writable: bool) -> bool:
-        """Page-lock; False if the driver does not. Blocks, and the driver's other calls with it."""
-        if self._is_cuda:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
-            flags = 0 if is_writable else REGISTER_READ_ONLY
-            with on_device(self._device):
-                if int(runtime.cudaHostRegister(address, num_bytes, flags)) != 0:
-                    return False
-        with self._lock:
-            self._ends[address] = address + num_bytes
-            self._known = None
-        return True
-
-    def remove(self, address: int) -> None:
-        """Undo `add`. Idempotent."""
-        with self._lock:
-            if address not in self._ends:
-                return
-            del self._ends[address]
-            self._known = None
-        if self._is_cuda:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call] # untyped in torch
-            with on_device(self._device):
-                runtime.cudaHostUnregister(address)
-
-    def holds(self, addresses: Addresses, size: int) -> bool:
-        """Whether all these items of `size` bytes are page-locked, by one registration or by neighbours."""
-        known = self._registrations()
-        spans = np.searchsorted(known.span_starts, addresses, side="right") - 1
-        return bool(np.all((spans >= 0) & (addresses + size <= known.span_ends[spans])))
-
-    def copies(self, targets: Addresses, sources: Addresses, size: int, *, host: int) -> Copies:
-        """Items of `size` bytes each as few copies as possible. `host`: which of the two is the host's, 0 or
-        1. No copy crosses the edge of a registration."""
-        if not len(targets):
-            return np.empty((0, 3), dtype=np.uint64)
-        joins = (np.diff(targets) == size) & (np.diff(sources) == size)
-        heads = np.flatnonzero(np.append(True, ~joins))
-        left = size * np.diff(np.append(heads, len(targets)))
-        sides = (targets[heads], sources[heads])
-        edges, cut = self._registrations().edges, []
-        while len(left):
-            until = edges[np.searchsorted(edges, sides[host], side="right")] - sides[host]
-            taken = np.minimum(left, until)
-            cut.append(np.stack([*sides, taken], axis=1))
-            rest = left > taken
-            left, sides = left - taken, (sides[0] + taken, sides[1] + taken)
-            left, sides = left[rest], (sides[0][rest], sides[1][rest])
-        return np.concatenate(cut).astype(np.uint64)
-
-    def _registrations(self) -> _Registrations:
-        with self._lock:
-            if self._known is None:
-                self._known = _Registrations.of(self._ends)
-            return self._known
-
-
-class _Registrations(NamedTuple):
-    """`edges` of all, ascending, and one above every address. Spans: what neighbours hold together; the first
-    of them holds nothing."""
-
-    edges: Addresses
-    span_starts: Addresses
-    span_ends: Addresses
-
-    @classmethod
-    def of(cls, ends: Mapping[int, int]) -> _Registrations:
-        starts, stops = np.array(sorted(ends.items()), dtype=np.int64).reshape(-1, 2).T
-        begins = np.append(True, starts[1:] != stops[:-1])[: len(starts)]
-        lasts = np.append(begins[1:], True)[: len(starts)]
-        edges = np.unique(np.concatenate([starts, stops, [np.iinfo(np.int64).max]]))
-        return cls(edges, np.append(0, starts[begins]), np.append(0, stops[lasts]))
-
-
 @contextlib.contextmanager
 def _ended_on_failure(lane: Lane) -> Iterator[None]:
     """What was begun inside has ended before the caller hears that not all of it was."""
@@ -631,8 +540,3 @@ def _ended_on_failure(lane: Lane) -> Iterator[None]:
     except BaseException:
         lane.mark().wait()
         raise
-
-
-def address_of(memory: memoryview) -> int:
-    address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
-    return address

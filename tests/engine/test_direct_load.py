@@ -21,16 +21,14 @@ from kvfabric_engine.lanes import Copies, Lane
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.reference.sequence import Sequence
+from kvfabric_engine.registrations import Addresses, PinnedMemory, address_of
 from kvfabric_engine.staging import (
-    Addresses,
     Fence,
     Landing,
     LayerArrival,
     Pages,
-    PinnedMemory,
     StagedMover,
     _StagedLanding,
-    address_of,
 )
 from kvfabric_engine.testing import Answer, ask, small_config
 

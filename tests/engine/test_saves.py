@@ -24,7 +24,7 @@ PART_BYTES = 2 * 2 * 2 * 16 * 4 * 16
 
 
 class Watched:
-    """An engine whose saves are watched, and may fail: `steps` of `begin`, `end` and `commit`."""
+    """An engine whose saves are watched, and may fail: `steps` of begin, end, commit and abort."""
 
     def __init__(self, node: NodeProcess, patch: pytest.MonkeyPatch, *, window_parts: int) -> None:
         size = window_parts * PART_BYTES
@@ -33,7 +33,7 @@ class Watched:
         self.steps: list[str] = []
         self.failing = 0
         mover = self.engine._mover
-        begin, commit = mover.begin_gather, NodeClient.commit
+        begin, commit, abort = mover.begin_gather, NodeClient.commit, NodeClient.abort
 
         def begin_watched(
             blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence
@@ -47,6 +47,11 @@ class Watched:
             self.steps.append("commit")
             return commit(client, *args, **options)
 
+        def abort_watched(client: NodeClient, *args: Any, **options: Any) -> Any:
+            self.steps.append("abort")
+            return abort(client, *args, **options)
+
+        patch.setattr(NodeClient, "abort", abort_watched)
         patch.setattr(mover, "begin_gather", begin_watched)
         patch.setattr(NodeClient, "commit", commit_watched)
 
@@ -96,11 +101,12 @@ def test_a_window_without_room_ahead_is_used_piece_by_piece(
 def test_what_was_begun_is_stored_though_the_next_piece_fails(
     failing: int, stored: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what failed is given up at once: the next engine stores it."""
+    """And what failed is given up at once; the next engine stores it."""
     with NodeProcess(tmp_path / "node") as node:
         with monkeypatch.context() as patch:
             broken = Watched(node, patch, window_parts=16)
             broken.failing = failing
             broken.save()
             assert broken.steps.count("commit") == stored // 4
+            assert broken.steps.count("abort") == 1
         assert Watched(node, monkeypatch, window_parts=16).save() == NUM_BLOCKS - stored
