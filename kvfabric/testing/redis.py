@@ -100,6 +100,10 @@ class RedisServer:
         with Redis(unix_socket_path=str(self.socket)) as client:
             return client.execute_command(*command)
 
+    def caught_up_with(self, primary: RedisServer) -> bool:
+        """Whether this replica has all that its primary wrote; waits for it up to 5 s."""
+        return primary.call("WAIT", 1, 5000) == 1 and self.info("replication")["role"] == "slave"
+
     def info(self, section: str) -> Mapping[str, object]:
         with Redis(unix_socket_path=str(self.socket)) as client:
             found: Mapping[str, object] = client.info(section)

@@ -158,6 +158,7 @@ class Link:
 
     def __init__(self, address: DirectoryAddress, *, timeout_s: float) -> None:
         """Raises ConfigError if the password's file cannot be read."""
+        self.timeout_s = timeout_s
         self._sentinel: Sentinel | None = None
         options = _options(address, timeout_s)
         if address.primary:

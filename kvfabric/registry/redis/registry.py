@@ -91,6 +91,9 @@ class RedisRegistry(Registry):
     registry's own counts. A router never makes one. `clock`: CLOCK_BOOTTIME; `wall_clock`: Unix seconds.
     """
 
+    grace_s = GRACE_S
+    """Beyond a lease, before a holder that does not answer is believed to have stopped."""
+
     def __init__(
         self,
         address: DirectoryAddress,
@@ -136,7 +139,7 @@ class RedisRegistry(Registry):
         await self._copy.open()
         self.lease = EpochLease(self._clock, store_id=self._copy.trusted)
         try:
-            self._store = Store(self._address, timeout_s=self._copy.lease_s)
+            self._store = Store(self._address, lease_s=self._copy.lease_s)
         except BaseException:
             self._copy.close()
             raise
@@ -290,7 +293,7 @@ class RedisRegistry(Registry):
     async def reached(self, version: int) -> list[Ack]:
         # A renewal under an older version came before the change, which came before this: whatever lease
         # it gave is over one lease time from now, on anybody's clock.
-        ends = self._clock() + self._copy.lease_s + GRACE_S
+        ends = self._clock() + self._copy.lease_s + self.grace_s
         acks: dict[str, Ack] = {}
         pending: dict[str, str] = {"unknown": "holders that the directory did not name"}
         while True:

@@ -45,6 +45,7 @@ ACL_RULES = (
     "+del +pexpire +pexpiretime +sadd +srem +smembers +publish +subscribe +unsubscribe +wait +info +ping"
 )
 """Of a user that may be a holder; beside `~kvfabric:*` and `&kvfabric:*`."""
+MIN_TIMEOUT_S = 2.0
 HEARTBEAT_MS = 86_400_000
 _HEAD_BYTES = 32
 
@@ -94,12 +95,13 @@ class HolderRow:
 class Store:
     """One process's access. Every method raises KVFabricErrors: see `translated`."""
 
-    def __init__(self, address: DirectoryAddress, *, timeout_s: float) -> None:
+    def __init__(self, address: DirectoryAddress, *, lease_s: float) -> None:
+        """An answer to a renewal that comes after `lease_s` is of no use; others may take longer."""
         self._address = address
-        self._timeout_s = timeout_s
-        self._lease_link = Link(address, timeout_s=timeout_s)
-        self._work_link = Link(address, timeout_s=timeout_s)
-        self._news_link = Link(address, timeout_s=timeout_s)
+        self._timeout_s = max(lease_s, MIN_TIMEOUT_S)
+        self._lease_link = Link(address, timeout_s=lease_s)
+        self._work_link = Link(address, timeout_s=self._timeout_s)
+        self._news_link = Link(address, timeout_s=self._timeout_s)
         self._lease_lock, self._work_lock = asyncio.Lock(), asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -113,8 +115,10 @@ class Store:
     # ------------------------------------------------------------------ leases
 
     async def renew(self, holder_id: str) -> Renewal:
-        """Move the heartbeat, and read what the registry is at in the same moment."""
-        async with self._lease_lock, self._transaction(self._lease_link) as pipe:
+        """Move the heartbeat, then read what the registry is at."""
+        # No transaction: a Redis without memory refuses all of them. The order is what counts: once the
+        # heartbeat has moved nobody strikes this holder off, so a change after the last step finds it.
+        async with self._lease_lock, self._pipeline(self._lease_link) as pipe:
             return await self._renewed(pipe, holder_id)
 
     async def register(self, holder_id: str, record: bytes) -> Renewal:
@@ -248,12 +252,13 @@ class Store:
 
     async def news(self) -> AsyncIterator[str]:
         """`news` and `acks` as they come; `news` first, whenever it listens anew. Ends by an error."""
+        patience_s = self._timeout_s / 4
         async with translated(), self._news_link.client.pubsub() as listener:
             await listener.subscribe(self._key("news"), self._key("acks"))
             yield "news"
             while True:
                 message = await listener.get_message(
-                    ignore_subscribe_messages=True, timeout=self._timeout_s
+                    ignore_subscribe_messages=True, timeout=patience_s
                 )
                 if message is None:
                     await listener.ping()
@@ -265,9 +270,12 @@ class Store:
     def _key(self, name: str) -> str:
         return self._address.prefix + name
 
+    def _transaction(self, link: Link) -> contextlib.AbstractAsyncContextManager[Any]:
+        return self._pipeline(link, transaction=True)
+
     @contextlib.asynccontextmanager
-    async def _transaction(self, link: Link) -> AsyncIterator[Any]:
-        async with translated(), link.client.pipeline(transaction=True) as pipe:
+    async def _pipeline(self, link: Link, *, transaction: bool = False) -> AsyncIterator[Any]:
+        async with translated(), link.client.pipeline(transaction=transaction) as pipe:
             yield pipe
 
     async def _renewed(self, pipe: Any, holder_id: str) -> Renewal:
@@ -289,8 +297,8 @@ class Store:
     async def _replicated(self, link: Link) -> None:
         wanted = self._address.replicas
         async with translated():
-            # Half of the socket's patience: the answer must still come over it.
-            have = await link.client.wait(wanted, int(self._timeout_s * 500))
+            # A quarter of the socket's patience: the answer must still come over it.
+            have = await link.client.wait(wanted, int(link.timeout_s * 250))
         if have < wanted:
             raise ConnectError(f"{have} of {wanted} replicas of the directory have it")
 
