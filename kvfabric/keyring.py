@@ -1,7 +1,7 @@
 """Keyring: tenant secrets and handle keys, wrapped by a root key, in one 0600 file.
 
-Held by nodes and routers only: never by engines, Redis, events or logs. The node is the one writer; a
-router reads, and reads again when it meets a tenant or key id it does not know.
+Held by nodes and routers only: never by engines, Redis, events or logs. Nodes write, one at a time where they
+share it; whoever meets a tenant or key id that it does not know reads again.
 
 File: magic, version, 12-byte nonce, AES-256-GCM(root key) over MessagePack. The header is the associated
 data. It is replaced by write, fsync, rename, fsync of the directory: a reader sees the old or the new one.
@@ -9,11 +9,14 @@ data. It is replaced by write, fsync, rename, fsync of the directory: a reader s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -46,21 +49,27 @@ class Keyring:
         self._path = path
         self._root_key_path = root_key_path
         self._contents = _Contents()
+        self._read_file = (0, 0)
 
     @classmethod
     def create_or_open(cls, directory: Path) -> Keyring:
         """The node's way in: makes root key and keyring at first start, with 0600 on both."""
         keyring = cls(directory / "keyring", directory / "root.key")
-        if not keyring._root_key_path.exists():
-            if keyring._path.exists():
+        with keyring._locked():
+            keyring._create_or_open(directory)
+        return keyring
+
+    def _create_or_open(self, directory: Path) -> None:
+        if not self._root_key_path.exists():
+            if self._path.exists():
                 raise ConfigError(
-                    f"{keyring._path} exists but its root key {directory}/root.key does not"
+                    f"{self._path} exists but its root key {directory}/root.key does not"
                 )
-            _write_private(keyring._root_key_path, secrets.token_bytes(SECRET_BYTES))
-        if keyring._path.exists():
-            keyring.reload()
-            return keyring
-        keyring._save(
+            _write_private(self._root_key_path, secrets.token_bytes(SECRET_BYTES))
+        if self._path.exists():
+            self.reload()
+            return
+        self._save(
             _Contents(
                 generation=1,
                 tenant_secrets={
@@ -71,7 +80,6 @@ class Keyring:
                 current_handle_key=1,
             )
         )
-        return keyring
 
     @classmethod
     def open(cls, directory: Path) -> Keyring:
@@ -94,6 +102,7 @@ class Keyring:
     def reload(self) -> None:
         """Read the file again. Raises ConfigError if it is missing, exposed or not ours."""
         root = self._root_key()
+        self._read_file = self._file_now()
         raw = _read_private(self._path)
         head = len(_MAGIC) + _NONCE_BYTES
         if raw[: len(_MAGIC)] != _MAGIC or len(raw) < head:
@@ -113,6 +122,8 @@ class Keyring:
 
     def tenant_secret(self, tenant: TenantId) -> bytes:
         """32 bytes. Raises UnknownTenant."""
+        if tenant not in self._contents.tenant_secrets:
+            self._refresh()
         try:
             return self._contents.tenant_secrets[tenant]
         except KeyError:
@@ -120,6 +131,7 @@ class Keyring:
 
     def handle_keys(self) -> dict[int, bytes]:
         """Every handle key in force, by id."""
+        self._refresh()
         return dict(self._contents.handle_keys)
 
     def current_handle_key(self) -> tuple[int, bytes]:
@@ -128,21 +140,54 @@ class Keyring:
 
     def add_tenant(self, tenant: TenantId) -> None:
         """Give a tenant a random secret, durably. A tenant that has one keeps it."""
-        known = self._contents.tenant_secrets
-        if tenant not in known:
-            added = {**known, tenant: secrets.token_bytes(SECRET_BYTES)}
-            self._save(msgspec.structs.replace(self._contents, tenant_secrets=added))
+        with self._locked():
+            self.reload()
+            known = self._contents.tenant_secrets
+            if tenant not in known:
+                added = {**known, tenant: secrets.token_bytes(SECRET_BYTES)}
+                self._save(msgspec.structs.replace(self._contents, tenant_secrets=added))
 
     def rotate_handle_key(self) -> int:
         """A new current handle key; the one before stays valid, older ones end. Returns its id."""
-        known = self._contents
-        fresh = known.current_handle_key + 1
-        keys = {
-            known.current_handle_key: known.handle_keys[known.current_handle_key],
-            fresh: secrets.token_bytes(SECRET_BYTES),
-        }
-        self._save(msgspec.structs.replace(known, handle_keys=keys, current_handle_key=fresh))
+        with self._locked():
+            self.reload()
+            known = self._contents
+            fresh = known.current_handle_key + 1
+            keys = {
+                known.current_handle_key: known.handle_keys[known.current_handle_key],
+                fresh: secrets.token_bytes(SECRET_BYTES),
+            }
+            self._save(msgspec.structs.replace(known, handle_keys=keys, current_handle_key=fresh))
         return fresh
+
+    def _refresh(self) -> None:
+        """Read again if another node wrote since. What cannot be read leaves what was read before."""
+        if self._file_now() != self._read_file:
+            try:
+                self.reload()
+            except ConfigError as exc:
+                log.warning("keyring: %s", exc)
+
+    def _file_now(self) -> tuple[int, int]:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return 0, 0
+        return status.st_ino, status.st_mtime_ns
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone among the nodes that write this file. Waits for another one, which takes milliseconds."""
+        path = self._path.with_name("keyring.lock")
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _root_key(self) -> bytes:
         root = _read_private(self._root_key_path)
@@ -156,7 +201,7 @@ class Keyring:
         nonce = secrets.token_bytes(_NONCE_BYTES)
         sealed = AESGCM(self._root_key()).encrypt(nonce, msgspec.msgpack.encode(contents), _MAGIC)
         _write_private(self._path, _MAGIC + nonce + sealed)
-        self._contents = contents
+        self._contents, self._read_file = contents, self._file_now()
 
 
 def _read_private(path: Path) -> bytes:

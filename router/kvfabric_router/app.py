@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import secrets
 import signal
@@ -28,6 +29,7 @@ from kvfabric_router import api
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner, explain
 from kvfabric_router.fleet import Fleet
+from kvfabric_router.links import Links
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
 from kvfabric_router.probes import Prober
@@ -77,7 +79,7 @@ class Router:
     metrics: RouterMetrics
     planner: Planner
     proxy: Proxy
-    links: tuple[NodeLink, ...]
+    links: Links
     url: str = ""
 
     def application(self) -> web.Application:
@@ -166,7 +168,7 @@ class Router:
         # For information: without these requests are answered too, but reuse nothing or less.
         details = {
             "epoch_lease": self.registry.usable() is not None,
-            "nodes_connected": sum(link.connected for link in self.links),
+            "nodes_connected": self.links.num_connected,
         }
         ready = all(parts.values())
         return _json({"ready": ready, **parts, **details}, status=200 if ready else 503)
@@ -199,17 +201,18 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
     metrics = RouterMetrics()
     planner = Planner(config, fleet=fleet, index=index, registry=registry, metrics=metrics)
     holder_id = f"router-{secrets.token_hex(8)}"
-    links = tuple(
-        NodeLink(
-            socket,
+
+    def link(target: str, is_first: bool) -> NodeLink:
+        return NodeLink(
+            target,
             holder_id=holder_id,
             fleet=fleet,
             index=index,
-            registry=registry if number == 0 else None,
+            registry=registry if is_first and not config.directory else None,
             metrics=metrics,
         )
-        for number, socket in enumerate(config.admin_sockets)
-    )
+
+    links = Links(link, [f"unix:{socket}" for socket in config.admin_sockets])
     proxy = Proxy(
         planner=planner,
         fleet=fleet,
@@ -234,8 +237,19 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         connector=connector, timeout=timeout, trace_configs=[trace_config()]
     ) as http:
         router = _build(config, http)
-        work = [link.run() for link in router.links]
-        async with _background(*work, Prober(router.fleet, http).run()), _listening(router) as url:
+        async with contextlib.AsyncExitStack() as stack:
+            found: Callable[[], tuple[str, ...]] = tuple
+            work = [Prober(router.fleet, http).run()]
+            if config.directory:
+                # Imported here: Redis and LMDB are there only where a directory is used.
+                from kvfabric_router import directory
+
+                registry = await stack.enter_async_context(directory.join(config, router.registry))
+                found = functools.partial(directory.node_targets, registry)
+                work.append(directory.follow(registry, router.registry))
+            work.append(router.links.run(found))
+            await stack.enter_async_context(_background(*work))
+            url = await stack.enter_async_context(_listening(router))
             yield dataclasses.replace(router, url=url)
 
 

@@ -113,7 +113,7 @@ class Planner:
         self._index = index
         self._registry = registry
         self._metrics = metrics
-        self._keyring = KeyringReader(config.state_dir)
+        self._keyring = KeyringReader(config.keyring_path)
         self._rng = rng or random.Random()
         self._turn = 0
         self._decisions: OrderedDict[str, Decision] = OrderedDict()

@@ -1,7 +1,8 @@
-"""Links to the nodes: one task for each admin socket, over gRPC.
+"""Links to the nodes: one task for each, over gRPC.
 
 A link keeps three things current: what the node holds (`FleetIndex`), which engine sessions it serves
-(`Fleet`) and, for the first node of the list, the registry's state and the lease on it (`RegistryView`).
+(`Fleet`) and, where no directory is used, for the first node of the list the registry's state and the lease
+on it (`RegistryView`).
 A broken link is opened again with growing, jittered pauses; until then the node counts as holding nothing.
 """
 
@@ -60,11 +61,11 @@ def session_report(engine: pb.Engine) -> SessionReport:
 
 
 class NodeLink:
-    """One node. `registry` is None for a node that only sends events."""
+    """One node. `target`: `unix:PATH` or `HOST:PORT`. `registry` is None for one that only sends events."""
 
     def __init__(
         self,
-        socket: str,
+        target: str,
         *,
         holder_id: str,
         fleet: Fleet,
@@ -72,7 +73,7 @@ class NodeLink:
         registry: RegistryView | None,
         metrics: RouterMetrics,
     ) -> None:
-        self._socket = socket
+        self.target = target
         self._holder_id = holder_id
         self._fleet = fleet
         self._index = index
@@ -90,17 +91,17 @@ class NodeLink:
                 async with self._channel() as channel:
                     await self._serve(channel)
             except* (grpc.aio.AioRpcError, KVFabricError) as group:
-                _log.info("node %s: %s", self._socket, _reason(group))
+                _log.info("node %s: %s", self.target, _reason(group))
             if self.connected:
                 pause = PAUSE_S
                 self.connected = False
-                _log.warning("node %s: link lost", self._socket)
+                _log.warning("node %s: link lost", self.target)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, MAX_PAUSE_S)
 
     @contextlib.asynccontextmanager
     async def _channel(self) -> AsyncIterator[Any]:
-        channel = grpc.aio.insecure_channel(f"unix:{self._socket}", options=_CHANNEL_OPTIONS)
+        channel = grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
         try:
             yield channel
         finally:

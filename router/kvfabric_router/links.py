@@ -1,0 +1,51 @@
+"""Which nodes a router is linked to: those that its configuration names, and those that it finds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from kvfabric_router.nodes import NodeLink
+
+LOOK_EVERY_S = 0.5
+GONE_AFTER_S = 10.0
+"""A node that is not in the directory may be there again soon: its link tries on for so long."""
+
+
+class Links:
+    """One link for each node: those that are named, and those that `found` finds, as they come and go."""
+
+    def __init__(self, make: Callable[[str, bool], NodeLink], named: Iterable[str]) -> None:
+        """`make(target, is_first)`: a link that is not running yet."""
+        self._make = make
+        self._named = tuple(named)
+        self._links: dict[str, tuple[NodeLink, asyncio.Task[None]]] = {}
+        self._seen: dict[str, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<Links to {sorted(self._links)}>"
+
+    @property
+    def num_connected(self) -> int:
+        return sum(link.connected for link, _ in self._links.values())
+
+    async def run(self, found: Callable[[], Iterable[str]]) -> None:
+        """Serve all links until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    self._look(group, found())
+                    await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            self._links.clear()  # ended tasks keep their channels alive
+
+    def _look(self, group: asyncio.TaskGroup, found: Iterable[str]) -> None:
+        now = asyncio.get_running_loop().time()
+        self._seen |= dict.fromkeys((*self._named, *found), now)
+        for target in [t for t, at in self._seen.items() if now - at > GONE_AFTER_S]:
+            del self._seen[target]
+            self._links.pop(target)[1].cancel()
+        for number, target in enumerate(self._seen):
+            if target not in self._links:
+                link = self._make(target, number == 0)
+                self._links[target] = link, group.create_task(link.run())
