@@ -21,6 +21,9 @@ MAX_HANDLE_CHARS = 2048
 MAC_BYTES = 32
 PARAMS_FIELD = "kvfabric"
 """Name of the field in `kv_transfer_params`."""
+SESSION_HEADER = "x-kvfabric-session"
+"""Which engine session (hex) a request's handle was made for. An engine of another session has started
+anew: it answers 421 with what `/v1/models` says, and the router makes a handle for that session."""
 
 _MAC_DOMAIN = b"kvfabric/handle/1\0"
 

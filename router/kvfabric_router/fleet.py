@@ -133,7 +133,13 @@ class Fleet:
 
     def announce(self, node_id: NodeId, reports: Iterable[SessionReport]) -> None:
         """All sessions that a node serves now; those it served before and does not name are gone."""
-        named = {base_url(report.endpoint): report for report in reports}
+        named: dict[str, SessionReport] = {}
+        for report in reports:
+            known = self._engines.get(base_url(report.endpoint))
+            # Of two sessions at one endpoint the earlier has not been seen to end yet.
+            own = known.probed.session if known is not None and known.probed is not None else b""
+            if base_url(report.endpoint) not in named or report.session == own:
+                named[base_url(report.endpoint)] = report
         for engine in self._engines.values():
             if engine.node_id == node_id and engine.endpoint not in named:
                 self._session_gone(engine)
@@ -191,6 +197,13 @@ class Fleet:
             engine.probed = report
             engine.excluded = False
             engine.failures = 0
+
+    def session_moved(self, endpoint: str, report: ProbeReport) -> None:
+        """The engine has started anew, which its node has not told yet: believe the engine."""
+        engine = self._engines.get(endpoint)
+        if engine is not None:
+            engine.announced = None
+            engine.probed = report
 
     def probe_failed(self, endpoint: str) -> None:
         engine = self._engines.get(endpoint)

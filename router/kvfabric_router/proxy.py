@@ -21,6 +21,7 @@ import msgspec
 from aiohttp import web
 
 from kvfabric.errors import TransferError
+from kvfabric.handle import SESSION_HEADER
 from kvfabric_router.api import (
     ApiError,
     EventSplitter,
@@ -31,9 +32,10 @@ from kvfabric_router.api import (
     parse_usage,
 )
 from kvfabric_router.dispatch import Call, Plan, Planner
-from kvfabric_router.fleet import Fleet
+from kvfabric_router.fleet import Fleet, ProbeReport
 from kvfabric_router.flight import Flight
 from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.probes import read_report
 from kvfabric_router.registry_view import RegistryView
 
 MAX_ATTEMPTS = 3
@@ -41,6 +43,7 @@ REQUEST_ID, ENGINE_ID = "X-Request-Id", "x-kvfabric-engine"
 _ELSEWHERE = frozenset({502, 503, 504})
 """Answers of an engine that another one may not give."""
 _BUSY = frozenset({429, 503})
+_MISDIRECTED = 421
 _STREAM = "text/event-stream"
 _PASSED_ON = ("Retry-After",)
 
@@ -57,6 +60,14 @@ class EngineBusy(TransferError):
     def __init__(self, answer: web.Response) -> None:
         super().__init__(f"status {answer.status}")
         self.answer = answer
+
+
+class SessionMoved(TransferError):
+    """The engine started anew and would be refused the handle; `report` is what it is now."""
+
+    def __init__(self, report: ProbeReport) -> None:
+        super().__init__(f"its session is {report.session.hex()} now")
+        self.report = report
 
 
 @dataclass(slots=True)
@@ -121,6 +132,11 @@ class Proxy:
             except EngineBusy as exc:
                 busy = exc.answer
                 self.metrics.retries.labels(reason="busy").inc()
+            except SessionMoved as exc:
+                _log.info("engine %s: %s", plan.engine.engine_id, exc)
+                call.tried.discard(plan.engine.endpoint)
+                self.fleet.session_moved(plan.engine.endpoint, exc.report)
+                self.metrics.retries.labels(reason="session").inc()
             except EngineLost as exc:
                 _log.warning(
                     "request %s: engine %s: %s", call.request_id, plan.engine.engine_id, exc
@@ -166,6 +182,8 @@ class _Attempt:
         url = self._plan.engine.endpoint + self._exchange.request.path
         body = io.BytesIO(msgspec.json.encode(self._plan.body))  # sent in pieces: prompts are long
         headers = {"Content-Type": "application/json", REQUEST_ID: self._call.request_id}
+        if "kv_transfer_params" in self._plan.body:
+            headers[SESSION_HEADER] = self._plan.engine.session.hex()
         with self._proxy.registry.sending(self._plan.version) as sent:
             async with _faults(flight):
                 answer = await self._proxy.http.post(
@@ -191,6 +209,9 @@ class _Attempt:
             raw = await answer.read()
         headers = self._headers(answer)
         decoded = decode_answer(raw)
+        moved = read_report(decoded) if answer.status == _MISDIRECTED else None
+        if moved is not None and moved.session != self._plan.engine.session:
+            raise SessionMoved(moved)
         if answer.status >= 400 and not (isinstance(decoded, dict) and "error" in decoded):
             raw = error_body(answer.status, f"The engine answered {answer.status}.")
         if answer.status in _BUSY:

@@ -17,6 +17,7 @@ from aiohttp import web
 from kvfabric_router.app import Router, running
 
 from kvfabric.config import RouterConfig
+from kvfabric.handle import SESSION_HEADER
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RegistryState, TemplateVersion, Tenant
 from kvfabric.types import Incarnation, TenantId
@@ -49,6 +50,8 @@ class StandInEngine:
         self.headers: list[Mapping[str, str]] = []
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
+        self.checks_session = True
+        self.misdirected = 0
         self.status = 200
         self.break_after: int | None = None
         self.texts: tuple[str, ...] = ("a", "b")
@@ -79,6 +82,9 @@ class StandInEngine:
             self._runner = None
 
     async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response(self._report())
+
+    def _report(self) -> dict[str, Any]:
         model: dict[str, Any] = {"id": self.model, "object": "model"}
         if self.is_fabric:
             model["kvfabric"] = {
@@ -89,10 +95,14 @@ class StandInEngine:
                 "tokenizer": self.tokenizer,
                 "max_model_tokens": self.max_model_tokens,
             }
-        return web.json_response({"object": "list", "data": [model]})
+        return {"object": "list", "data": [model]}
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = msgspec.json.decode(await request.read())
+        meant = request.headers.get(SESSION_HEADER, self.session.hex())
+        if self.checks_session and meant != self.session.hex():
+            self.misdirected += 1
+            return web.json_response(self._report(), status=421)
         self.requests.append(body)
         self.headers.append(request.headers)
         self.arrived.set()

@@ -13,6 +13,7 @@ from kvfabric_router.identity import ModelIdentity, RequestIdentity
 from kvfabric_router.prompt import TemplateIndex
 
 from kvfabric import tokenizer
+from kvfabric.errors import BadHandle
 from kvfabric.handle import Handle, open_handle
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
@@ -87,6 +88,28 @@ async def test_an_engine_gets_the_tenants_handle_and_salt(
         salts = [request["cache_salt"] for request in pair[0].requests]
         assert salts[0] == salts[2]
         assert salts[1] != salts[0]
+
+
+@pytest.mark.parametrize("checks", [True, False], ids=["guarded", "engine does not check"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_started_anew_gets_a_handle_of_its_own(
+    tmp_path: Path, pair: list[StandInEngine], keyring: Keyring, stream: bool, checks: bool
+) -> None:
+    """Nobody told the router yet that the session is another: the engine does, before it computes. One that
+    does not say so gets a handle that its node will refuse."""
+    async with served(tmp_path, pair[:1]) as client:
+        await client.post(ASK, key=KEYS["t-1"])
+        pair[0].session, pair[0].checks_session = b"n" * 16, checks
+        status, _, _ = await client.post({**ASK, "stream": stream}, key=KEYS["t-1"])
+        assert (status, len(pair[0].requests), pair[0].misdirected) == (200, 2, checks)
+        if not checks:
+            with pytest.raises(BadHandle):
+                opened(keyring, pair[0])
+            return
+        assert opened(keyring, pair[0]).tenant == "t-1"
+        assert client.router.fleet.num_flights == 0
+        await client.post(ASK, key=KEYS["t-1"])
+        assert pair[0].misdirected == 1  # it is known now
 
 
 async def test_what_a_client_sends_of_its_own_is_dropped(

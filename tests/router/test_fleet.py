@@ -134,6 +134,27 @@ def test_a_session_that_ends_stops_requests_until_the_engine_answers(fleet: Flee
     assert only(fleet).node_id is None
 
 
+def test_of_two_sessions_at_one_endpoint_the_engine_says_which_is_its_own(fleet: Fleet) -> None:
+    """A node may see an engine start anew before it saw the earlier one end."""
+    fleet.configure([URL])
+    for order in ((b"own", b"old"), (b"old", b"own")):
+        fleet.announce(NODE, [])
+        probed(fleet)
+        fleet.announce(NODE, [report(session) for session in order])
+        assert only(fleet).session == b"own"
+
+
+def test_an_engine_knows_its_session_better_than_its_node(fleet: Fleet) -> None:
+    """Until the node tells of the new session, the engine's word counts; then the node's."""
+    fleet.announce(NODE, [report(b"old")])
+    probed(fleet)
+    assert only(fleet).session == b"old"
+    fleet.session_moved(URL, ProbeReport("m", b"new", MODEL, "byte", 4096))
+    assert only(fleet).session == b"new"
+    fleet.announce(NODE, [report(b"new")])
+    assert (only(fleet).session, only(fleet).node_id) == (b"new", NODE)
+
+
 def test_an_engine_that_comes_back_has_its_new_session(fleet: Fleet) -> None:
     fleet.announce(NODE, [report(b"s1")])
     probed(fleet)

@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from kvfabric.errors import CapacityError, ClosedError
+from kvfabric.handle import SESSION_HEADER
 from kvfabric.hashing import layout_fingerprint
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.reference.openai import AnswerText, BadRequest, Call, error_body, parse, usage
@@ -76,14 +77,21 @@ async def _models(request: web.Request) -> web.Response:
     engine = request.app[_ENGINE]
     if not engine.is_healthy:  # routers ask here whether to send requests
         raise ClosedError("the engine is not running")
-    session = engine.connector.session if engine.connector is not None else b""
-    model = {
+    return web.json_response({"object": "list", "data": [_model(engine)]})
+
+
+def _session(engine: Engine) -> str:
+    return engine.connector.session.hex() if engine.connector is not None else ""
+
+
+def _model(engine: Engine) -> dict[str, Any]:
+    return {
         "id": engine.config.model_name,
         "object": "model",
         "created": 0,
         "owned_by": "kvfabric",
         "kvfabric": {
-            "session": session.hex(),
+            "session": _session(engine),
             "model_revision": engine.model.revision,
             "layout_fingerprint": layout_fingerprint(engine.layout).hex(),
             "block_tokens": engine.shape.block_tokens,
@@ -93,7 +101,6 @@ async def _models(request: web.Request) -> web.Response:
             "deterministic": engine.is_deterministic,
         },
     }
-    return web.json_response({"object": "list", "data": [model]})
 
 
 async def _healthz(request: web.Request) -> web.Response:
@@ -144,6 +151,10 @@ async def _answer(request: web.Request, *, is_chat: bool) -> web.StreamResponse:
     call = await _parse(await request.read(), engine, is_chat=is_chat)
     if not engine.is_healthy:
         raise ClosedError("the engine is not running")
+    meant, own = request.headers.get(SESSION_HEADER, ""), _session(engine)
+    if meant and own and meant != own:  # the node would refuse its handle
+        error = error_body("the handle was made for another session of this engine", status=421)
+        return web.json_response({**error, "data": [_model(engine)]}, status=421)
     for prompt in call.prompts:  # before the status line is sent
         engine.check_size(len(prompt), call.params.max_tokens)
     answer = _Answer(engine, call, _request_id(request))
