@@ -25,6 +25,7 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors that say: full (the disk, a quota, the largest file)."""
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_GONE = frozenset({errno.ENOENT, errno.EISDIR, errno.ENXIO, errno.ELOOP})
 _MAX_BUFFERS = 1024  # IOV_MAX of Linux
 
 # Mapping and unmapping a page for each read costs more than reading it.
@@ -49,6 +50,12 @@ def raise_if_exhausted(error: Exception) -> None:
         raise error
     if any(os.strerror(code) in str(error) for code in _EXHAUSTED):
         raise error  # LMDB passes on the words only
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether it says that there is no such file, rather than that it cannot be had now."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _GONE
 
 
 def round_up(num_bytes: int) -> int:
@@ -101,13 +108,16 @@ def write_all(ops: FileOps, fd: int, buffers: Sequence[memoryview], offset: int)
 def read_all(ops: FileOps, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     """Fill aligned buffers one after the other; returns bytes read, fewer at the end of the file."""
     pending = list(buffers)
-    total = 0
+    total, torn = 0, -1
     while pending:
         got = ops.preadv(fd, pending[:_MAX_BUFFERS], offset + total)
-        total += got
-        pending = _after(pending, got)
-        if got == 0 or got % PAGE_BYTES:
-            break
+        whole = got // PAGE_BYTES * PAGE_BYTES
+        if got == 0 or (got > whole and total + got == torn):
+            return total + got
+        if got > whole:
+            torn = total + got  # the end of the file, if it is there again
+        total += whole
+        pending = _after(pending, whole)
     return total
 
 

@@ -35,13 +35,15 @@ _COMMITTED = 64
 @dataclass(frozen=True, slots=True)
 class Recovered:
     """`active`: the segment to fill further, if any; `spare`: an empty one, if any. `is_rebuilt`: files were
-    there, and no sound index."""
+    there, and no sound index. `unavailable`: bytes by number of files that the disk did not open: whatever is
+    in them is there again at another opening, perhaps."""
 
     index: SegmentIndex
     segments: dict[int, Segment]
     active: Segment | None
     spare: Segment | None
     is_rebuilt: bool
+    unavailable: dict[int, int]
 
 
 def recover(directory: Path, capacity_bytes: int, ops: FileOps) -> Recovered:
@@ -49,16 +51,17 @@ def recover(directory: Path, capacity_bytes: int, ops: FileOps) -> Recovered:
     # Sparse, so generous: a row takes 136 bytes of the at least 8 KiB that its record has.
     map_bytes = (64 << 20) + capacity_bytes // 8
     segments: dict[int, Segment] = {}
+    unavailable: dict[int, int] = {}
     index = SegmentIndex.open(directory, map_bytes, ops)
     is_rebuilt = index is None
     try:
         if index is not None:
             try:
-                _load(directory, index, segments, ops)
+                unavailable = _load(directory, index, segments, ops)
             except CorruptBlock as exc:
                 _LOG.warning("index in %s: %s", directory, exc)
                 _close(index, segments)
-                index, is_rebuilt = None, True
+                index, is_rebuilt, unavailable = None, True, {}
         if index is None:
             index = SegmentIndex.create(directory, map_bytes, ops)
             _rebuild(directory, index, segments, ops)
@@ -73,7 +76,9 @@ def recover(directory: Path, capacity_bytes: int, ops: FileOps) -> Recovered:
     # others, that were not, with sequences that this opening uses again.
     active = filled[-1] if filled and not is_rebuilt else None
     spare = empty[0] if empty else None
-    return Recovered(index, segments, active, spare, is_rebuilt=is_rebuilt and bool(filled))
+    return Recovered(
+        index, segments, active, spare, is_rebuilt and bool(filled), unavailable=unavailable
+    )
 
 
 def _close(index: SegmentIndex | None, segments: dict[int, Segment]) -> None:
@@ -89,18 +94,26 @@ def _load(
     index: SegmentIndex,
     segments: dict[int, Segment],
     ops: FileOps,
-) -> None:
-    """Open the files that the index knows, and read all of it; forget the ones that are missing."""
+) -> dict[int, int]:
+    """Open the files that the index knows, and read all of it; forget the ones that are missing. Returns
+    the bytes of those that do not open."""
     on_disk = set(numbers_in(ops, directory))
     used: set[int] = set()
+    unavailable: dict[int, int] = {}
     for header in index.segments():
         number = header.number
         try:
             segment = Segment(SegmentFile.open(ops, directory, header))
         except TransferError as exc:
             direct_io.raise_if_exhausted(exc)
-            parts = index.drop_segment(number)
-            _LOG.warning("segment %08x is lost with %d parts: %s", number, len(parts), exc)
+            on_disk.discard(number)
+            if direct_io.is_gone(exc):
+                parts = index.drop_segment(number)
+                _LOG.warning("segment %08x is lost with %d parts: %s", number, len(parts), exc)
+            else:
+                _LOG.warning("segment %08x is left alone: %s", number, exc)
+                used.update(np.unique(index.batch(number).rows["lineage"]).tolist())
+                unavailable[number] = header.num_bytes
             continue
         segments[number] = segment
         on_disk.discard(number)
@@ -110,6 +123,7 @@ def _load(
     index.keep_lineages(used)
     for number in on_disk:  # being made or reclaimed when the process died: nothing in it counts
         _remove(directory, number, ops)
+    return unavailable
 
 
 def _rebuild(
@@ -126,7 +140,8 @@ def _rebuild(
         try:
             file = SegmentFile.open_by_itself(ops, directory, number)
         except (CorruptBlock, TransferError) as exc:
-            direct_io.raise_if_exhausted(exc)
+            if isinstance(exc, TransferError) and not direct_io.is_gone(exc):
+                raise  # not now; what is in it must not be lost by it
             _LOG.warning("removing segment %08x: %s", number, exc)
             _remove(directory, number, ops)
             continue

@@ -156,6 +156,7 @@ class SegmentTier(Tier):
         self._active: Segment | None = None
         self._spare: Segment | None = None
         self._stray_bytes = 0
+        self._unavailable: dict[int, int] = {}
         self._sequence = 0
         self._queue = GroupQueue()
         self._budget = budget or WriteBudget(0)
@@ -250,6 +251,7 @@ class SegmentTier(Tier):
         found = recover(self._directory, self._capacity_bytes, self._ops)
         self._index, self._segments = found.index, found.segments
         self._active, self._spare = found.active, found.spare
+        self._unavailable = found.unavailable
         self._sequence = self._index.next_sequence()
         kept = self._index.budget()
         if kept is not None:
@@ -562,7 +564,8 @@ class SegmentTier(Tier):
     def _clear(self) -> int:
         """Blocking: remove files that belong to no segment; bytes of those that stay."""
         stay = 0
-        for number in set(numbers_in(self._ops, self._directory)) - self._segments.keys():
+        known = self._segments.keys() | self._unavailable.keys()
+        for number in set(numbers_in(self._ops, self._directory)) - known:
             path = path_of(self._directory, number)
             try:
                 self._ops.unlink(path)
@@ -573,6 +576,12 @@ class SegmentTier(Tier):
 
     async def _reclaim(self) -> None:
         """Drop the oldest segment with all that is in it. Readers that hold it finish undisturbed."""
+        if self._unavailable:
+            number = min(self._unavailable)
+            await self._tell(await self._pool.run(partial(self._index.drop_segment, number)))
+            del self._unavailable[number]  # a stray file now
+            self._stray_bytes = await self._pool.run(self._clear)
+            return
         in_use = (self._active, self._spare)
         oldest = next((s for s in self._ordered() if s not in in_use), None)
         if oldest is None:
@@ -586,14 +595,17 @@ class SegmentTier(Tier):
         oldest.live.clear()
         oldest.dead.clear()
         oldest.records = 0
-        if self.owner is not None:
-            for first in range(0, len(batch), _DROPPED):
-                self.owner.dropped(batch.chosen(slice(first, first + _DROPPED)).places())
-                await asyncio.sleep(0)
+        await self._tell(batch)
         await self._pool.run(oldest.file.unlink)
         failpoint("segment.reclaim.done")
         oldest.file.retire()
         del self._segments[number]
+
+    async def _tell(self, gone: RecordBatch) -> None:
+        if self.owner is not None:
+            for first in range(0, len(gone), _DROPPED):
+                self.owner.dropped(gone.chosen(slice(first, first + _DROPPED)).places())
+                await asyncio.sleep(0)
 
     async def _rescue(self, oldest: Segment, into: Segment) -> None:
         """Write the hot records of a segment anew, in the order and with the promise of every write."""
@@ -636,7 +648,7 @@ class SegmentTier(Tier):
     def _file_bytes(self) -> int:
         """Of all files of the tier, also those that ought to be gone."""
         files = (segment.file.header.num_bytes for segment in self._segments.values())
-        return self._stray_bytes + sum(files)
+        return self._stray_bytes + sum(self._unavailable.values()) + sum(files)
 
     def _closed(self) -> ClosedError:
         return ClosedError(f"SSD tier {self._directory} is not open")
