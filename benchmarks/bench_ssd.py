@@ -1,14 +1,14 @@
 """The SSD tier beside the disk it is on: rates, warm start, rebuild.
 
-rates    records of 64 KiB, 256 KiB and 1 MiB through `SegmentTier`, checksums and headers included, eight in
-         flight. Raw: the same bytes by plain O_DIRECT calls, as many threads as are in flight, one file,
-         `fdatasync` every 64 MiB. Peers, just as durable and verified: one file a block (O_DIRECT), and
-         values in LMDB. The sides take turns, each side on a file written in the same round.
-open     from the start of a process (interpreter and imports) to the first hit that is loaded and verified, with
-         every block indexed and every byte accounted for. The index is in the page cache in one row, and dropped
-         from it in the other. The records' payloads are holes, but for the one that is read: nobody reads them
+rates    records of 64 KiB, 256 KiB and 1 MiB through `SegmentTier`, headers included and checksums verified,
+         eight in flight. Raw: the same payloads by plain O_DIRECT calls, as many threads as are in flight,
+         one file, `fdatasync` every 64 MiB. Peers, just as durable and verified: one file a block (O_DIRECT),
+         and values in LMDB. The sides take turns, each on files written in the same round
+open     from the start of a process (interpreter and imports) to the first hit that is loaded and verified,
+         with every block indexed and every byte accounted for. The index is in the page cache in one figure,
+         and dropped from it in the other. Payloads are holes but for what is read: nobody else looks at them
 rebuild  the same directory without its index: the headers of all records are read, at the distance that
-         64 KiB records have, and indexed. Peer: a walk over one file a block that takes size and time only
+         64 KiB records have, and indexed. Peer: a walk over one file a block, by name, size and time
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import harness
 import lmdb
@@ -62,7 +63,7 @@ SMALL = 64 * KIB
 SEGMENT = 256 * MIB
 
 
-def identity_of(number: int, payload: memoryview) -> PartIdentity:
+def identity_of(number: int, num_bytes: int, checksum: bytes) -> PartIdentity:
     return PartIdentity(
         part=Part(BlockKey(number.to_bytes(8, "little") * 4), 0, 0),
         namespace_tag=TAG,
@@ -71,9 +72,14 @@ def identity_of(number: int, payload: memoryview) -> PartIdentity:
         parent=ROOT_PARENT,
         block_index=0,
         incarnations=(),
-        num_bytes=len(payload),
-        checksum=xxhash.xxh3_128_digest(payload),
+        num_bytes=num_bytes,
+        checksum=checksum,
     )
+
+
+def sums_of(payloads: list[memoryview]) -> list[bytes]:
+    """Of each that is in flight, once: a part has its checksum when it leaves the arena."""
+    return [xxhash.xxh3_128_digest(payload) for payload in payloads]
 
 
 def buffers(size: int, rng: random.Random) -> list[memoryview]:
@@ -93,6 +99,18 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 # ------------------------------------------------------------------ the sides of a rate
+
+
+class Side(Protocol):
+    """Writes all records, and reads them in an order. Durable and, but for raw, verified."""
+
+    name: str
+
+    def write(self, payloads: list[memoryview]) -> None: ...
+
+    def read(self, order: list[int], into: list[memoryview]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Raw:
@@ -152,10 +170,11 @@ class Tier:
     async def _write(self, payloads: list[memoryview]) -> None:
         """As the store does: everything that is to go is handed over, 64 MiB at most."""
         room = asyncio.Semaphore(SYNC_BYTES // len(payloads[0]))
+        sums = sums_of(payloads)
 
         async def one(number: int) -> None:
             payload = payloads[number % DEPTH]
-            identity = identity_of(number, payload)
+            identity = identity_of(number, len(payload), sums[number % DEPTH])
             self._places[number] = (await self._tier.write(identity, payload), identity)
             room.release()
 
@@ -198,13 +217,14 @@ class Files:
     def write(self, payloads: list[memoryview]) -> None:
         with ThreadPoolExecutor(DEPTH) as pool:
             list(pool.map(partial(self._write_one, payloads), range(self._count)))
+        sums = sums_of(payloads)
+        self._sums = {number: sums[number % DEPTH] for number in range(self._count)}
         fd = os.open(self._directory, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
 
     def _write_one(self, payloads: list[memoryview], number: int) -> None:
         payload = payloads[number % DEPTH]
-        self._sums[number] = xxhash.xxh3_128_digest(payload)
         fd = os.open(self._path(number), os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
         os.pwritev(fd, [payload], 0)
         os.fdatasync(fd)
@@ -239,13 +259,12 @@ class Lmdb:
         self._sums: dict[int, bytes] = {}
 
     def write(self, payloads: list[memoryview]) -> None:
-        step = SYNC_BYTES // self._size
+        step, sums = SYNC_BYTES // self._size, sums_of(payloads)
+        self._sums = {number: sums[number % DEPTH] for number in range(self._count)}
         for first in range(0, self._count, step):
             with self._env.begin(write=True) as txn:
                 for number in range(first, min(first + step, self._count)):
-                    payload = payloads[number % DEPTH]
-                    self._sums[number] = xxhash.xxh3_128_digest(payload)
-                    txn.put(number.to_bytes(8, "big"), payload)
+                    txn.put(number.to_bytes(8, "big"), payloads[number % DEPTH])
 
     def read(self, order: list[int], into: list[memoryview]) -> None:
         drop_cached(self._path / "data.mdb")
@@ -281,17 +300,19 @@ def measure_rates(
     order = list(range(count))
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
-        sides = [Raw, Tier, Files, Lmdb] if size == MAIN_SIZE else [Raw, Tier]
-        for kind in sides if number % 2 else reversed(sides):
-            place = directory / f"{kind.name}-{number}"
+        sides: list[Callable[[Path, int, int], Side]] = [Raw, Tier]
+        if size == MAIN_SIZE:
+            sides += [Files, Lmdb]
+        for make in sides if number % 2 else reversed(sides):
+            place = directory / "side"
             place.mkdir()
-            side = kind(place, size, count)
+            side = make(place, size, count)
             rng.shuffle(order)
             try:
-                taken.setdefault(f"{kind.name}_write", []).append(
+                taken.setdefault(f"{side.name}_write", []).append(
                     seconds(partial(side.write, payloads))
                 )
-                taken.setdefault(f"{kind.name}_read", []).append(
+                taken.setdefault(f"{side.name}_read", []).append(
                     seconds(partial(side.read, order, into))
                 )
             finally:
@@ -317,14 +338,12 @@ def make_directory(directory: Path, num_records: int) -> tuple[BlockKey, int]:
     directory.mkdir(parents=True)
     layout = make_layout(part_bytes=SMALL)
     size = record_bytes(SMALL)
-    keys, used = make_keys(num_records), 0
+    keys, used, per_file = make_keys(num_records), 0, (SEGMENT - PAGE_BYTES) // size
     payload = memoryview(bytes(SMALL))
     checksum = xxhash.xxh3_128_digest(payload)
-    number = 0
-    for first in range(0, num_records, (SEGMENT - PAGE_BYTES) // size):
-        number += 1
+    for number, first in enumerate(range(0, num_records, per_file), 1):
         header = FileHeader(os.urandom(16), number, SEGMENT)
-        own = range(first, min(first + (SEGMENT - PAGE_BYTES) // size, num_records))
+        own = range(first, min(first + per_file, num_records))
         with path_of(directory, number).open("wb") as file:
             os.ftruncate(file.fileno(), SEGMENT)
             os.pwrite(file.fileno(), encode_file_header(header), 0)

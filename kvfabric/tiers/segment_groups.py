@@ -20,7 +20,7 @@ from kvfabric.tiers.segment_index import Put
 
 GROUP_S = 0.05
 GROUP_BYTES = 64 << 20
-RUN_BYTES = 8 << 20
+RUN_BYTES = 4 << 20
 """Neighbouring records written by one call to the kernel."""
 
 _RUN_RECORDS = 256

@@ -88,8 +88,8 @@ _LOG = logging.getLogger(__name__)
 
 _DROPPED = 256
 """Parts of a reclaimed segment told of at once; a segment of small parts has very many."""
-_THREADS = 6
-_WRITE_LANES = 2  # threads that write; the rest are for reads
+_THREADS = 8
+_WRITE_LANES = 4  # threads that write; the rest are for reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -774,7 +774,7 @@ def test_runs_are_bounded_and_keep_their_order() -> None:
     ]
     runs = list(plan_runs(records))
     assert [record for run in runs for record in run] == records
-    assert [len(run) for run in runs] == [7, 7, 6]
+    assert [len(run) for run in runs] == [3, 3, 3, 3, 3, 3, 2]
     assert list(plan_runs([])) == []
 
 

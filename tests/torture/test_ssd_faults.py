@@ -6,8 +6,6 @@ What LMDB and the kernel do is failed from outside: by a file system that is ful
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -16,14 +14,13 @@ from pathlib import Path
 import pytest
 
 from kvfabric.errors import CorruptBlock, KVFabricError
-from kvfabric.store.store import StoreLimits
 from kvfabric.testing.failing import FailingOps, Fault
-from kvfabric.testing.segments import RECORD, SMALL, Owner, readable, small_tier
-from kvfabric.testing.store import PART_BYTES, StoreRig, make_keys, part_bytes
+from kvfabric.testing.segments import RECORD, Owner, readable, small_tier
 from kvfabric.testing.tiers import make_part, read_back
 from kvfabric.tiers import segment_groups
-from kvfabric.tiers.base import Location, PartIdentity
+from kvfabric.tiers.base import PartIdentity
 from kvfabric.tiers.segments import SegmentTier
+from tests.torture.scale import count, record
 
 LAST_N = 2000
 
@@ -149,11 +146,9 @@ class Lives:
 
 
 def numbers() -> Iterator[int]:
-    """1, 2, ... ; CI takes a sample after the first ones, torture all (`torture_stride`)."""
-    yield from (n for n in range(1, LAST_N) if n <= 8 or n % STRIDE == 0)
-
-
-STRIDE = int(os.environ.get("KVFABRIC_TORTURE_STRIDE", "11"))
+    """1, 2, ... ; a sample after the first ones at the small count, then all."""
+    stride = count(11, 1)
+    yield from (n for n in range(1, LAST_N) if n <= 8 or n % stride == 0)
 
 
 @pytest.mark.parametrize("fault", [f for f in Fault if f is not Fault.SWALLOWED])
@@ -168,6 +163,9 @@ async def test_the_nth_operation_fails(tmp_path: Path, fault: Fault) -> None:
         failed[ops.failed] += 1
     else:
         pytest.fail("no run without a fault")
+    record(
+        f"3 the Nth file operation: {fault}", failed.total(), "engine-visible damage or leaks: 0"
+    )
     assert failed.total() >= 12
     if fault not in (Fault.SHORT, Fault.TORN):
         assert {"open", "pwritev"} <= set(failed)
