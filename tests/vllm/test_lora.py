@@ -1,6 +1,6 @@
 """LoRA adapters and prompt embeddings on a real vLLM and a real node: KV of the same tokens, never mixed up.
 
-Adapters are proven to be what vLLM loaded only if they lay on disk before the engine started.
+What decides is the weights that vLLM holds, whenever and from where it loaded them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from kvfabric_engine.integrations.vllm_adapters import LoadedAdapters
+from kvfabric_engine.integrations.vllm_digest import Unknown
 from kvfabric_engine.integrations.vllm_inputs import RequestInputs
 from safetensors.torch import load_file
 from vllm.lora.request import LoRARequest
@@ -33,8 +35,11 @@ ARGS: dict[str, Any] = {
 }
 FOLDERS = {"one": 1, "two": 2, "twin": 1, "changed": 3, "while": 4, "id": 6, "id-other": 7}
 """Seeds of the adapters that lie there before the engine starts."""
-NAMES = (*FOLDERS, "later")
+NAMES = (*FOLDERS, "later", "added", *(f"crowd-{i}" for i in range(4)))
 NEW = 99
+LATER = {"later": 98, "added": 97, "between": 96}
+TWIN = [prompt(600, seed=57), prompt(400, seed=58)]
+"""Of the tests whose guards are taken out, as CONTROL: what they store is wrong."""
 pytestmark = pytest.mark.usefixtures("node")
 
 
@@ -53,16 +58,20 @@ def request(adapters: Path, name: str, folder: str = "", **fields: Any) -> LoRAR
 @pytest.fixture(scope="module")
 def gates(checkpoint: Path, adapters: Path, tmp_path_factory: Any) -> dict[str, Gate]:
     """The right answers with each adapter, and ("") without one."""
-    gates = {name: Gate() for name in ("", *FOLDERS, "new")}
-    new = write_adapter(tmp_path_factory.mktemp("later") / "new", seed=NEW)
+    late = {"new": NEW, **LATER}
+    gates = {name: Gate() for name in ("", *FOLDERS, *late)}
+    folder = tmp_path_factory.mktemp("later")
     with running(checkpoint, fabric=False, **ARGS) as alone:
         gates[""].learn(alone, [*PROMPTS, *CONTROL])
-        gates["new"].learn(alone, PROMPTS, lora=LoRARequest("new", 99, str(new)))
+        for name, seed in late.items():
+            lora = LoRARequest(name, seed, str(write_adapter(folder / name, seed=seed)))
+            gates[name].learn(alone, PROMPTS, lora=lora)
         for number, name in enumerate(FOLDERS, 1):
             lora = LoRARequest(name, number, str(adapters / name))
             if name != "twin":
-                gates[name].learn(alone, [*PROMPTS, *(CONTROL if name == "two" else ())], lora=lora)
-        gates["one"].learn(alone, CONTROL, lora=request(adapters, "one"))
+                gates[name].learn(alone, PROMPTS, lora=lora)
+        for name in ("one", "two"):
+            gates[name].learn(alone, [*CONTROL, *TWIN], lora=request(adapters, name))
     return gates
 
 
@@ -73,10 +82,17 @@ def engine(checkpoint: Path, gates: dict[str, Gate]) -> Iterator[Vllm]:
 
 
 def known(engine: Vllm, lora: LoRARequest) -> LoRARequest:
-    """Its first request is computed while the adapter is read."""
-    engine.answer(prompt(10, seed=1), lora=lora, max_tokens=1)
-    digests = engine.scheduler.connector._fabric._adapters._digests
-    wait_for(lambda: digests[lora.lora_path][1].done())
+    """Its first requests are computed: until its weights are loaded and read."""
+
+    def is_found() -> bool:
+        engine.answer(prompt(10, seed=1), lora=lora, max_tokens=1)
+        try:
+            engine.scheduler.connector._fabric.adapters.find(lora)
+        except Unknown:
+            return False
+        return True
+
+    wait_for(is_found)
     return lora
 
 
@@ -140,94 +156,136 @@ def test_without_the_digest_answers_are_wrong(
         return tuple(extra for extra in find(inputs) if extra.kind != "adapter")
 
     monkeypatch.setattr(RequestInputs, "_find", without_adapter)
-    gates["one"].check(CONTROL, after_reset(engine, CONTROL, lora=request(adapters, "one")))
+    one = known(engine, request(adapters, "one"))
+    gates["one"].check(CONTROL, after_reset(engine, CONTROL, lora=one))
     for name in ("two", ""):
-        lora = request(adapters, name) if name else None
+        lora = known(engine, request(adapters, name)) if name else None
         answers = after_reset(engine, CONTROL, lora=lora)
         assert cached(answers) == [512, 384]
         assert gates[name].differing(CONTROL, answers) == 2
 
 
-def test_files_that_change_stand_aside(
+def test_files_count_for_nothing(
     engine: Vllm, gates: dict[str, Gate], adapters: Path, said: list[str]
 ) -> None:
-    """vLLM has the old weights until it is told to read the new ones: neither hits what was stored before."""
+    """vLLM has the old weights until it reads the new ones: each has its own blocks, under one id."""
     lora = known(engine, request(adapters, "changed"))
     after_reset(engine, lora=lora)
-    assert cached(after_reset(engine, lora=lora)) == CACHED
-    saved = engine.statistics().saved_blocks
     write_adapter(adapters / "changed", seed=NEW)
     old = after_reset(engine, lora=lora)
+    assert cached(old) == CACHED
     gates["changed"].check(PROMPTS, old)
     engine.drop_hbm()  # vLLM itself shares by name and path
-    new = after_reset(engine, lora=request(adapters, "changed", load_inplace=True))
+    for expected in ([0, 0], [0, 0]):  # computed by each request that loads in place
+        new = after_reset(engine, lora=request(adapters, "changed", load_inplace=True))
+        assert cached(new) == expected
+        gates["new"].check(PROMPTS, new)
+    known(engine, lora)
+    after_reset(engine, lora=lora)
+    new = after_reset(engine, lora=lora)
+    assert cached(new) == CACHED
     gates["new"].check(PROMPTS, new)
-    assert cached(old) == cached(new) == [0, 0]
-    assert engine.statistics().saved_blocks == saved
     assert said[1:] == [
-        'fabric: adapter "changed" changed on disk since this engine started: such requests are computed '
-        "without the fabric",
-        'fabric: adapter "changed" was loaded in place, or its id was given to another: such requests are '
+        'fabric: adapter "changed" is loaded anew by each of its requests (load_inplace): such requests are '
         "computed without the fabric",
     ]
 
 
-def test_files_that_change_while_a_request_runs(
-    engine: Vllm, gates: dict[str, Gate], adapters: Path, said: list[str]
+def test_weights_exchanged_while_a_request_runs(
+    engine: Vllm, gates: dict[str, Gate], adapters: Path
 ) -> None:
-    """Opened before the files changed, computed after: neither stored nor loaded."""
+    """Opened with one set of weights, computed with another: nothing of it is stored, or loaded."""
     lora = known(engine, request(adapters, "while"))
     gates["while"].check(PROMPTS[:1], after_reset(engine, PROMPTS[:1], lora=lora))
-    saved = engine.statistics().saved_blocks
+    write_adapter(adapters / "while", seed=LATER["between"])
+    saved, loaded = engine.statistics().saved_blocks, engine.statistics().loaded_blocks
     opened: list[Any] = []
     side = engine.scheduler.connector._side
     take = side._opened
 
-    def changes(tracked: Any) -> bool:
+    def exchanges(tracked: Any) -> bool:
         taken: bool = take(tracked)
         if tracked.keys is not None and not opened:
             opened.append(tracked)
-            (adapters / "while" / "adapter_config.json").touch()
+            add_lora(engine, request(adapters, "while", load_inplace=True))
         return taken
 
-    side._opened = changes
+    side._opened = exchanges
     try:
-        answers = after_reset(engine, PROMPTS[:2], lora=lora)
+        answers = after_reset(engine, PROMPTS[:1], lora=lora)
     finally:
         del side._opened
-    gates["while"].check(PROMPTS[:2], answers)
+    gates["between"].check(PROMPTS[:1], answers)
     assert opened
     assert engine.statistics().saved_blocks == saved
-    assert any(line.endswith("while changed on disk; vLLM computes it") for line in said)
+    assert engine.statistics().loaded_blocks == loaded
 
 
-def test_id_with_other_weights_stands_aside(
-    engine: Vllm, gates: dict[str, Gate], adapters: Path
+def test_without_the_serial_number_exchanged_weights_are_stored(
+    engine: Vllm, gates: dict[str, Gate], adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The test above has power: where workers do not look at what they hold, the old keys name new KV."""
+    lora = known(engine, request(adapters, "two"))
+    monkeypatch.setattr(LoadedAdapters, "has", lambda *_: True)
+    monkeypatch.setattr(LoadedAdapters, "report", lambda _: None)
+    add_lora(engine, LoRARequest("two", lora.lora_int_id, str(adapters / "one"), load_inplace=True))
+    gates["one"].check(TWIN, after_reset(engine, TWIN, lora=lora))
+    add_lora(engine, LoRARequest("two", lora.lora_int_id, lora.lora_path, load_inplace=True))
+    answers = after_reset(engine, TWIN, lora=lora)
+    assert cached(answers) == [512, 384]
+    assert gates["two"].differing(TWIN, answers) == 2
+
+
+def add_lora(engine: Vllm, lora: LoRARequest) -> None:
+    """As the dynamic LoRA endpoint does."""
+    assert engine.llm.llm_engine.add_lora(lora)
+
+
+def test_id_with_other_weights(engine: Vllm, gates: dict[str, Gate], adapters: Path) -> None:
     """vLLM keeps weights by id: after another folder was loaded in place, the old name means the new ones."""
-    old = known(engine, request(adapters, "id"))
-    after_reset(engine, lora=old)
-    assert cached(after_reset(engine, lora=old)) == CACHED
-    for lora in (request(adapters, "id", "id-other", load_inplace=True), old):
+    lora = known(engine, request(adapters, "id"))
+    after_reset(engine, lora=lora)
+    assert cached(after_reset(engine, lora=lora)) == CACHED
+    add_lora(engine, request(adapters, "id", "id-other", load_inplace=True))
+    known(engine, lora)
+    for expected in ([0, 0], CACHED):
         answers = after_reset(engine, lora=lora)
-        assert cached(answers) == [0, 0]
+        assert cached(answers) == expected
         gates["id-other"].check(PROMPTS, answers)
 
 
-def test_adapter_that_comes_later_stands_aside(
-    engine: Vllm, gates: dict[str, Gate], adapters: Path, said: list[str]
+@pytest.mark.parametrize("name", ["later", "added"])
+def test_adapter_that_comes_later(
+    engine: Vllm, gates: dict[str, Gate], adapters: Path, name: str
 ) -> None:
-    """Nothing proves when vLLM read its files."""
-    write_adapter(adapters / "later", seed=NEW)
-    lora = request(adapters, "later")
-    for _ in range(2):
-        answers = after_reset(engine, lora=lora)
-        assert cached(answers) == [0, 0]
-        gates["new"].check(PROMPTS, answers)
-    assert said == [
-        'fabric: adapter "later" changed on disk since this engine started: such requests are computed '
-        "without the fabric"
-    ]
+    """Written after the engine started, and loaded by its first request or as the dynamic endpoint does."""
+    write_adapter(adapters / name, seed=LATER[name])
+    lora = request(adapters, name)
+    if name == "added":
+        add_lora(engine, lora)
+    first = after_reset(engine, lora=lora)
+    gates[name].check(PROMPTS, first)
+    assert cached(first)[0] == 0
+    known(engine, lora)
+    after_reset(engine, lora=lora)
+    answers = after_reset(engine, lora=lora)
+    gates[name].check(PROMPTS, answers)
+    assert cached(answers) == CACHED
+
+
+def test_adapter_that_vllm_dropped(engine: Vllm, gates: dict[str, Gate], adapters: Path) -> None:
+    """Known again when vLLM read it again: its blocks are still there."""
+    lora = known(engine, request(adapters, "one"))
+    after_reset(engine, lora=lora)
+    for i in range(4):  # more than vLLM keeps
+        write_adapter(adapters / f"crowd-{i}", seed=20 + i)
+        engine.answer(prompt(10, seed=1), lora=request(adapters, f"crowd-{i}"), max_tokens=1)
+    assert lora.lora_int_id not in engine.llm.llm_engine.list_loras()
+    gates["one"].check(PROMPTS, after_reset(engine, lora=lora))
+    known(engine, lora)
+    answers = after_reset(engine, lora=lora)
+    assert cached(answers) == CACHED
+    gates["one"].check(PROMPTS, answers)
 
 
 def test_prompt_embeddings(engine: Vllm, gates: dict[str, Gate], checkpoint: Path) -> None:

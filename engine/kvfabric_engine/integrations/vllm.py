@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from vllm import __version__ as vllm_version
-from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -44,11 +43,16 @@ from kvfabric.types import BlockLayout
 from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, ConnectorOptions
 from kvfabric_engine.integrations import vllm_identity as identity
-from kvfabric_engine.integrations.vllm_adapters import Adapters
+from kvfabric_engine.integrations.vllm_adapters import Adapters, LoadedAdapters, held_by_vllm
 from kvfabric_engine.integrations.vllm_device import DeviceMover
 from kvfabric_engine.integrations.vllm_inputs import RequestInputs
 from kvfabric_engine.integrations.vllm_layout import NoPool, PagedMover, VllmPool, prove
-from kvfabric_engine.integrations.vllm_messages import FabricHandshake, FabricMetadata, Join
+from kvfabric_engine.integrations.vllm_messages import (
+    FabricHandshake,
+    FabricMetadata,
+    FabricReport,
+    Join,
+)
 from kvfabric_engine.integrations.vllm_metrics import FabricPromMetrics, FabricStats, StatsTaker
 from kvfabric_engine.integrations.vllm_pool import PoolMirror
 from kvfabric_engine.integrations.vllm_scheduler import NOTHING, SchedulerSide
@@ -133,6 +137,7 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
             is_writer=rank == 0 or not groups.is_replicated,
             socket=identity.node_socket(extra),
             audit_parts=f"{audit}.{rank}" if audit else "",
+            adapters=self._loaded_adapters(rank),
         )
         first = next(iter(tensors.values()))
         return identity.Shard(
@@ -142,6 +147,16 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
             packing=f"vllm-{vllm_version} {_packing(first)}",
             dtype=str(first.dtype).removeprefix("torch."),
         )
+
+    def _loaded_adapters(self, rank: int) -> LoadedAdapters | None:
+        lora_config = self._vllm_config.lora_config
+        if lora_config is None:
+            return None
+        held = held_by_vllm(lora_config)
+        if held is None:
+            _log.warning("fabric: vLLM's LoRA weights are not found: adapters are not cached")
+            return None
+        return LoadedAdapters(held, rank=rank)
 
     def _new_mover(self, tensors: dict[str, torch.Tensor], groups: identity.Groups) -> VllmPool:
         kinds = {tensor.device.type for tensor in tensors.values()}
@@ -207,6 +222,13 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
         failed, self._failed_pages = self._failed_pages, set()
         return failed
 
+    def build_connector_worker_meta(self) -> FabricReport | None:
+        if self._worker is None:
+            return None
+        loaded = self._boundary.run("adapters", self._worker.loaded_adapters, lambda _: None)
+        rank = self._vllm_config.parallel_config.rank
+        return FabricReport({rank: loaded}) if loaded is not None else None
+
     # --- scheduler -----------------------------------------------------------------------------------
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
@@ -228,7 +250,9 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
                 'fabric: kv_load_failure_policy is not "recompute": a failed load would fail its request, '
                 "so this engine stores and does not load"
             )
-        fabric = _Fabric(self._vllm_config, groups, layout, may_load=may_load)
+        fabric = _Fabric(
+            self._vllm_config, groups, layout, num_ranks=len(shards), may_load=may_load
+        )
         fabric.bind_pool(self._pool)
         fabric.start()
         self._fabric = fabric
@@ -287,6 +311,9 @@ class KVFabricConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         done: Iterable[str] = connector_output.finished_recving or ()
+        told = connector_output.kv_connector_worker_meta
+        if self._fabric is not None and isinstance(told, FabricReport):
+            self._fabric.adapters.learn(told.adapters)
         if (side := self._side) is not None:
             self._boundary.run("loaded", lambda: side.loaded(list(done)), lambda _: None)
 
@@ -341,7 +368,13 @@ class _Fabric:
     """The scheduler's connection, which waits in the background until the weights' digest is known."""
 
     def __init__(
-        self, config: Any, groups: identity.Groups, layout: BlockLayout, *, may_load: bool
+        self,
+        config: Any,
+        groups: identity.Groups,
+        layout: BlockLayout,
+        *,
+        num_ranks: int,
+        may_load: bool,
     ) -> None:
         self._config = config
         self._groups = groups
@@ -353,9 +386,9 @@ class _Fabric:
         self._socket = identity.node_socket(self._extra)
         self._told: set[str] = set()
         lora = config.lora_config
-        self._adapters = Adapters(
+        self.adapters = Adapters(
+            num_ranks=num_ranks,
             settings=lora.compute_hash() if lora is not None else "",
-            may_be_exchanged=envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING,
             tell=self._tell_once,
         )
         self._opened = threading.Event()
@@ -406,16 +439,13 @@ class _Fabric:
             _log.info("fabric: connected to the node at %s", self._socket)
 
     def new(self, request: Any) -> None:
-        """Also while there is no connection yet: vLLM loads the adapters of such requests all the same."""
-        if request.lora_request is not None:
-            self._adapters.see(request.lora_request)
         if self.side is not None:
             self.side.new(request)
 
     def _inputs_of(self, request: Any) -> RequestInputs:
         return RequestInputs(
             request,
-            adapters=self._adapters,
+            adapters=self.adapters,
             block_tokens=self._groups.block_tokens,
             has_encoder_connector=self._config.ec_transfer_config is not None,
             tell=self._tell_once,
@@ -466,7 +496,6 @@ class _Fabric:
 
     def close(self) -> None:
         self._is_closed = True
-        self._adapters.close()
         if self.connector is not None:
             self.connector.close()
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
-import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,16 +21,11 @@ import torch
 
 from kvfabric.hashing import tlv
 from kvfabric.types import ExtraInput
-from kvfabric_engine.integrations.vllm_adapters import (
-    Adapter,
-    AdapterFiles,
-    Adapters,
-    Unknown,
-)
+from kvfabric_engine.integrations.vllm_adapters import Adapter, Adapters
+from kvfabric_engine.integrations.vllm_digest import Piece, Unknown, canonical, digest, head
 
 MIN_SAMPLES = 4096
 """A flat tensor of so many numbers is a sound, of fewer perhaps the times of a video's frames."""
-Piece = bytes | memoryview
 _PROCESS_KEY = secrets.token_bytes(32)
 """Of this process's identifiers: no caller can name an item so that it is taken for another's content."""
 
@@ -81,10 +75,6 @@ class RequestInputs:
     def is_trusted(self) -> bool:
         return self._adapters.is_trusted(self.adapter)
 
-    @property
-    def adapter_files(self) -> AdapterFiles | None:
-        return self.adapter.files if self.adapter is not None else None
-
     def identify(self) -> bool:
         """Name the request's items by their content, before vLLM schedules it; True if that changed them."""
         if self._features is None or self._request.mm_features is self._features:
@@ -122,13 +112,13 @@ class RequestInputs:
 
     def _identifier(self, content: str) -> str:
         fields = [(1, content.encode()), (2, salt_with("", self.adapter).encode())]
-        digest = hashlib.blake2b(
+        name = hashlib.blake2b(
             tlv("kvfabric/mm-identifier", fields),
             digest_size=32,
             key=_PROCESS_KEY,
             person=b"kvf-mm-id-1",
         )
-        return digest.hexdigest()
+        return name.hexdigest()
 
     def _items(self) -> Iterator[ExtraInput]:
         features = self._request.mm_features
@@ -136,11 +126,11 @@ class RequestInputs:
             raise Unknown("multimodal input of an encoder cache connector is not cached")
         names: list[str] = []
         for feature in features:
-            digest = item_digest(feature)
-            names.append(digest.hex())
+            content = item_digest(feature)
+            names.append(content.hex())
             place = feature.mm_position
             yield ExtraInput(
-                f"mm:{feature.modality}", digest, "", (), place.offset, max(1, place.length)
+                f"mm:{feature.modality}", content, "", (), place.offset, max(1, place.length)
             )
         self._identifiers = tuple(names)
 
@@ -153,14 +143,17 @@ class RequestInputs:
             raise Unknown("a prompt of embeddings and tokens is not cached")
         for first in range(0, len(rows), self._block_tokens):
             some = rows[first : first + self._block_tokens]
-            digest = _digest(b"kvf-embeds-1", _canonical(some))
+            found = digest(b"kvf-embeds-1", canonical(some))
             kind = str(some.dtype).removeprefix("torch.")
-            yield ExtraInput("prompt-embeds", digest, kind, tuple(some.shape), first, len(some))
+            yield ExtraInput("prompt-embeds", found, kind, tuple(some.shape), first, len(some))
 
 
 def salt_with(salt: str, adapter: Adapter | None) -> str:
-    """`salt`, for this adapter's content: vLLM itself knows adapters by name."""
-    return salt if adapter is None else f"{salt}.{adapter.digest.hex()}.{adapter.number}"
+    """`salt`, for this adapter's content as it was loaded this time: vLLM itself knows adapters by name, and
+    blocks of a request whose adapter was exchanged meanwhile stay in its cache."""
+    if adapter is None:
+        return salt
+    return f"{salt}.{adapter.digest.hex()}.{adapter.number}.{adapter.serials[0]}"
 
 
 def item_digest(feature: Any) -> bytes:
@@ -173,13 +166,13 @@ def item_digest(feature: Any) -> bytes:
     place = feature.mm_position
 
     def pieces() -> Iterator[Piece]:
-        yield _head("item", feature.modality, str(place.length))
-        yield from _canonical(place.is_embed)
+        yield head("item", feature.modality, str(place.length))
+        yield from canonical(place.is_embed)
         for name in sorted(data):
-            yield _head("field", name, type(data[name].field).__name__)
-            yield from _canonical(data[name].data)
+            yield head("field", name, type(data[name].field).__name__)
+            yield from canonical(data[name].data)
 
-    return _digest(b"kvf-mm-item-1", pieces())
+    return digest(b"kvf-mm-item-1", pieces())
 
 
 def _is_content(value: object) -> bool:
@@ -190,38 +183,3 @@ def _is_content(value: object) -> bool:
         return False
     is_signal = value.is_floating_point() or value.dtype is torch.uint8
     return is_signal and (value.ndim >= 2 or value.numel() >= MIN_SAMPLES)
-
-
-def _digest(person: bytes, pieces: Iterator[Piece]) -> bytes:
-    state = hashlib.blake2b(digest_size=32, person=person)
-    for piece in pieces:
-        state.update(piece)
-    return state.digest()
-
-
-def _head(kind: str, *values: str) -> bytes:
-    """Prefix-free: says how long it is."""
-    encoded = tlv(f"kvfabric/input-{kind}", [(1, value.encode()) for value in values])
-    return struct.pack("<I", len(encoded)) + encoded
-
-
-def _canonical(value: object) -> Iterator[Piece]:
-    """Bytes of nested tensors and plain values; equal only for equal ones. Raises Unknown for others."""
-    if isinstance(value, torch.Tensor):
-        yield from _tensor(value)
-    elif isinstance(value, list | tuple):
-        yield _head("list", str(len(value)))
-        for part in value:
-            yield from _canonical(part)
-    elif value is None or isinstance(value, bool | int | float | str):
-        yield _head("value", type(value).__name__, repr(value))
-    else:
-        raise Unknown(f"multimodal input with a {type(value).__name__} is not cached")
-
-
-def _tensor(tensor: torch.Tensor) -> Iterator[Piece]:
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise Unknown(f"multimodal input in a tensor of {tensor.layout} is not cached")
-    yield _head("tensor", str(tensor.dtype), str(tuple(tensor.shape)))
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    yield flat.numpy().data

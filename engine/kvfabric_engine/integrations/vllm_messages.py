@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
 )
 
 from kvfabric.types import BlockKey, BlockLayout
-from kvfabric_engine.integrations.vllm_adapters import AdapterFiles
+from kvfabric_engine.integrations.vllm_adapters import Adapter, Weights
 from kvfabric_engine.integrations.vllm_identity import Shard
 
 
@@ -29,21 +30,21 @@ class Join:
 class LoadOrder:
     """Blocks of a request into vLLM's blocks. `name`: the request at the node, leased by the scheduler.
 
-    `adapter`: what must be as it was for the keys to be right.
+    `adapter`: what vLLM must hold for the keys to be right.
     """
 
     request_id: str
     name: str
     keys: list[BlockKey]
     pages: list[list[int]]
-    adapter: AdapterFiles | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
     """Blocks that this step computes. `name` and `handle`: how the worker opens them at the node.
 
-    `adapter`: what must still be as it was when they are computed for the keys to be right.
+    `adapter`: what vLLM must hold when they are computed for the keys to be right.
     """
 
     name: str
@@ -51,7 +52,7 @@ class SaveOrder:
     parent: BlockKey
     keys: list[BlockKey]
     pages: list[list[int]]
-    adapter: AdapterFiles | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass
@@ -69,3 +70,14 @@ class FabricHandshake(KVConnectorHandshakeMetadata):
     """A worker's tensors, told once at start."""
 
     shard: Shard
+
+
+@dataclass
+class FabricReport(KVConnectorWorkerMetadata):
+    """What workers tell of a step: adapters that are loaded, by rank and id, where that changed."""
+
+    adapters: dict[int, dict[int, Weights]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> FabricReport:
+        assert isinstance(other, FabricReport)
+        return FabricReport(self.adapters | other.adapters)

@@ -300,8 +300,8 @@ class SchedulerSide:
             for i in range(first, tracked.num_matched)
         ]
         keys = tracked.keys.first(tracked.num_matched * self._groups.block_tokens)[first:]
-        files = tracked.inputs.adapter_files
-        return LoadOrder(tracked.request.request_id, tracked.name, keys, pages, files)
+        adapter = tracked.inputs.adapter
+        return LoadOrder(tracked.request.request_id, tracked.name, keys, pages, adapter)
 
     def _lost_order(self, tracked: _Tracked, block_ids: Sequence[int]) -> LoadOrder:
         """A load of nothing: the worker reports every block of it as failed, and vLLM computes them."""
@@ -346,7 +346,7 @@ class SchedulerSide:
                 parent,
                 chain[first:],
                 pages[first:],
-                tracked.inputs.adapter_files,
+                tracked.inputs.adapter,
             )
         )
         tracked.num_saved = end

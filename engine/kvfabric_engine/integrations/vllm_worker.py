@@ -20,7 +20,7 @@ from kvfabric.protocol.messages import Role
 from kvfabric.types import MissReason
 from kvfabric_engine.boundary import Boundary
 from kvfabric_engine.connector import Connector, ConnectorOptions, Loaded, Saved
-from kvfabric_engine.integrations.vllm_adapters import AdapterFiles
+from kvfabric_engine.integrations.vllm_adapters import Adapter, LoadedAdapters, Weights
 from kvfabric_engine.integrations.vllm_layout import NULL_BLOCK, VllmPool
 from kvfabric_engine.integrations.vllm_messages import FabricMetadata, Join, LoadOrder, SaveOrder
 from kvfabric_engine.pool_events import PoolEvents
@@ -50,8 +50,10 @@ class WorkerSide:
         is_writer: bool,
         socket: str,
         audit_parts: str = "",
+        adapters: LoadedAdapters | None = None,
     ) -> None:
         self._mover = mover
+        self._adapters = adapters
         self._shard = shard
         self._is_writer = is_writer
         self._socket = socket
@@ -59,7 +61,6 @@ class WorkerSide:
         self._connector: Connector | None = None
         self._boundary = Boundary()
         self._told: set[MissReason] = set()
-        self._outdated: set[str] = set()
         self._done: queue.SimpleQueue[tuple[LoadOrder, int]] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
@@ -73,6 +74,8 @@ class WorkerSide:
         """Start this step's loads. Called once or more a step: orders are taken once."""
         reused, orders.reused = orders.reused, []
         self._mover.reused(reused)
+        if self._adapters is not None:
+            self._adapters.look()
         if orders.join is not None:
             join, orders.join = orders.join, None
             self._boundary.run("join", lambda: self._join(join), lambda _: None)
@@ -85,6 +88,8 @@ class WorkerSide:
     def save(self, orders: FabricMetadata) -> None:
         """Store what this step computed, in the background."""
         saves, orders.saves = orders.saves, []
+        if self._adapters is not None:
+            self._adapters.look()
         if self._connector is None or not self._is_writer:
             return
         for order in saves:
@@ -103,7 +108,13 @@ class WorkerSide:
             self._mover.zero(sorted(found.failed_pages))
         return found
 
+    def loaded_adapters(self) -> dict[int, Weights] | None:
+        """Those that vLLM holds, by id, if that is news."""
+        return self._adapters.report() if self._adapters is not None else None
+
     def close(self) -> None:
+        if self._adapters is not None:
+            self._adapters.close()
         if self._connector is not None:
             self._connector.close()
 
@@ -112,7 +123,7 @@ class WorkerSide:
         self._boundary.run("load", lambda: self._begin_load(order), lambda _: self._fail(order))
 
     def _begin_load(self, order: LoadOrder) -> None:
-        if self._connector is None or not order.keys or self._is_outdated(order.adapter):
+        if self._connector is None or not order.keys or not self._has(order.adapter):
             self._fail(order)
             return
         future = self._connector.load(order.name, order.keys, order.pages)
@@ -135,7 +146,7 @@ class WorkerSide:
         state = connector.statistics()
         if not state.is_up or state.saving_bytes > WINDOW_BYTES:
             return  # the cache is slower than the engine: not worth a copy
-        if self._is_outdated(order.adapter):
+        if not self._has(order.adapter):
             return
         snapshot = self._mover.snapshot(order.pages)
         future = connector.save(
@@ -151,14 +162,11 @@ class WorkerSide:
         future.add_done_callback(ended)
         connector.release(order.name)
 
-    def _is_outdated(self, adapter: AdapterFiles | None) -> bool:
-        """Whether vLLM may have read other weights than those that the keys name."""
-        if adapter is None or adapter.are_unchanged():
-            return False
-        if adapter.folder not in self._outdated:
-            self._outdated.add(adapter.folder)
-            _log.warning("fabric: adapter %s changed on disk; vLLM computes it", adapter.folder)
-        return True
+    def _has(self, adapter: Adapter | None) -> bool:
+        """Whether vLLM runs with the weights that the keys name."""
+        if adapter is None:
+            return True
+        return self._adapters is not None and self._adapters.has(adapter)
 
     def _tell(self, what: str, reason: MissReason) -> None:
         """One line for each reason, but for what the connector said and for what follows from another."""
