@@ -1,7 +1,8 @@
 """The boundary between a cache and an inference: whatever goes wrong behind it becomes a miss.
 
 The one place of the engine side where every exception is caught (design 2: never in the way). Each failure is
-counted under a MissReason and logged once; what repeats is logged at debug level until `forgive`.
+counted under a MissReason and logged once; what repeats, or only follows from a lost connection, is logged at
+debug level, until `forgive`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kvfabric.errors import (
     DeadlineExceeded,
     Fenced,
     KVFabricError,
+    PeerClosed,
     TransferError,
 )
 from kvfabric.types import MissReason
@@ -38,6 +40,10 @@ _REASONS: tuple[tuple[type[BaseException], MissReason], ...] = (
     (AccessError, MissReason.NO_HANDLE),
     (CapacityError, MissReason.LEASE_BUDGET),
 )
+
+
+class NotConnected(PeerClosed):
+    """There is no connection now. Who tried to connect has said why."""
 
 
 def reason_of(error: BaseException) -> MissReason:
@@ -86,7 +92,8 @@ class Boundary:
         with self._lock:
             is_new = kind not in self._seen
             self._seen.add(kind)
-        level = logging.WARNING if is_new else logging.DEBUG
+        is_news = is_new and not isinstance(error, NotConnected)
+        level = logging.WARNING if is_news else logging.DEBUG
         known = isinstance(error, KVFabricError)
         _log.log(
             level,

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kvfabric.client import EngineHello, NodeClient
-from kvfabric.errors import DeadlineExceeded, NotFound, PeerClosed, ProtocolError
-from kvfabric_engine.boundary import Boundary
+from kvfabric.errors import DeadlineExceeded, NotFound, ProtocolError
+from kvfabric_engine.boundary import Boundary, NotConnected
 
 CONNECT_S = 1.0
 PING_S = 1.0
@@ -106,11 +106,11 @@ class NodeLink:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[NodeClient]:
-        """The client, which stays this connection until the block ends. Raises PeerClosed when not UP."""
+        """The client, which stays this connection until the block ends. Raises NotConnected when not UP."""
         with self._condition:
             client = self._client
             if client is None or self._is_stalled:
-                raise PeerClosed(f"no connection to the node at {self._socket_path}")
+                raise NotConnected(f"no connection to the node at {self._socket_path}")
             self._num_uses += 1
         try:
             yield client

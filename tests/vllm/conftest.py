@@ -62,14 +62,20 @@ class _Said(logging.Filter):
         self.lines: list[str] = []
 
     def filter(self, record: logging.LogRecord) -> bool:
-        self.lines.append(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            self.lines.append(record.getMessage())
         return True
+
+
+LOGGERS = ("vllm.kvfabric", "kvfabric_engine.boundary")
 
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What the connector tells a user of vLLM in its log."""
-    seen, logger = _Said(), logging.getLogger("vllm.kvfabric")
-    logger.addFilter(seen)
+    """What a user of vLLM reads in its log of the fabric: warnings and errors."""
+    seen, loggers = _Said(), [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addFilter(seen)
     yield seen.lines
-    logger.removeFilter(seen)
+    for logger in loggers:
+        logger.removeFilter(seen)

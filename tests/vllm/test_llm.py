@@ -459,14 +459,21 @@ def test_preemption(checkpoint: Path, gate: Gate) -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_node_that_comes_late(
-    checkpoint: Path, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    gate: Gate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
 ) -> None:
-    """No node at start costs nothing; from when it is there it is used."""
+    """No node at start costs nothing, and a line says so; from when it is there it is used."""
     late = make_node(tmp_path / "late")
     monkeypatch.setenv("KVFABRIC_ENGINE_NODE_SOCKET", str(late.socket))
     prompts = prompts_of("absent")
     with running(checkpoint) as engine:
         gate.check(prompts, engine.ask(prompts))
+        (line,) = said
+        assert line.startswith(f"fabric: connect failed (ConnectError: no node at {late.socket}")
+        assert line.endswith("; computing instead")
         with late:
             wait_for(lambda: engine.fabric.statistics().is_up)
             engine.answer(prompt(10, seed=6))

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
 
 from kvfabric.testing.processes import NodeProcess, until
+from tests.vllm.adapter import write_adapter
 from tests.vllm.conftest import make_node
 from tests.vllm.engines import FLAG, Gate, prompt, running, wait_for
 
@@ -35,7 +37,7 @@ class Server:
         command += ["--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
         command += ["--num-gpu-blocks-override", "128", "--max-num-batched-tokens", "512"]
-        command += ["--enable-prompt-tokens-details"]
+        command += ["--enable-prompt-tokens-details", "--enable-lora", "--max-lora-rank", "8"]
         command += ["--kv-transfer-config", json.dumps(FLAG)]
         environment = {
             name: value
@@ -43,6 +45,7 @@ class Server:
             if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "KVFABRIC_ENGINE_NODE_SOCKET")
         }
         environment |= {"XDG_STATE_HOME": str(state_home), "VLLM_LOGGING_LEVEL": "INFO"}
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         self.log = log
         with log.open("w") as output:
             self._process = subprocess.Popen(
@@ -74,8 +77,14 @@ class Server:
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
-            text = answer.read().decode()
-        return json.loads(text) if text else None
+            return json.loads(answer.read())
+
+    def load_adapter(self, name: str, folder: Path, **fields: Any) -> None:
+        """By vLLM's dynamic endpoint."""
+        answer = self.post(
+            "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)} | fields
+        )
+        assert "Success" in answer
 
     def complete(self, tokens: list[int], **fields: Any) -> tuple[tuple[int, ...], int]:
         """(token ids of the answer, tokens of the prompt that were cached)."""
@@ -133,12 +142,26 @@ def server(
 
 
 @pytest.fixture(scope="module")
-def gate(server: Server, checkpoint: Path) -> Gate:
-    gate = Gate()
-    with running(checkpoint, fabric=False) as alone:
-        gate.learn(alone, PROMPTS)
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: write_adapter(folder / name, seed=n) for n, name in enumerate(("one", "two"), 1)}
+
+
+@pytest.fixture(scope="module")
+def gates(server: Server, checkpoint: Path, adapters: dict[str, Path]) -> dict[str, Gate]:
+    """The right answers with each adapter and ("") without one."""
+    gates = {name: Gate() for name in ("", *adapters)}
+    with running(checkpoint, fabric=False, enable_lora=True, max_lora_rank=8) as alone:
+        gates[""].learn(alone, PROMPTS)
+        for number, (name, folder) in enumerate(adapters.items(), 1):
+            gates[name].learn(alone, PROMPTS[:1], lora=LoRARequest(name, number, str(folder)))
     server.wait_ready()
-    return gate
+    return gates
+
+
+@pytest.fixture
+def gate(gates: dict[str, Gate]) -> Gate:
+    return gates[""]
 
 
 def right(gate: Gate, tokens: list[int]) -> tuple[int, ...]:
@@ -179,6 +202,30 @@ def test_forged_handles_and_odd_params_are_harmless(server: Server, gate: Gate) 
     assert server.complete(PROMPTS[0], cache_salt="mine")[1] == 0
 
 
+def test_adapters_of_the_dynamic_endpoint(
+    server: Server, gates: dict[str, Gate], adapters: dict[str, Path]
+) -> None:
+    """Loaded while the server runs: cached by content from then on, under any name; exchanged in place."""
+    tokens = PROMPTS[0]
+    fresh = [prompt(300, seed=s) for s in range(300, 360)]
+
+    def is_stored(name: str) -> bool:
+        before = server.counter("kvfabric_engine_saved_blocks_total")
+        server.complete(fresh.pop(), model=name)
+        server.complete(prompt(8, seed=1))
+        return server.counter("kvfabric_engine_saved_blocks_total") > before
+
+    server.load_adapter("first", adapters["one"])
+    assert server.complete(tokens, model="first") == (right(gates["one"], tokens), 0)
+    wait_for(lambda: is_stored("first"))
+    assert server.complete(tokens, model="first")[0] == right(gates["one"], tokens)
+    server.load_adapter("second", adapters["one"])  # which shares nothing in HBM
+    wait_for(lambda: is_stored("second"))
+    assert server.complete(tokens, model="second") == (right(gates["one"], tokens), 640)
+    server.load_adapter("second", adapters["two"], load_inplace=True)
+    assert server.complete(tokens, model="second")[0] == right(gates["two"], tokens)
+
+
 def test_node_killed_under_the_server(
     server: Server, gate: Gate, default_node: NodeProcess
 ) -> None:
@@ -186,6 +233,7 @@ def test_node_killed_under_the_server(
     default_node.kill()
     for tokens in PROMPTS:
         assert server.complete(tokens)[0] == right(gate, tokens)
+    print([line for line in server.log.read_text().splitlines() if "fabric" in line])
     default_node.start()
     fresh = [prompt(300, seed=s) for s in range(200, 230)]
 
