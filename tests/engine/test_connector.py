@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import random
 import signal
 import time
@@ -208,8 +209,11 @@ def test_batched_mode_stores_answers_too(connected: Connect) -> None:
     assert again.reused.host == 48
 
 
-def test_without_a_node_requests_are_answered(tmp_path: Path, cold: list[tuple[int, ...]]) -> None:
-    """No node at start: answers come, misses are counted, nothing is shared without a salt."""
+def test_without_a_node_requests_are_answered(
+    tmp_path: Path, cold: list[tuple[int, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No node at start: answers come, misses are counted, one line is logged, nothing is shared without a
+    salt."""
     with Engine(small_config(node_socket=str(tmp_path / "none.sock"))) as engine:
         assert [a.token_ids for a in answers(engine)] == cold
         assert ask(engine, PROMPTS[0]).reused.total == 0
@@ -218,6 +222,8 @@ def test_without_a_node_requests_are_answered(tmp_path: Path, cold: list[tuple[i
         ask(engine, PROMPTS[0], handle=handle, salt="minted")
         assert ask(engine, PROMPTS[0], handle=handle, salt="minted").reused.hbm == 64
         assert ask(engine, PROMPTS[0], handle=handle, salt="another").reused.total == 0
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert line.startswith("fabric: connect failed (ConnectError: no node at")
 
 
 def test_node_that_comes_late_is_used(tmp_path: Path) -> None:
