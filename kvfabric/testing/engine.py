@@ -178,6 +178,15 @@ class _Commands:
         self.engine.client._break(PeerClosed("hung up"))
         return {}
 
+    def resume(self, socket: str) -> dict[str, Any]:
+        """Come back after the node was lost."""
+        earlier = self.engine
+        client = NodeClient.connect(
+            socket, earlier.hello, deadline_s=DEADLINE_S, resume_from=earlier.client
+        )
+        self.engine = TinyEngine(client, earlier.hello)
+        return {"adopted": client.arena_adopted}
+
     def reserve(self, request: str, prompt: str, num_blocks: int) -> dict[str, Any]:
         """Reserve and write the window, without committing."""
         keys = self.engine.open(request, prompt, num_blocks)
@@ -216,7 +225,7 @@ def main() -> None:
         except KVFabricError as exc:
             answer = {"error": exc.code}
         print(json.dumps(answer), flush=True)
-    engine.client.close()
+    commands.engine.client.close()
 
 
 if __name__ == "__main__":

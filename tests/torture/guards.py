@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvfabric.daemon.node import Node
+from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
+from kvfabric.store.lease import LeaseBook, Request
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES
@@ -82,6 +85,47 @@ def no_sync() -> None:
     SegmentTier._sync_data = nothing  # type: ignore[method-assign, assignment]
 
 
+def no_exit_watch() -> None:
+    """Guard out: the exit of a process is no news."""
+
+    def only_stop_watching(sessions: Sessions, _: Session, process: Process) -> None:
+        sessions._unwatch(process)
+
+    Sessions._exited = only_stop_watching  # type: ignore[method-assign, assignment]
+
+
+def time_frees() -> None:
+    """Guard out: a lease that has ended keeps nothing where it is."""
+    lapse = LeaseBook._lapse
+
+    def lapse_and_free(leases: LeaseBook, request: Request) -> None:
+        rows = request.rows
+        lapse(leases, request)
+        if len(rows):
+            leases._drop_lapsed(rows)
+            leases._residency.unhold(rows)
+            request.rows = rows[:0]
+
+    LeaseBook._lapse = lapse_and_free  # type: ignore[method-assign, assignment]
+
+
+def goes_on() -> None:
+    """Guard out: a node that handed over serves its engines on."""
+
+    def go_on(node: Node) -> None:
+        node.store.thaw()
+        node.engines.thaw()
+
+    Node.hand_over = go_on  # type: ignore[method-assign, assignment]
+
+
+def forgets_nothing() -> None:
+    """Guard out: a session that has ended is kept, and what it has open."""
+    Sessions._settle = lambda *_: None  # type: ignore[method-assign]
+
+
+_OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
+_OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
 CHANGES: dict[str, Callable[[], None]] = {
-    change.__name__: change for change in (volatile, torn, no_checksum, index_first, no_sync)
+    change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS)
 }
