@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """`--quick` (a smoke run of at most 20 s) and `--seed`."""
-    parser = argparse.ArgumentParser(description=description)
+def parse_arguments(
+    description: str, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.Namespace:
+    """`--quick` (a smoke run of at most 20 s) and `--seed`, and what a benchmark adds by `parents`."""
+    parser = argparse.ArgumentParser(description=description, parents=parents)
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

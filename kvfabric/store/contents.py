@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.errors import CapacityError, RemoteProtocolError
-from kvfabric.store.index import HIT, HOST, MAIN, NO_ROW, BlockIndex, Lineage, Rows, StoredLayout
+from kvfabric.store.cost import CostLevels
+from kvfabric.store.index import HIT, HOST, NO_ROW, BlockIndex, Lineage, Rows, StoredLayout
 from kvfabric.store.lease import LeaseBook, Request, RequestGrant, Session
 from kvfabric.store.residency import DetachedSlot, Residency
 from kvfabric.tiers.arena import pages_of, slot_bytes
@@ -30,6 +31,8 @@ class LayoutEntry(msgspec.Struct, frozen=True):
     fingerprint: bytes
     specs: tuple[PartSpec, ...]
     declared: bool
+    cost_base: int
+    cost_bounds: tuple[int, ...]
 
 
 class LineageEntry(msgspec.Struct, frozen=True):
@@ -113,7 +116,7 @@ def describe(residency: Residency, leases: LeaseBook, *, started: float) -> Cont
         generation=arena.generation,
         num_reservations=leases.num_reservations,
         layouts=tuple(
-            LayoutEntry(layout.fingerprint, tuple(layout.specs), layout.declared)
+            LayoutEntry(layout.fingerprint, tuple(layout.specs), layout.declared, *layout.levels)
             for layout in index.layouts.values()
         ),
         lineage_entries=tuple(
@@ -214,6 +217,7 @@ def _restore(contents: Contents, residency: Residency, leases: LeaseBook) -> Non
         for spec in entry.specs:
             layout.add(spec)
         layout.declared = entry.declared
+        layout.levels = CostLevels(entry.cost_base, entry.cost_bounds)
     rows = _restore_rows(contents, residency)
     owners = np.frombuffer(contents.owners, "<u4")
     _restore_slots(contents, residency, rows, owners)
@@ -246,9 +250,7 @@ def _restore_rows(contents: Contents, residency: Residency) -> Rows:
         index.adopt(rows[own], by_place[places[own]], of_lineage, indexes)
     index.stored_at.array[rows] = np.frombuffer(contents.stored_at, "<u4")
     flags = np.frombuffer(contents.flags, np.uint8)
-    # The queues are made anew: a block of the main one has its second chance in the small one.
-    freq = np.frombuffer(contents.freq, np.uint8)
-    index.freq.array[rows] = np.maximum(freq, (flags & MAIN) != 0)
+    index.freq.array[rows] = np.frombuffer(contents.freq, np.uint8)
     index.flags.array[rows] |= flags & HIT
     return rows
 

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
+from kvfabric.store.cost import NEUTRAL, CostLevels, RecomputeCost, cost_levels
 from kvfabric.store.table import Rows as Rows
 from kvfabric.store.table import RowTable
 from kvfabric.tiers.arena import populate, slot_bytes
@@ -47,8 +48,7 @@ RESERVED, LOADING, HOST, SSD = 1, 2, 4, 8
 
 # Bits of a block's flags.
 QUEUED = 1  # in an eviction queue
-MAIN = 2  # in the main rather than the small half of it
-HIT = 4  # matched at least once since it was stored
+HIT = 4  # used a second time, and not yet tried on SSD for it
 SPILLING = 8  # queued for or on its way to SSD
 LIVE = 16  # the row is in use
 USED = 32  # matched at least once since it was last written to SSD
@@ -71,12 +71,13 @@ class StoredLayout:
     those seen, and no block of it is READY.
     """
 
-    __slots__ = ("_ordinals", "declared", "fingerprint", "specs")
+    __slots__ = ("_ordinals", "declared", "fingerprint", "levels", "specs")
 
     def __init__(self, fingerprint: bytes) -> None:
         self.fingerprint = fingerprint
         self.specs: list[PartSpec] = []
         self.declared = False
+        self.levels = NEUTRAL
         self._ordinals: dict[tuple[int, int], int] = {}
 
     @property
@@ -149,6 +150,7 @@ class BlockIndex:
         self.lineage_tenant = _column(np.uint32, 64)
         self.lineage_bytes = _column(np.int64, 64)
         self.lineage_parts = _column(np.uint8, 64)
+        self.lineage_levels: list[CostLevels] = [NEUTRAL]
         self._lineage_rows = np.zeros(64, dtype=np.int64)
         self._lineage_ids: dict[Lineage, int] = {}
         self._free_lineages: list[int] = []
@@ -302,12 +304,17 @@ class BlockIndex:
 
     # -- lineages and layouts ------------------------------------------------------------------------
 
-    def declare(self, fingerprint: bytes, layout: BlockLayout) -> StoredLayout:
-        """The layout that an engine's `hello` declares."""
+    def declare(
+        self, fingerprint: bytes, layout: BlockLayout, cost: RecomputeCost | None = None
+    ) -> StoredLayout:
+        """The layout that an engine's `hello` declares; the first to do so says what recomputing costs."""
         stored = self.layouts.setdefault(fingerprint, StoredLayout(fingerprint))
         if not stored.declared:
             for spec in layout.parts:
                 stored.add(spec)
+            stored.levels = cost_levels(
+                cost or RecomputeCost(), layout.block_tokens, layout.block_bytes
+            )
             stored.declared = True
             for lineage, number in self._lineage_ids.items():
                 if lineage.layout_fingerprint == fingerprint:
@@ -326,6 +333,7 @@ class BlockIndex:
         number = self._free_lineages.pop() if self._free_lineages else len(self.lineages)
         if number == len(self.lineages):
             self.lineages.append(None)
+            self.lineage_levels.append(NEUTRAL)
             if number == len(self._lineage_rows):
                 self._grow_lineages()
         self.lineages[number] = lineage
@@ -360,6 +368,7 @@ class BlockIndex:
 
     def _describe(self, number: int, stored: StoredLayout) -> None:
         self.lineage_bytes.cell[number] = stored.block_slot_bytes
+        self.lineage_levels[number] = stored.levels
         self.lineage_parts.cell[number] = stored.num_parts if stored.declared else MAX_PARTS + 1
 
     def _grow_lineages(self) -> None:

@@ -1,37 +1,50 @@
-"""Which block gives way: S3-FIFO per tenant over the leaves of the prefix tree. Pure and sync.
+"""Which block gives way: leaves of the prefix tree in queues by uses, cost and age. Pure and sync.
 
-Each tenant has two FIFO queues. New blocks enter `small`; one that was matched while there moves to
-`main`, one that was not goes when its turn comes and leaves a fingerprint in the ghost table. A block
-that returns while its fingerprint is there enters `main` at once. In `main` each match buys one more
-round, up to three. So a stream of blocks used once (93 % in production logs) passes through a tenth of
-the room and pushes nothing out that is reused.
+As in S3-FIFO, blocks used once and blocks used again wait in queues of their own, and a block that was
+evicted leaves a ghost, by which it is known when it returns. Unlike there, no fixed share of the room is set
+aside for either: each victim is the oldest block of one of the queues, and `reuse` says of which, from what
+blocks of that class and age have been worth to this tenant (a tenth for new blocks, as S3-FIFO has it, loses
+to LRU wherever users come back after more than a tenth of the turnover). Times what a block costs to
+compute again (`cost`).
 
 A queue holds exactly the blocks that could go now: with bytes in the arena, without a hold, and without
-a child in the arena (leaf first: a child is worthless without its parent). An inner block is in no
-queue; when its last child goes, it is offered at the front, because it is older than that child. So
-finding a victim is O(1) however long the chains are.
+a child in the arena (leaf first: a child is worthless without its parent). An inner block is in no queue;
+when its last child goes, it takes the place that its own last use gives it.
 
-Whose blocks go first is `quota`'s answer; this module answers which of them.
+A queue is a list for each stretch of time, oldest first, linked through columns of the index. Stretches
+grow with what the queue spans, so there are at most `MAX_STRETCHES`: finding a victim and putting a block
+in its place take the same time however many blocks there are.
+
+Everything learned is the tenant's own. Whose blocks go first is `quota`'s answer; this module answers which
+of them.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 
-from kvfabric.store.index import MAIN, QUEUED, BlockIndex, Rows
+from kvfabric.store.cost import MAX_LEVEL
+from kvfabric.store.index import HIT, QUEUED, BlockIndex, Rows
+from kvfabric.store.quota import distinct_values
+from kvfabric.store.reuse import NUM_CLASSES, ReuseModel, age_bucket
 
-MAX_FREQ = 3
-MAX_CHANCES = 256
-"""Second chances one call gives; after them blocks go although they were matched. Bounds the call."""
-MAX_PATIENT_CHANCES = 32
-"""Likewise of a patient call, which then rather takes none."""
-SMALL_SHARE = 0.1
-"""Of a tenant's blocks; while `small` holds more, victims come from it."""
+MAX_STRETCHES = 128
+
+_CLASS_BITS = 2
+_GHOST_TICK_BITS = 18
+_TICKS = 1 << 32
+_TICK_SHARE = 1 / 65_536
+"""Of the index: blocks stored by one tenant to a tick of its clock. A ghost's age is right up to 4 times
+the index, and the clock runs for 2**32 ticks."""
 
 
-class _Queue:
+class _Stretch:
+    """Blocks whose last uses fall into one stretch of time. Rows; 0 for none."""
+
     __slots__ = ("first", "last")
 
     def __init__(self) -> None:
@@ -39,66 +52,137 @@ class _Queue:
         self.last = 0
 
 
-class _TenantQueues:
-    """Counts are of all blocks with bytes in the arena, queued or not."""
+class _Queue:
+    """Stretches of `1 << shift` ticks by number; `order`: the numbers, ascending."""
 
-    __slots__ = ("main", "num_main", "num_small", "small")
+    __slots__ = ("order", "shift", "stretches")
 
     def __init__(self) -> None:
-        self.small = _Queue()
-        self.main = _Queue()
-        self.num_small = 0
-        self.num_main = 0
+        self.shift = 0
+        self.order: list[int] = []
+        self.stretches: dict[int, _Stretch] = {}
+
+
+class _TenantQueues:
+    """`queues` by class and cost level. `clock`: blocks this tenant has stored."""
+
+    __slots__ = ("clock", "model", "queues")
+
+    def __init__(self) -> None:
+        self.clock = 0
+        self.model = ReuseModel()
+        self.queues: dict[int, _Queue] = {}
 
 
 class EvictionPolicy:
-    """Doubly linked queues through two columns of the index, and the ghost table."""
+    """Queues through two columns of the index, the time of each block's last use, and the ghost table."""
 
     def __init__(self, index: BlockIndex) -> None:
         self._index = index
         self._next = index.column(np.uint32)
         self._previous = index.column(np.uint32)
+        self._used_at = index.column(np.uint32)
         # Indexed by row number of the table's size, not by row: a direct map of key fingerprints, in
-        # which a newer ghost overwrites an older one.
+        # which a newer ghost overwrites an older one. From the top: fingerprint, tick, class.
         self._ghosts = index.column(np.uint32)
         self._tenants: list[_TenantQueues] = []
-        self.chances_given = 0
+        self._tick_blocks = max(1, int(index.max_blocks * _TICK_SHARE))
+
+    # -- uses ----------------------------------------------------------------------------------------
 
     def arrive(self, rows: Rows) -> None:
         """The first bytes of these blocks came into the arena. Queues nothing yet: `offer` does."""
         index = self._index
-        words = index.keys.array[rows, 0]
-        places = (words >> np.uint64(32)) % np.uint64(len(self._ghosts.array))
-        known = self._ghosts.array[places] == (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-        index.flags.array[rows[known]] |= MAIN
-        owners = index.tenants_of(rows)
-        for tenant in set(owners.tolist()):
-            queues = self._queues(tenant)
-            num_main = int(np.count_nonzero(known & (owners == tenant)))
-            queues.num_main += num_main
-            queues.num_small += int(np.count_nonzero(owners == tenant)) - num_main
+        # What comes back from SSD was matched there, which has been counted.
+        stored = rows[index.ssd_parts.array[rows] == 0]
+        owners = index.tenants_of(stored)
+        for tenant in distinct_values(owners):
+            self._arrive(stored[owners == tenant], self._queues(tenant))
 
-    def leave(self, rows: Rows, tenant: int, *, ghosts: bool) -> None:
-        """The last bytes of these blocks of one tenant left the arena; `ghosts`: by eviction."""
-        index, queues = self._index, self._queues(tenant)
-        flags = index.flags.array
-        self.withdraw(rows[(flags[rows] & QUEUED) != 0].tolist())
-        num_main = int(np.count_nonzero(flags[rows] & MAIN))
-        queues.num_main -= num_main
-        queues.num_small -= len(rows) - num_main
-        flags[rows] &= 0xFF & ~MAIN
+    def _arrive(self, rows: Rows, queues: _TenantQueues) -> None:
+        index = self._index
+        places, fingerprints = self._ghost_places(index.keys.array[rows, 0])
+        ghosts = self._ghosts.array[places]
+        known = ghosts >> (_GHOST_TICK_BITS + _CLASS_BITS) == fingerprints
+        tick = self._tick(queues)
+        index.freq.array[rows] = 0
+        index.flags.array[rows] &= 0xFF & ~HIT
+        back = rows[known]
+        if len(back):
+            left = ghosts[known]
+            classes = (left & (NUM_CLASSES - 1)).astype(np.uint8)
+            ages = (np.uint32(tick) - (left >> _CLASS_BITS)) & ((1 << _GHOST_TICK_BITS) - 1)
+            queues.model.reused(classes, ages)
+            index.freq.array[back] = np.minimum(classes + 1, NUM_CLASSES - 1)
+            index.flags.array[back] |= HIT
+        queues.model.stored(len(rows) - len(back))
+        queues.clock += len(rows)
+        self._used_at.array[rows] = self._tick(queues)
+
+    def restored(self, rows: Rows) -> None:
+        """These came from an earlier life with how often they were used, oldest first. Queues nothing."""
+        owners = self._index.tenants_of(rows)
+        for tenant in distinct_values(owners):
+            own, queues = rows[owners == tenant], self._queues(tenant)
+            ticks = np.arange(queues.clock + 1, queues.clock + 1 + len(own)) // self._tick_blocks
+            self._used_at.array[own] = ticks.astype(np.uint32)
+            queues.clock += len(own)
+
+    def hit(self, rows: Rows) -> None:
+        """These blocks were matched: their second use, if it is not a later one."""
+        index = self._index
+        queued = rows[(index.flags.array[rows] & QUEUED) != 0]
+        if len(queued):
+            self.withdraw(queued.tolist())
+        index.flags.array[rows] |= HIT
+        owners = index.tenants_of(rows)
+        tenants = distinct_values(owners)
+        for tenant in tenants:
+            own = rows if len(tenants) == 1 else rows[owners == tenant]
+            queues = self._queues(tenant)
+            tick = np.uint32(self._tick(queues))
+            classes = index.freq.array[own]
+            queues.model.reused(classes, tick - self._used_at.array[own])
+            index.freq.array[own] = np.minimum(classes + 1, NUM_CLASSES - 1)
+            self._used_at.array[own] = tick
+            if len(queued):
+                self.offer(own)
+
+    def leave(self, rows: Rows, *, ghosts: bool) -> None:
+        """The last bytes of these blocks left the arena; `ghosts`: by eviction."""
+        index = self._index
+        self.withdraw(rows[(index.flags.array[rows] & QUEUED) != 0].tolist())
         if ghosts:
-            words = index.keys.array[rows, 0]
-            places = (words >> np.uint64(32)) % np.uint64(len(self._ghosts.array))
-            self._ghosts.array[places] = (words & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+            places, fingerprints = self._ghost_places(index.keys.array[rows, 0])
+            ticks = self._used_at.array[rows] & ((1 << _GHOST_TICK_BITS) - 1)
+            self._ghosts.array[places] = (
+                fingerprints << (_GHOST_TICK_BITS + _CLASS_BITS)
+                | ticks << _CLASS_BITS
+                | index.freq.array[rows]
+            )
 
     def was_evicted(self, row_key_word: int) -> bool:
         """Whether a block whose key starts with this word went not long ago. May be wrong."""
-        place = (row_key_word >> 32) % len(self._ghosts.array)
-        return self._ghosts.cell[place] == row_key_word & 0xFFFFFFFF
+        places, fingerprints = self._ghost_places(np.array([row_key_word], dtype=np.uint64))
+        ghosts = self._ghosts.array[places] >> (_GHOST_TICK_BITS + _CLASS_BITS)
+        return bool(ghosts[0] == fingerprints[0])
+
+    def _ghost_places(
+        self, words: npt.NDArray[np.uint64]
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint32]]:
+        """(where the ghost of a key lies, its fingerprint, which is not 0) by first words."""
+        places = ((words >> np.uint64(32)) % np.uint64(len(self._ghosts.array))).astype(np.intp)
+        bits = 32 - _GHOST_TICK_BITS - _CLASS_BITS
+        prints = (words & np.uint64((1 << bits) - 1)).astype(np.uint32)
+        return places, np.maximum(prints, np.uint32(1))
+
+    def _tick(self, queues: _TenantQueues) -> int:
+        return queues.clock // self._tick_blocks % _TICKS
+
+    # -- queues --------------------------------------------------------------------------------------
 
     def offer(self, rows: Rows) -> None:
-        """Queue those of `rows` that could go now, at the end of their queues."""
+        """Queue those of `rows` that could go now, each in its place by last use."""
         index = self._index
         could_go = (
             (index.host_parts.array[rows] > 0)
@@ -108,74 +192,35 @@ class EvictionPolicy:
         )
         for row in rows[could_go].tolist():
             if not index.flags.cell[row] & QUEUED:
-                self._append(row)
-
-    def offer_first(self, row: int) -> None:
-        """Queue one block at the front, if it could go now."""
-        index = self._index
-        if (
-            index.host_parts.cell[row]
-            and not index.holds.cell[row]
-            and not index.host_children.cell[row]
-            and not index.flags.cell[row] & QUEUED
-        ):
-            self._prepend(row)
+                self._enqueue(row, first=False)
 
     def withdraw(self, rows: Iterable[int]) -> None:
         """These queued blocks can not go for now: they got a hold or a child."""
         for row in rows:
             if self._index.flags.cell[row] & QUEUED:
-                self._unlink(row, self._queue_of(row))
+                queue = self._queue_of(row)
+                self._unlink(row, queue, self._used_at.cell[row] >> queue.shift)
 
-    def hit(self, rows: Rows) -> None:
-        """These blocks were matched."""
-        freq = self._index.freq.array
-        freq[rows] = np.minimum(freq[rows] + 1, MAX_FREQ)
-
-    def take_victims(
-        self, tenant: int, num_bytes: int, limit: int, *, patient: bool = False
-    ) -> list[int]:
+    def take_victims(self, tenant: int, num_bytes: int, limit: int) -> list[int]:
         """The next blocks of this tenant to go: at least one if there is any, then until `num_bytes`
         or `limit` blocks are reached. They are out of the queues, leaf before parent, and their parents'
         counts of children in the arena are lowered.
-
-        `patient`: what was matched is not taken; `chances_given` rises if there may be some next time.
         """
         index, queues = self._index, self._queues(tenant)
-        freq, flags, lineages = index.freq.cell, index.flags.cell, index.lineage.cell
-        sizes = index.lineage_bytes.cell
+        lineages, sizes = index.lineage.cell, index.lineage_bytes.cell
         victims: list[int] = []
-        chances = MAX_PATIENT_CHANCES if patient else MAX_CHANCES
         while num_bytes > 0 and len(victims) < limit:
-            from_small = self._turn_of_small(queues)
-            queue = queues.small if from_small else queues.main
-            row = queue.first
-            if not row or (patient and freq[row] and not chances):
+            queue = self._least(queues)
+            if queue is None:
                 break
-            self._unlink(row, queue)
-            if not freq[row] or not chances:
-                while row:
-                    victims.append(row)
-                    num_bytes -= sizes[lineages[row]]
-                    more = num_bytes > 0 and len(victims) < limit
-                    row = self._free_parent(row, follow=more)
-                continue
-            chances -= 1
-            self.chances_given += 1
-            if from_small:
-                freq[row] = 0
-                flags[row] |= MAIN
-                queues.num_small -= 1
-                queues.num_main += 1
-            else:
-                freq[row] -= 1
-            self._link(row, queues.main, previous=queues.main.last, following=0)
+            number = queue.order[0]
+            stretch = queue.stretches[number]
+            while (row := stretch.first) and num_bytes > 0 and len(victims) < limit:
+                self._unlink(row, queue, number)
+                victims.append(row)
+                num_bytes -= sizes[lineages[row]]
+                self._free_parent(row)
         return victims
-
-    def _turn_of_small(self, queues: _TenantQueues) -> bool:
-        if not queues.small.first or not queues.main.first:
-            return bool(queues.small.first)
-        return queues.num_small > SMALL_SHARE * (queues.num_small + queues.num_main)
 
     def put_back(self, row: int) -> None:
         """A victim that stays for now: its parent is covered again."""
@@ -183,26 +228,34 @@ class EvictionPolicy:
         self._index.host_children.cell[parent] += 1
         self.withdraw([parent])
 
-    def _free_parent(self, row: int, *, follow: bool) -> int:
-        """`row` goes: its parent is offered at the front if it can go now; or, with `follow`, returned
-        unqueued if it would be the very next victim. So a chain goes without passing the queue."""
+    def _least(self, queues: _TenantQueues) -> _Queue | None:
+        """The queue whose oldest blocks are worth least."""
+        tick, worth = self._tick(queues), queues.model.worth
+        found, least = None, 0.0
+        for kind, queue in queues.queues.items():
+            if queue.order:
+                age = (tick - (queue.order[0] << queue.shift)) % _TICKS
+                value = (
+                    worth[kind & (NUM_CLASSES - 1)][age_bucket(age)] * _COSTS[kind >> _CLASS_BITS]
+                )
+                if found is None or value < least:
+                    found, least = queue, value
+        return found
+
+    def _free_parent(self, row: int) -> None:
+        """`row` goes: its parent is queued if it can go now."""
         index = self._index
-        parent, flags = index.parent.cell[row], index.flags.cell
+        parent = index.parent.cell[row]
         left = index.host_children.cell[parent] - 1
         index.host_children.cell[parent] = left
-        if left or not parent:
-            return 0
         if (
-            follow
-            and index.lineage.cell[parent] == index.lineage.cell[row]  # so of the same tenant
-            and not index.freq.cell[parent]
-            and not (flags[parent] ^ flags[row]) & MAIN
+            not left
+            and parent
             and index.host_parts.cell[parent]
             and not index.holds.cell[parent]
+            and not index.flags.cell[parent] & QUEUED
         ):
-            return parent
-        self.offer_first(parent)
-        return 0
+            self._enqueue(parent, first=True)
 
     # -- links ---------------------------------------------------------------------------------------
 
@@ -213,38 +266,77 @@ class EvictionPolicy:
 
     def _queue_of(self, row: int) -> _Queue:
         index = self._index
-        queues = self._queues(index.lineage_tenant.cell[index.lineage.cell[row]])
-        return queues.main if self._index.flags.cell[row] & MAIN else queues.small
+        lineage = index.lineage.cell[row]
+        level = index.lineage_levels[lineage].at(index.block_index.cell[row])
+        kind = index.freq.cell[row] | (level + MAX_LEVEL) << _CLASS_BITS
+        queues = self._queues(index.lineage_tenant.cell[lineage]).queues
+        queue = queues.get(kind)
+        if queue is None:
+            queue = queues[kind] = _Queue()
+        return queue
 
-    def _append(self, row: int) -> None:
+    def _enqueue(self, row: int, *, first: bool) -> None:
         queue = self._queue_of(row)
-        self._link(row, queue, previous=queue.last, following=0)
+        number = self._used_at.cell[row] >> queue.shift
+        stretch = queue.stretches.get(number)
+        if stretch is None:
+            stretch = queue.stretches[number] = _Stretch()
+            if queue.order and number < queue.order[-1]:
+                queue.order.insert(bisect_left(queue.order, number), number)
+            else:
+                queue.order.append(number)
+        if first:
+            self._link(row, stretch, previous=0, following=stretch.first)
+        else:
+            self._link(row, stretch, previous=stretch.last, following=0)
+        if len(queue.order) > MAX_STRETCHES:
+            self._coarsen(queue)
 
-    def _prepend(self, row: int) -> None:
-        queue = self._queue_of(row)
-        self._link(row, queue, previous=0, following=queue.first)
-
-    def _link(self, row: int, queue: _Queue, *, previous: int, following: int) -> None:
+    def _link(self, row: int, stretch: _Stretch, *, previous: int, following: int) -> None:
         self._index.flags.cell[row] |= QUEUED
         self._previous.cell[row] = previous
         self._next.cell[row] = following
         if previous:
             self._next.cell[previous] = row
         else:
-            queue.first = row
+            stretch.first = row
         if following:
             self._previous.cell[following] = row
         else:
-            queue.last = row
+            stretch.last = row
 
-    def _unlink(self, row: int, queue: _Queue) -> None:
+    def _unlink(self, row: int, queue: _Queue, number: int) -> None:
+        stretch = queue.stretches[number]
         previous, following = self._previous.cell[row], self._next.cell[row]
         if previous:
             self._next.cell[previous] = following
         else:
-            queue.first = following
+            stretch.first = following
         if following:
             self._previous.cell[following] = previous
         else:
-            queue.last = previous
+            stretch.last = previous
         self._index.flags.cell[row] &= ~QUEUED
+        if not stretch.first:
+            del queue.stretches[number]
+            del queue.order[bisect_left(queue.order, number)]
+            if not queue.order:
+                queue.shift = 0
+
+    def _coarsen(self, queue: _Queue) -> None:
+        """Stretches twice as long, two joined to one."""
+        joined: dict[int, _Stretch] = {}
+        for number in queue.order:
+            stretch = queue.stretches[number]
+            before = joined.setdefault(number >> 1, stretch)
+            if before is not stretch:
+                self._next.cell[before.last] = stretch.first
+                self._previous.cell[stretch.first] = before.last
+                before.last = stretch.last
+        queue.shift += 1
+        queue.stretches = joined
+        queue.order = list(joined)
+
+
+_COSTS = [2.0 ** (level / 2) for level in range(-MAX_LEVEL, 2 * MAX_LEVEL)]
+"""By cost level, from -MAX_LEVEL on."""

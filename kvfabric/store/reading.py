@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kvfabric.errors import RemoteProtocolError
 from kvfabric.protocol.messages import MAX_KEYS, Confirmed, Located, Matched
 from kvfabric.store.access import Access, Flags, cacheable
-from kvfabric.store.index import HIT, HOST, NO_ROW, RESERVED, SSD, USED, Rows, packed_keys
+from kvfabric.store.index import HOST, NO_ROW, RESERVED, SSD, USED, Rows, packed_keys
 from kvfabric.store.lease import LeaseBook, Request, RequestGrant, Session
 from kvfabric.store.residency import Residency
 from kvfabric.store.ssd import SsdTraffic
@@ -124,7 +124,7 @@ class Reader:
         """A request leased these for the first time: their second use, if it is not a later one."""
         index = self._index
         self._residency.policy.hit(fresh)
-        index.flags.array[fresh] |= HIT | USED
+        index.flags.array[fresh] |= USED
         if self.ssd is not None:
             unsealed = (index.host_parts.array[fresh] > 0) & (index.ssd_parts.array[fresh] == 0)
             self.ssd.offer(fresh[unsealed])

@@ -197,9 +197,7 @@ class Residency:
         over = self.host.over_capacity(self._ahead_bytes)
         if over <= 0:
             return False
-        chances = self.policy.chances_given
-        took = self._evict(over, self.host.by_excess, _NOBODY, _AHEAD_BLOCKS)
-        return took > 0 or self.policy.chances_given > chances
+        return self._evict(over, self.host.by_excess, _NOBODY, _AHEAD_BLOCKS) > 0
 
     @property
     def _ahead_bytes(self) -> int:
@@ -264,8 +262,7 @@ class Residency:
                 self.index.lineage_bytes.array[self.index.lineage_tenant.array == tenant].max()
             )
             num_bytes = min(num_bytes, self.host.above_floor(tenant) - largest + 1)
-        patient = requester == _NOBODY
-        victims = self.policy.take_victims(tenant, num_bytes, most, patient=patient)
+        victims = self.policy.take_victims(tenant, num_bytes, most)
         rows = self._going(np.array(victims, dtype=np.uint32))
         self.evictions += len(rows)
         freed = self._remove(rows, tenant, removal, ghosts=True) if len(rows) else 0
@@ -413,7 +410,7 @@ class Residency:
         self._remove(np.array([row], dtype=np.uint32), tenant, removal, ghosts=False)
         self._finish(removal)
         if parent:
-            self.policy.offer_first(parent)
+            self.policy.offer(np.array([parent], dtype=np.uint32))
 
     def _remove(self, rows: Rows, tenant: int, removal: _Removal, *, ghosts: bool) -> int:
         """Take blocks of one tenant out of the host tier; returns the bytes they had. Their parents
@@ -434,7 +431,7 @@ class Residency:
         account = self.host.accounts[tenant]
         account.ready -= freed
         index.host_parts.array[rows] = 0
-        self.policy.leave(rows, tenant, ghosts=ghosts)
+        self.policy.leave(rows, ghosts=ghosts)
         index.drop_empty(rows.tolist())
         return freed
 
@@ -528,7 +525,7 @@ class Residency:
         """These rows were filled in with parts in the arena by hand: count them, queue nothing yet."""
         index = self.index
         np.add.at(index.host_children.array, index.parent.array[rows], 1)
-        self.policy.arrive(rows)
+        self.policy.restored(rows)
         self.num_host_blocks += int(np.count_nonzero(self._complete(rows)))
 
     def restore_detached(self, row: int, slot: DetachedSlot) -> None:

@@ -8,7 +8,6 @@ from types import MappingProxyType
 import pytest
 
 from kvfabric.registry.state import RegistryState, Tenant, TierQuota
-from kvfabric.store import policy
 from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import PART_BYTES, SESSION, StoreRig, grant_of, make_keys
 from kvfabric.types import BlockKey, TenantId, TierName
@@ -127,17 +126,3 @@ async def test_one_tenants_leases_do_not_make_anothers_request_miss() -> None:
         again = replace(grant_of("t-a"))
         assert rig.match("a", chains["t-a"], again)[0] == 4
         assert rig.match("a2", chains["t-a"], again)[0] == 4
-
-
-async def test_a_patient_call_takes_nothing_that_was_matched(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(policy, "MAX_PATIENT_CHANCES", 0)
-    async with StoreRig() as rig:
-        await rig.put(make_keys(1))
-        rig.match("r", make_keys(1))
-        rig.store.release(SESSION, ["r"])
-        taking = rig.store._residency.policy
-        assert taking.take_victims(0, PART_BYTES, 1, patient=True) == []
-        assert taking.chances_given == 0
-        assert len(taking.take_victims(0, PART_BYTES, 1)) == 1
