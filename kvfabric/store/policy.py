@@ -217,9 +217,11 @@ class EvictionPolicy:
             stretch = queue.stretches[number]
             while (row := stretch.first) and num_bytes > 0 and len(victims) < limit:
                 self._unlink(row, queue, number)
-                victims.append(row)
-                num_bytes -= sizes[lineages[row]]
-                self._free_parent(row)
+                while row:
+                    victims.append(row)
+                    num_bytes -= sizes[lineages[row]]
+                    more = num_bytes > 0 and len(victims) < limit
+                    row = self._free_parent(row, number if more else -1, queue.shift)
         return victims
 
     def put_back(self, row: int) -> None:
@@ -242,20 +244,33 @@ class EvictionPolicy:
                     found, least = queue, value
         return found
 
-    def _free_parent(self, row: int) -> None:
-        """`row` goes: its parent is queued if it can go now."""
+    def _free_parent(self, row: int, number: int, shift: int) -> int:
+        """`row`, of stretch `number`, goes: its parent is queued if it can go now; or returned unqueued if
+        it would be the very next victim. So a chain goes without passing the queue."""
         index = self._index
         parent = index.parent.cell[row]
         left = index.host_children.cell[parent] - 1
         index.host_children.cell[parent] = left
         if (
-            not left
-            and parent
-            and index.host_parts.cell[parent]
-            and not index.holds.cell[parent]
-            and not index.flags.cell[parent] & QUEUED
+            left
+            or not parent
+            or not index.host_parts.cell[parent]
+            or index.holds.cell[parent]
+            or index.flags.cell[parent] & QUEUED
         ):
-            self._enqueue(parent, first=True)
+            return 0
+        if self._used_at.cell[parent] >> shift == number and self._same_queue(row, parent):
+            return parent
+        self._enqueue(parent, first=True)
+        return 0
+
+    def _same_queue(self, row: int, other: int) -> bool:
+        index = self._index
+        lineage = index.lineage.cell[row]
+        if index.lineage.cell[other] != lineage or index.freq.cell[other] != index.freq.cell[row]:
+            return False
+        levels, places = index.lineage_levels[lineage], index.block_index.cell
+        return not levels.bounds or levels.at(places[other]) == levels.at(places[row])
 
     # -- links ---------------------------------------------------------------------------------------
 

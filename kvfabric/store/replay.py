@@ -1,7 +1,7 @@
 """What if: a log of requests against the store's own admission and eviction, without bytes. Sync.
 
 Index, queues, quotas, ghosts and slots are those of a node, and so is every decision; left out are copies,
-leases that outlast a request, and time. The arena is a real one whose pages are never touched, so it takes
+leases that outlast a request, time, and the room a node keeps ahead of its next reserve (1/64). The arena is a real one whose pages are never touched, so it takes
 no memory whatever size it claims.
 """
 
@@ -90,8 +90,6 @@ class Replay:
         self._store(words, num_hit, int(leased[-1]) if num_hit else NO_ROW, tenant)
         if num_hit:
             residency.unhold(leased)
-        while residency.evict_ahead():
-            pass
         return num_hit
 
     def _store(self, words: Words, first: int, parent: int, tenant: TenantId) -> None:

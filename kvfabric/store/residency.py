@@ -26,17 +26,18 @@ from kvfabric.store.quota import TierAccounts
 from kvfabric.tiers.arena import PAGE_BYTES, Arena, Slots, slot_bytes
 from kvfabric.types import TenantId, TierName
 
-MAX_EVICTIONS = 512
-"""Blocks one call evicts at most, which bounds its stay on the event loop to a few milliseconds."""
+MAX_EVICTIONS = 256
+"""Blocks one call evicts at most, which bounds its stay on the event loop: 4 us a block, 12 on a slow
+machine. What a reserve does not get by that, and not from the room kept ahead, is refused."""
 
-_ROUND = 256
+_ROUND = 128
 """Blocks taken from one tenant before the tenants are ranked anew."""
 
 _ROWS_ROUND = 16
 """Blocks evicted for their rows before counting again: a block may give several parts, or stay on SSD."""
 
 
-AHEAD_SHARE = 1 / 128
+AHEAD_SHARE = 1 / 64
 """Of the host tier, kept free between reserves, so that they seldom have to evict."""
 _AHEAD_BLOCKS = 16
 """Evicted ahead before others run."""
@@ -233,9 +234,10 @@ class Residency:
         num_bytes: int,
         victims: Callable[[], list[int]],
         requester: int,
-        limit: int = MAX_EVICTIONS,
+        limit: int | None = None,
     ) -> int:
-        """Evict `num_bytes`, or until `limit` blocks were looked at; how many were."""
+        """Evict `num_bytes`, or until `limit` (MAX_EVICTIONS) blocks were looked at; how many were."""
+        limit = MAX_EVICTIONS if limit is None else limit
         removal, freed, blocks = _Removal(), 0, 0
         while freed < num_bytes and blocks < limit:
             took = 0

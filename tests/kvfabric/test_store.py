@@ -470,7 +470,7 @@ async def test_room_is_made_ahead_of_what_is_reserved_next() -> None:
         await rig.put(make_keys(2, seed=1))
         for _ in range(4):
             await asyncio.sleep(0)
-        assert rig.store.statistics().num_blocks[TierName.HOST] == 254
+        assert rig.store.statistics().num_blocks[TierName.HOST] == 252
         rig.store._residency.check()
 
 

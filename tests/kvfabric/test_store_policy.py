@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
+import numpy as np
 import pytest
 
 from kvfabric.registry.state import RegistryState, Tenant, TierQuota
+from kvfabric.store import residency
+from kvfabric.store.cost import RecomputeCost, cost_levels
+from kvfabric.store.replay import Replay
+from kvfabric.store.reuse import NUM_AGES, REFIT_EVERY, ReuseModel, age_bucket
 from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import PART_BYTES, SESSION, StoreRig, grant_of, make_keys
 from kvfabric.types import BlockKey, TenantId, TierName
@@ -126,3 +131,118 @@ async def test_one_tenants_leases_do_not_make_anothers_request_miss() -> None:
         again = replace(grant_of("t-a"))
         assert rig.match("a", chains["t-a"], again)[0] == 4
         assert rig.match("a2", chains["t-a"], again)[0] == 4
+
+
+@pytest.mark.parametrize("bound", [32, 1 << 20], ids=["bound", "guard removed"])
+async def test_one_reserve_evicts_a_bounded_number(
+    monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    monkeypatch.setattr(residency, "MAX_EVICTIONS", bound)
+    async with StoreRig(num_slots=256) as rig:
+        await rig.put(make_keys(250))
+        before = rig.store.statistics().evictions
+        rig.open("w")
+        reserved = rig.reserve("w", make_keys(120, seed=1))
+        evicted = rig.store.statistics().evictions - before
+        granted = list(reserved.states).count(0)
+        assert (evicted <= 32) == (bound == 32)
+        assert granted == 6 + evicted
+        assert (granted < 120) == (bound == 32)
+        rig.store._residency.check()
+
+
+# ---------------------------------------------------------------------- replayed
+
+
+def words(count: int, seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+    return np.random.default_rng([3, seed]).integers(0, 1 << 63, size=(count, 4), dtype=np.uint64)
+
+
+def late_returns(node: Replay, *, users: int, blocks: int) -> float:
+    """Each of `users` comes back in turn, after all others; every other request is of nobody known.
+    The share of hits among the last half of the returns."""
+    homes, hits, returns = [words(blocks, user) for user in range(users)], 0, 0
+    for turn in range(12):
+        for user in range(users):
+            hit = node.request(homes[user])
+            node.request(words(blocks, 1000 + turn * users + user))
+            if turn >= 6:
+                hits, returns = hits + hit, returns + blocks
+        node.residency.check()
+    return hits / returns
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["learns", "guard removed"])
+def test_those_who_come_back_after_more_than_a_turnover_are_kept(
+    monkeypatch: pytest.MonkeyPatch, learns: bool
+) -> None:
+    """A loop of 160 blocks among as many used once, in room for 200: LRU has none of them in time."""
+    if not learns:  # by age alone, which is leaf LRU
+        ages = [[1.0 / (1 + bucket) for bucket in range(NUM_AGES)]] * 4
+        monkeypatch.setattr(ReuseModel, "_fit", lambda self: setattr(self, "worth", ages))
+    with Replay(capacity_blocks=200, block_tokens=64, max_blocks=4096) as node:
+        share = late_returns(node, users=20, blocks=8)
+    assert (share > 0.5) == learns
+
+
+def test_a_replay_needs_no_more_room_than_it_has_and_admits_second_uses() -> None:
+    with Replay(capacity_blocks=50, block_tokens=64, max_blocks=1024) as node:
+        first = words(10, 1)
+        assert node.request(first) == 0
+        assert not node.admitted
+        assert node.request(first) == 10
+        assert node.admitted == set(first[:, 0].tolist())
+        assert node.request(words(60, 2)) == 0
+        assert node.residency.host.used <= 50 * 4096
+        node.residency.check()
+
+
+def test_a_block_that_returns_after_its_eviction_is_on_its_second_use() -> None:
+    with Replay(capacity_blocks=20, block_tokens=64, max_blocks=1 << 16) as node:
+        first = words(5, 1)
+        node.request(first)
+        for seed in range(2, 10):
+            node.request(words(10, seed))
+        assert node.request(first) == 0
+        assert not node.admitted
+        node.residency._evict(1 << 30, node.residency.host.by_excess, 0)
+        assert node.admitted == set(first[:, 0].tolist())
+
+
+@pytest.mark.parametrize("growth", [1e-2, 0.0], ids=["costs more", "guard removed"])
+def test_of_two_blocks_alike_the_deeper_is_kept_longer(growth: float) -> None:
+    with Replay(capacity_blocks=100, block_tokens=64, max_blocks=1024, growth=growth) as node:
+        short, deep = [words(2, seed) for seed in range(10)], words(40, 99)
+        node.request(deep)
+        for prompt in short:
+            node.request(prompt)
+        for seed in range(20, 60):
+            node.request(words(2, seed))
+        kept_deep = node.request(deep)
+        assert (kept_deep > 30) == bool(growth)
+
+
+def test_dear_models_are_of_higher_levels() -> None:
+    neutral = cost_levels(RecomputeCost(), 64, 64 * 144 * 1024)
+    assert (neutral.at(0), neutral.at(10_000)) == (0, 0)
+    dear = cost_levels(RecomputeCost(us_per_token=132.0, growth=3.5e-5), 64, 64 * 144 * 1024)
+    assert (dear.at(0), dear.at(184), dear.at(186)) == (4, 4, 5)
+    assert cost_levels(RecomputeCost(us_per_token=1e9), 64, 4096).at(0) == 15
+
+
+def test_what_one_tenant_does_teaches_nobody_else() -> None:
+    with Replay(capacity_blocks=400, block_tokens=64, max_blocks=4096) as node:
+        node.request(words(4, 0), TenantId("t-b"))
+        other = node.residency.tenant_slot(TenantId("t-b"))
+        learned = node.residency.policy._queues(other).model.worth
+        for turn in range(2 * REFIT_EVERY // 64):
+            node.request(words(64, turn % 5), TenantId("t-a"))
+        assert node.residency.policy._queues(other).model.worth is learned
+
+
+def test_ages_fall_into_buckets_in_order() -> None:
+    ages = [0, 1, 2, 3, 4, 5, 11, 12, 100, 1 << 20, (1 << 26) - 1, 1 << 32]
+    buckets = [age_bucket(age) for age in ages]
+    assert buckets == sorted(buckets)
+    assert (buckets[0], buckets[-1]) == (0, NUM_AGES - 1)
+    assert len(set(buckets)) >= 10
