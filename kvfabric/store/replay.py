@@ -1,8 +1,8 @@
 """What if: a log of requests against the store's own admission and eviction, without bytes. Sync.
 
 Index, queues, quotas, ghosts and slots are those of a node, and so is every decision; left out are copies,
-leases that outlast a request, time, and the room a node keeps ahead of its next reserve (1/64). The arena is a real one whose pages are never touched, so it takes
-no memory whatever size it claims.
+leases that outlast a request, time, and the room a node keeps ahead of its next reserve (1/64). The arena
+is a real one whose pages are never touched, so it takes no memory whatever size it claims.
 """
 
 from __future__ import annotations
