@@ -7,6 +7,7 @@ line, ok, warn or fail, with what to do; only a fail makes the exit code 1.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import http.client
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import os
 import resource
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 MIN_PYTHON = (3, 11)
 MIN_DESCRIPTORS = 4096
 HTTP_DEADLINE_S = 3.0
+SCRUB_DEADLINE_S = 86_400.0
 EXTRAS = {
     "node": ("grpc", "google.protobuf", "grpc_health", "lmdb", "cryptography", "aiohttp"),
     "router": ("grpc", "google.protobuf", "cryptography", "aiohttp"),
@@ -122,6 +125,52 @@ def _direct_io(directory: Path) -> Finding:
         advice = "put ssd_dir on a local ext4 or xfs, or switch the tier off with --ssd-bytes 0"
         return Finding("O_DIRECT", WARN, f"not in {there}: {exc.strerror}", advice)
     return Finding("O_DIRECT", OK, f"works in {there}")
+
+
+def _scrub(config: NodeConfig) -> Finding:
+    """Verify what lies in the tiers: the running node does it, or this process on a stopped one's files."""
+    try:
+        report = _scrub_running(config) if _answers(config) else _scrub_stopped(config)
+    except ModuleNotFoundError as exc:
+        advice = "pip install 'kvfabric[node]'"
+        return Finding("scrub", WARN, f"not done: {exc.name} is missing", advice)
+    except KVFabricError as exc:
+        return Finding("scrub", FAIL, str(exc), "see the node's log")
+    text = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.items())
+    if any(report[name] for name in ("arena_corrupt", "ssd_corrupt", "ssd_unreadable")):
+        advice = (
+            "what is corrupt was taken out, and is computed anew; check the disk and the memory"
+        )
+        return Finding("scrub", FAIL, text, advice)
+    return Finding("scrub", OK, text)
+
+
+def _answers(config: NodeConfig) -> bool:
+    return _admin(config.admin_socket_path).result == OK
+
+
+def _scrub_running(config: NodeConfig) -> dict[str, int]:
+    from kvfabric.daemon.admin_client import AdminClient, to_plain
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with AdminClient(config.admin_socket_path, deadline_s=SCRUB_DEADLINE_S) as client:
+        return to_plain(client.call(client.admin.Scrub, pb.ScrubRequest()))
+
+
+def _scrub_stopped(config: NodeConfig) -> dict[str, int]:
+    """Opens the directory as the node would, so that nothing else can, and takes out what is corrupt."""
+    if not config.ssd_bytes or not config.ssd_path.is_dir():
+        return {"ssd_records": 0, "ssd_corrupt": 0, "ssd_unreadable": 0, "arena_corrupt": 0}
+    from kvfabric.store.scrub import scrub_ssd
+    from kvfabric.store.turns import Turns
+    from kvfabric.tiers.segments import SegmentTier
+
+    async def scrub() -> dict[str, int]:
+        tier = SegmentTier(config.ssd_path, capacity_bytes=config.ssd_bytes, clock=time.monotonic)
+        async with tier:
+            return (await scrub_ssd(tier, Turns()))._asdict()
+
+    return asyncio.run(scrub())
 
 
 def _nearest(directory: Path) -> Path:
@@ -226,11 +275,18 @@ def examine(config: NodeConfig) -> list[Finding]:
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, NodeConfig)
+    parser.add_argument(
+        "--scrub",
+        action="store_true",
+        help="verify all bytes of the tiers, of a running node or of a stopped one's files; takes out what "
+        "is corrupt",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
-    findings = examine(from_args(NodeConfig, args))
+    config = from_args(NodeConfig, args)
+    findings = examine(config) + ([_scrub(config)] if args.scrub else [])
     failed = any(finding.result == FAIL for finding in findings)
     if args.json:
         plain: dict[str, Any] = {"ok": not failed, "findings": [asdict(f) for f in findings]}

@@ -77,6 +77,17 @@ NODE_METRICS: tuple[Metric, ...] = (
     _counter("ssd_refused", "Parts that SSD had no room for"),
     _counter("registry_errors", "Failed renewals of the epoch lease", "reason"),
     _counter("registry_restores", "Times that a directory got back what it had lost"),
+    _gauge("ssd_direct_info", "0 if SSD I/O goes through the page cache: no O_DIRECT there"),
+    _gauge("ssd_dead_bytes", "Bytes of the SSD tier that wait for the reclaim of their segment"),
+    _gauge("ssd_file_bytes", "Length of all files of the SSD tier, at most its capacity"),
+    _gauge("ssd_budget_left_bytes", "What may be written to SSD now; negative: overdrawn"),
+    _counter("ssd_budget_refused", "Writes that found the write budget of SSD spent"),
+    _counter("ssd_written_bytes", "Bytes of parts written to SSD, rescued ones included"),
+    _counter("ssd_rescued_bytes", "Bytes of hot records that were written anew at a reclaim"),
+    _counter("ssd_quarantined", "Records on SSD that did not verify, read or at rest"),
+    _counter("ssd_unreadable", "Records on SSD that could not be read at rest"),
+    _counter("ssd_scrubbed_bytes", "Bytes on SSD that were verified at rest"),
+    _counter("ssd_scrub_rounds", "How often all of SSD was verified at rest"),
     _counter("corrupt_parts", "Parts whose bytes did not verify"),
 )
 

@@ -48,6 +48,7 @@ from kvfabric.registry.changes import TenantChange, mint_tenant_id, tenant_named
 from kvfabric.registry.holders import Ack, Holders
 from kvfabric.registry.state import PURGED, RegistryState, TierQuota
 from kvfabric.registry.wire import quota_from_pb, state_to_pb, template_to_pb, tenant_to_pb
+from kvfabric.store.scrub import ScrubReport
 from kvfabric.types import TierName, model_scope
 
 Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
@@ -93,6 +94,7 @@ class AdminSources:
     resident: Callable[[TierName], Runs]
     turn: Callable[[], Awaitable[None]]
     purge: Callable[[Collection[bytes]], Awaitable[int]] | None = None
+    scrub: Callable[[], Awaitable[ScrubReport]] | None = None
 
 
 class AdminServer:
@@ -475,6 +477,12 @@ class _NodeAdmin(pb_grpc.NodeAdminServicer):
         self._node_id = node_id
         self._clock = clock
         self._started = clock()
+
+    @_unary
+    async def Scrub(self, request: pb.ScrubRequest, context: Any) -> pb.ScrubReport:
+        if self._sources.scrub is None:
+            raise NotFound("this node has no tiers to verify")
+        return pb.ScrubReport(**(await self._sources.scrub())._asdict())
 
     @_unary
     async def Status(self, request: pb.StatusRequest, context: Any) -> pb.NodeStatus:

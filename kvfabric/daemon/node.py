@@ -245,6 +245,7 @@ class Node:
             resident=self._resident,
             turn=self.store.turns.wait,
             purge=self.store.purge,
+            scrub=self.store.scrub_all,
         )
         return AdminServer(
             self.config.admin_socket_path,

@@ -9,6 +9,7 @@ from kvfabric.metrics import Sample
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.base import RegistryStatus
 from kvfabric.store.store import StoreStatistics
+from kvfabric.tiers.segments import SegmentStatistics
 from kvfabric.types import TierName
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def node_samples(node: Node) -> Iterator[Sample]:
     )
     for name, value in values:
         yield Sample(_PREFIX + name, value)
+    if node.ssd is not None:
+        yield from _ssd_samples(node.ssd.statistics())
     for result, count in counts.requests.items():
         yield Sample(_PREFIX + "requests", count, (result,))
     for reason, count in registry.num_errors.items():
@@ -131,6 +134,23 @@ def _counters(node: Node, store: StoreStatistics) -> dict[str, int]:
     }
     counters |= {f"hits_{tier}": count for tier, count in store.hits.items()}
     return counters | {f"misses_{reason}": count for reason, count in store.misses.items()}
+
+
+def _ssd_samples(ssd: SegmentStatistics) -> Iterator[Sample]:
+    for name, value in (
+        ("direct_info", float(ssd.direct)),
+        ("dead_bytes", ssd.dead_bytes),
+        ("file_bytes", ssd.file_bytes),
+        ("budget_left_bytes", ssd.budget_left_bytes),
+        ("budget_refused", ssd.budget_refused),
+        ("written_bytes", ssd.write_bytes),
+        ("rescued_bytes", ssd.rescued_bytes),
+        ("quarantined", ssd.quarantined),
+        ("unreadable", ssd.unreadable),
+        ("scrubbed_bytes", ssd.scrubbed_bytes),
+        ("scrub_rounds", ssd.scrub_rounds),
+    ):
+        yield Sample(f"{_PREFIX}ssd_{name}", value)
 
 
 def _store_samples(store: StoreStatistics) -> Iterator[Sample]:

@@ -331,6 +331,26 @@ class Receipt(_message.Message):
     audit_head: bytes
     def __init__(self, action: _Optional[str] = ..., scope: _Optional[str] = ..., old_epoch: _Optional[int] = ..., new_epoch: _Optional[int] = ..., requested_by: _Optional[str] = ..., requested_at: _Optional[float] = ..., unreachable_at: _Optional[float] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., bytes_unreachable: _Optional[int] = ..., audit_head: _Optional[bytes] = ...) -> None: ...
 
+class ScrubRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ScrubReport(_message.Message):
+    __slots__ = ("arena_parts", "arena_corrupt", "ssd_records", "ssd_bytes", "ssd_corrupt", "ssd_unreadable")
+    ARENA_PARTS_FIELD_NUMBER: _ClassVar[int]
+    ARENA_CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    SSD_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    SSD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SSD_CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    SSD_UNREADABLE_FIELD_NUMBER: _ClassVar[int]
+    arena_parts: int
+    arena_corrupt: int
+    ssd_records: int
+    ssd_bytes: int
+    ssd_corrupt: int
+    ssd_unreadable: int
+    def __init__(self, arena_parts: _Optional[int] = ..., arena_corrupt: _Optional[int] = ..., ssd_records: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., ssd_corrupt: _Optional[int] = ..., ssd_unreadable: _Optional[int] = ...) -> None: ...
+
 class StatusRequest(_message.Message):
     __slots__ = ("sealed_keys",)
     SEALED_KEYS_FIELD_NUMBER: _ClassVar[int]

@@ -627,6 +627,11 @@ class NodeAdminStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.StatusRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.NodeStatus.FromString,
                 _registered_method=True)
+        self.Scrub = channel.unary_unary(
+                '/kvfabric.v1.NodeAdmin/Scrub',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubReport.FromString,
+                _registered_method=True)
 
 
 class NodeAdminServicer:
@@ -639,6 +644,14 @@ class NodeAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scrub(self, request, context):
+        """Verifies everything in the host and SSD tiers at rest, which takes as long as reading it; what is corrupt
+        is taken out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -646,6 +659,11 @@ def add_NodeAdminServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.StatusRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.NodeStatus.SerializeToString,
+            ),
+            'Scrub': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -676,6 +694,33 @@ class NodeAdmin:
             '/kvfabric.v1.NodeAdmin/Status',
             kvfabric_dot_protocol_dot_kvfabric__pb2.StatusRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.NodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeAdmin/Scrub',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubReport.FromString,
             options,
             channel_credentials,
             insecure,

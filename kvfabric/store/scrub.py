@@ -7,7 +7,6 @@ The SSD tier reads its records past the page cache, header and payload, and take
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -48,9 +47,7 @@ class ScrubReport(NamedTuple):
 
 
 class Scrubbable(Protocol):
-    """What verifies an SSD tier piece by piece, for whoever has the lock."""
-
-    scrubbing: asyncio.Lock
+    """A `Tier`, or what stands before it."""
 
     async def scrub(self, num_bytes: int, *, anew: bool = False) -> Scrubbed: ...
 
@@ -58,14 +55,13 @@ class Scrubbable(Protocol):
 async def scrub_ssd(ssd: Scrubbable, turns: Turns) -> ScrubReport:
     """One whole round, anew. Raises what `scrub` raises. On cancellation: what was found so far is out."""
     report, anew = ScrubReport(), True
-    async with ssd.scrubbing:
-        while True:
-            await turns.wait()
-            done = await ssd.scrub(SSD_SLICE_BYTES, anew=anew)
-            if done.is_round:
-                return report
-            found = (done.records, done.num_bytes, len(done.corrupt), done.unreadable)
-            report, anew = report + ScrubReport(0, 0, *found), False
+    while True:
+        await turns.wait()
+        done = await ssd.scrub(SSD_SLICE_BYTES, anew=anew)
+        if done.is_round:
+            return report
+        found = (done.records, done.num_bytes, len(done.corrupt), done.unreadable)
+        report, anew = report + ScrubReport(0, 0, *found), False
 
 
 class _Batch(NamedTuple):

@@ -374,7 +374,10 @@ class BlockStore:
         """Verify all of both tiers now, beside the rounds in the background; what is corrupt is out. On
         cancellation: what was found so far is out."""
         report = await self._scrubber.scrub_arena()
-        return report + await scrub_ssd(self._ssd, self.turns) if self._ssd else report
+        if self._ssd is not None:
+            async with self._ssd.scrubbing:
+                report += await scrub_ssd(self._ssd, self.turns)
+        return report
 
     # -- background ----------------------------------------------------------------------------------
 

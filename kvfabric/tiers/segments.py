@@ -30,6 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from kvfabric.errors import (
     ClosedError,
     ConfigError,
@@ -157,6 +159,8 @@ class SegmentTier(Tier):
         self._spare: Segment | None = None
         self._stray_bytes = 0
         self._unavailable: dict[int, int] = {}
+        # Found corrupt, and live in the index until the next commit: not to be found again.
+        self._condemned: set[Location] = set()
         self._sequence = 0
         self._queue = GroupQueue()
         self._budget = budget or WriteBudget(0)
@@ -352,6 +356,8 @@ class SegmentTier(Tier):
         try:
             live = await self._pool.run(partial(self._index.live, number))
             batch = self._cursor.next_records(live, num_bytes)
+            condemned = [self._is_condemned(number, at) for at in batch.rows["offset"].tolist()]
+            batch = batch.chosen(~np.array(condemned, dtype=np.bool_))
             corrupt, unreadable = [], 0
             for piece in slices_of(batch):
                 found = await self._pool.run(partial(check_slice, file, piece))
@@ -404,9 +410,15 @@ class SegmentTier(Tier):
             raise self._closed()
 
     def _quarantine(self, location: Location, why: object) -> None:
+        if location in self._condemned:
+            return
+        self._condemned.add(location)
         self._counts["quarantined"] += 1
         _LOG.warning("quarantined the record at %s: %s", location, why)
         self._forget(location)
+
+    def _is_condemned(self, file: int, offset: int) -> bool:
+        return Location(file, offset) in self._condemned
 
     def _forget(self, location: Location) -> None:
         self._queue.put(Drop(location, asyncio.get_running_loop().time()))
@@ -508,6 +520,7 @@ class SegmentTier(Tier):
             size = record_bytes(put.identity.num_bytes)
             plan.segment.enter(Extent(put.location, size, put.identity.tenant))
         for extent in buried:
+            self._condemned.discard(extent.location)
             segment = self._segments.get(extent.location.file)
             if segment is not None:
                 segment.bury(extent)
@@ -595,6 +608,7 @@ class SegmentTier(Tier):
         oldest.live.clear()
         oldest.dead.clear()
         oldest.records = 0
+        self._condemned = {place for place in self._condemned if place.file != number}
         await self._tell(batch)
         await self._pool.run(oldest.file.unlink)
         failpoint("segment.reclaim.done")

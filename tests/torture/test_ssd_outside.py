@@ -1,0 +1,141 @@
+"""Proof 3, the other half: what LMDB and the kernel do for the SSD tier fails, under a real node.
+
+`strace` makes calls on the index's file fail; a small tmpfs is full. The node lives, an engine sees a miss at
+worst, and what was sealed before is there in the next life.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvfabric.testing.engine import TinyEngine, payload_of, tiny_hello
+from kvfabric.testing.processes import NodeProcess, until
+from tests.torture.scale import at_most, count, record
+
+BLOCKS = 8
+PART = 16 << 10
+
+
+def store_and_use(node: NodeProcess, prompts: list[str]) -> None:
+    """Stored, and used once more, which is when they go to SSD. Refusals are the node's right."""
+    engine = TinyEngine.connect(node.socket, tiny_hello(part_bytes=PART))
+    with engine.client:
+        for prompt in prompts:
+            keys = engine.open(prompt, prompt, BLOCKS)
+            engine.store(prompt, keys)
+            engine.load(prompt, keys)
+            engine.release(prompt)
+
+
+def loaded(node: NodeProcess, prompt: str) -> tuple[int, int]:
+    """How many of the prompt's blocks an engine gets, and how many of them are wrong."""
+    engine = TinyEngine.connect(node.socket, tiny_hello(part_bytes=PART))
+    with engine.client:
+        keys = engine.open("load", prompt, BLOCKS)
+        found = engine.load("load", keys)
+        engine.release("load")
+    wrong = sum(payload_of(key, PART) != data for key, data in zip(keys, found, strict=False))
+    return len(found), wrong
+
+
+def traced(place: Path, index: Path, calls: str, fault: str, nth: int) -> str:
+    """A Python whose Nth call of these on the index's file fails."""
+    script = place / f"python-{fault}-{nth}"
+    inject = f"inject={calls}:error={fault}:when={nth}"
+    script.write_text(
+        "#!/bin/sh\n"
+        f"exec strace -D -f -qq -o {place}/strace -P {index} -e trace={calls} -e {inject} "
+        f'{sys.executable} "$@"\n'
+    )
+    script.chmod(0o700)
+    return str(script)
+
+
+def can_trace() -> bool:
+    if shutil.which("strace") is None:
+        return False
+    tried = subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], check=False)
+    return tried.returncode == 0
+
+
+@pytest.mark.fleet
+@pytest.mark.slow
+@pytest.mark.skipif(not can_trace(), reason="strace may not trace here")
+def test_the_nth_call_on_the_index_fails(tmp_path: Path) -> None:
+    calls, faults = "pwrite64,pwritev,fdatasync,fsync,ftruncate", ("EIO", "ENOSPC")
+    numbers = range(1, count(2, 25))
+    tries, wrong, lost = 0, 0, 0
+    for fault in faults:
+        for nth in numbers:
+            state = tmp_path / f"{fault}-{nth}"
+            with NodeProcess(state, ssd_bytes=16 << 20) as node:
+                store_and_use(node, ["before"])
+            index = state / "ssd" / "index" / "data.mdb"
+            python = traced(tmp_path, index, calls, fault, nth)
+            with NodeProcess(state, ssd_bytes=16 << 20, python=python) as node:
+                wrong += loaded(node, "before")[1]
+                store_and_use(node, ["during"])
+                got, bad = loaded(node, "during")
+                wrong += bad
+                assert got == BLOCKS, "the host tier has them"
+                assert node.is_running()
+                assert node.stop() == 0
+            assert "INJECTED" in (tmp_path / "strace").read_text()
+            with NodeProcess(state, ssd_bytes=16 << 20) as node:
+                got, bad = loaded(node, "before")
+                lost += BLOCKS - got
+                wrong += bad + loaded(node, "during")[1]
+            tries += 1
+    result = f"wrong {at_most(wrong, tries)}, sealed blocks lost {lost}"
+    record("3 the Nth call on the index's file", tries, result)
+    assert (wrong, lost) == (0, 0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.5 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.fleet
+@pytest.mark.slow
+def test_a_full_disk_costs_the_tier_only(tmp_path: Path, small_disk: Path) -> None:
+    """The tier may take 8 MiB and the disk has 1.5: blocks are served on from the host tier, none wrong;
+    when the disk has room the tier takes them."""
+    prompts = [f"p{number}" for number in range(12)]
+
+    def make_node() -> NodeProcess:
+        directory = str(small_disk / "ssd")
+        return NodeProcess(
+            tmp_path / "state", ssd_bytes=8 << 20, ssd_dir=directory, http="127.0.0.1:0"
+        )
+
+    with make_node() as node:
+        store_and_use(node, prompts)
+        for prompt in prompts:
+            assert loaded(node, prompt) == (BLOCKS, 0)
+        assert node.metrics()['tier_blocks{tier="ssd"}'] < 12 * BLOCKS
+        grow = ["mount", "-o", "remount,size=64m", str(small_disk)]
+        subprocess.run(grow, check=True, capture_output=True)
+
+        def all_sealed() -> bool:
+            store_and_use(node, prompts)
+            return node.metrics()['tier_blocks{tier="ssd"}'] == 12 * BLOCKS
+
+        until(all_sealed, deadline_s=60)
+    with make_node() as node:
+        assert [loaded(node, prompt) for prompt in prompts] == [(BLOCKS, 0)] * 12
