@@ -479,7 +479,7 @@ def scratch() -> Iterator[Path]:
 def main() -> None:
     args = harness.parse_arguments(__doc__)
     rng = random.Random(args.seed)
-    total, rounds = (64 * MIB, 1) if args.quick else (GIB, 5)
+    total, rounds = (64 * MIB, 1) if args.quick else (512 * MIB, 5)
     num_records = 5_000 if args.quick else 250_000
     rows: list[dict[str, float]] = []
     with scratch() as directory:

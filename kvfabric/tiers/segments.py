@@ -157,6 +157,7 @@ class SegmentTier(Tier):
         self._segments: dict[int, Segment] = {}
         self._active: Segment | None = None
         self._spare: Segment | None = None
+        self._making: asyncio.Task[None] | None = None
         self._stray_bytes = 0
         self._unavailable: dict[int, int] = {}
         # Found corrupt, and live in the index until the next commit: not to be found again.
@@ -530,6 +531,8 @@ class SegmentTier(Tier):
     async def _advance(self) -> None:
         """The active segment is full: the spare takes its place. No segment: the writes fail."""
         self._active = None
+        if self._making is not None:
+            await finished(self._making)
         if self._spare is None:
             try:
                 self._spare = await self._make_segment()
@@ -540,17 +543,35 @@ class SegmentTier(Tier):
         self._active, self._spare = self._spare, None
 
     async def _keep_spare(self) -> None:
-        if self._spare is None and self._active is not None and self._is_open:
+        if self._spare is not None or self._active is None or not self._is_open:
+            return
+        if self._making is not None and not self._making.done():
+            return
+        if self._file_bytes() + self._segment_bytes <= self._capacity_bytes:
+            # Nothing is reclaimed for it, so groups go on meanwhile.
+            self._making = self._tasks.create_task(self._make_spare(), name="ssd spare")
+        else:
             try:
                 self._spare = await self._make_segment()
             except KVFabricError as exc:
                 # Not needed yet: whoever needs it tries again, and gets the error.
                 _LOG.warning("no spare segment in %s: %s", self._directory, exc)
 
+    async def _make_spare(self) -> None:
+        try:
+            self._stray_bytes = await self._pool.run(self._clear)
+            if self._file_bytes() + self._segment_bytes <= self._capacity_bytes:
+                self._spare = await self._add_segment()
+        except KVFabricError as exc:
+            _LOG.warning("no spare segment in %s: %s", self._directory, exc)
+
     async def _make_segment(self) -> Segment:
         self._stray_bytes = await self._pool.run(self._clear)
         while self._file_bytes() + self._segment_bytes > self._capacity_bytes:
             await self._reclaim()
+        return await self._add_segment()
+
+    async def _add_segment(self) -> Segment:
         segment = Segment(await self._pool.run(self._create_file))
         self._segments[segment.file.header.number] = segment
         return segment
