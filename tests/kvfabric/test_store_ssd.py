@@ -413,3 +413,36 @@ async def test_what_is_dropped_while_it_is_read_does_not_come_back(tmp_path: Pat
         rig.store.release(SESSION, ["r"])
         assert rig.store.statistics().num_blocks[TierName.HOST] == 0
         rig.store._residency.check()
+
+
+async def test_what_is_used_stays_through_reclaim_and_is_found_where_it_went(
+    tmp_path: Path,
+) -> None:
+    """Blocks that were matched since they were written outlive their segment; others go with it."""
+
+    def make_tier() -> SegmentTier:
+        clock = asyncio.get_running_loop().time
+        return SegmentTier(tmp_path, capacity_bytes=3 << 16, segment_bytes=1 << 16, clock=clock)
+
+    limits = StoreLimits(
+        host_bytes=200 * PART_BYTES, ssd_bytes=3 << 16, max_blocks=1024, lease_share=1.0
+    )
+    async with make_tier() as tier, StoreRig(limits=limits, ssd=tier) as rig:
+        await store_and_seal(rig)
+        cold = make_keys(6, seed=50)
+        await rig.put(cold)
+        await rig.get(cold)
+        await rig.store.seal()
+        for seed in range(1, 6):
+            await rig.get(KEYS)  # used since it was written, or written anew
+            others = make_keys(5, seed=seed)
+            await rig.put(others)
+            await rig.get(others)
+            await rig.store.seal()
+        assert tier.statistics().rescued_bytes > 0
+        held = {identity.part.key for identity, _ in tier.records()}
+        assert set(KEYS) <= held
+        assert held.isdisjoint(cold)
+        rig.store._residency.check()
+    async with make_tier() as tier, StoreRig(limits=limits, ssd=tier) as rig:
+        assert await rig.get(KEYS) == EXPECTED
