@@ -28,6 +28,7 @@ _SIZE = re.compile(r"(\d{1,20})\s*([KMGT]iB)?", re.IGNORECASE)
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
+TLS_HELP = "directory with ca.crt, tls.crt and tls.key of this process (`kvfabric pki` makes one)"
 DIRECTORY_HELP = (
     "registry of a fleet: rediss://USER@HOST/?password_file=FILE&ca=FILE, unix:///SOCKET or "
     "rediss+sentinel://HOST,HOST/PRIMARY; empty: each node has its own"
@@ -57,6 +58,8 @@ class NodeConfig:
     )
     socket: str = _key("", "Unix socket for engines (default: STATE_DIR/node.sock)")
     admin_socket: str = _key("", "Unix socket for gRPC (default: STATE_DIR/admin.sock)")
+    listen: str = _key("", "HOST:PORT for gRPC beside that, over mTLS; empty: none")
+    advertise: str = _key("", "HOST:PORT under which others reach `listen` (default: the same)")
     http: str = _key("127.0.0.1:9470", "address of /metrics, /healthz, /readyz; empty for none")
     host_bytes: int = _key(1 << 30, "size of the host tier")
     ssd_dir: str = _key("", "directory of the SSD tier (default: STATE_DIR/ssd)")
@@ -73,6 +76,7 @@ class NodeConfig:
     epoch_lease_s: float = _key(2.0, "how long routers may trust the epochs they saw")
     directory: str = _key("", DIRECTORY_HELP)
     keyring_dir: str = _key("", "where the keyring is, if nodes share it (default: STATE_DIR)")
+    tls_dir: str = _key("", TLS_HELP)
     insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
     sessions_return_s: float = _key(
         10.0, "how long a new daemon waits for the engines of a crashed one to return the arena"
@@ -92,6 +96,10 @@ class NodeConfig:
     @property
     def socket_path(self) -> Path:
         return Path(self.socket) if self.socket else self.state_dir / "node.sock"
+
+    @property
+    def tls_path(self) -> Path:
+        return Path(self.tls_dir).expanduser()
 
     @property
     def keyring_path(self) -> Path:
@@ -126,6 +134,7 @@ class RouterConfig:
     )
     directory: str = _key("", DIRECTORY_HELP)
     keyring_dir: str = _key("", "where the keyring is, if nodes share it (default: STATE_DIR)")
+    tls_dir: str = _key("", TLS_HELP)
     insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
     engines: tuple[str, ...] = _key((), "base URLs of engines that no node announces")
     policy: str = _key("cost", "cost, least_loaded or round_robin")
@@ -140,14 +149,18 @@ class RouterConfig:
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 
     @property
+    def tls_path(self) -> Path:
+        return Path(self.tls_dir).expanduser()
+
+    @property
     def keyring_path(self) -> Path:
         return Path(self.keyring_dir) if self.keyring_dir else self.state_dir
 
     @property
-    def admin_sockets(self) -> tuple[str, ...]:
-        if self.directory:
-            return self.nodes
-        return self.nodes or (str(self.state_dir / "admin.sock"),)
+    def node_targets(self) -> tuple[str, ...]:
+        """`unix:PATH` or `HOST:PORT` of the nodes that the configuration names."""
+        own = () if self.directory else (str(self.state_dir / "admin.sock"),)
+        return tuple(f"unix:{one}" if "/" in one else one for one in self.nodes or own)
 
 
 _OF_RANDOM_MODEL = (

@@ -28,6 +28,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvfabric import __version__
 from kvfabric.daemon.admin_client import ERROR_CODE, REQUESTED_BY
+from kvfabric.daemon.peers import PeerCheck, TcpListener, identity_in
 from kvfabric.errors import (
     AccessError,
     CapacityError,
@@ -108,7 +109,9 @@ class AdminServer:
         node_id: str,
         epoch_lease_s: float,
         clock: Callable[[], float],
+        tcp: TcpListener | None = None,
     ) -> None:
+        self._tcp = tcp
         self.path = path
         self.holders = Holders(ttl_s=epoch_lease_s, clock=clock)
         self.node_id = node_id
@@ -123,6 +126,7 @@ class AdminServer:
     async def __aenter__(self) -> AdminServer:
         """Raises ConfigError if the socket cannot be ours alone."""
         server = grpc.aio.server(
+            interceptors=[PeerCheck()],
             maximum_concurrent_rpcs=_MAX_RPCS,
             options=[
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -138,6 +142,8 @@ class AdminServer:
         pb_grpc.add_NodeAdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         bind_private(server, self.path)
+        if self._tcp is not None:
+            self._tcp.add_to(server)
         await server.start()
         self._server = server
         for service in ("", *SERVICES):
@@ -225,6 +231,14 @@ def _stream(
 
 
 def _requested_by(context: Any) -> str:
+    """What the caller says; over TLS, who its certificate says it is before that."""
+    identity = identity_in(context)
+    if identity is not None:
+        return f"{identity} ({_claimed(context)})"
+    return _claimed(context)
+
+
+def _claimed(context: Any) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUESTED_BY:
             return str(value)[:200]

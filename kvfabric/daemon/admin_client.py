@@ -13,11 +13,12 @@ import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvfabric.errors import ConnectError, DeadlineExceeded, KVFabricError, from_wire
+from kvfabric.errors import AccessError, ConnectError, DeadlineExceeded, KVFabricError, from_wire
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.state import RegistryState
 from kvfabric.registry.wire import state_from_pb
+from kvfabric.tls import Security, diagnose, open_channel
 
 Reply = TypeVar("Reply")
 
@@ -28,6 +29,8 @@ REQUESTED_BY = "kvfabric-requested-by"
 """Metadata of a call: who asks, for the audit log."""
 ERROR_CODE = "kvfabric-code"
 """Trailing metadata of an error: which class of `kvfabric.errors` it is."""
+LOCAL = Security("admin")
+"""Only the Unix socket: without a certificate nobody is asked over TCP."""
 _TEXT_FIELDS = {"text"}
 _UNKNOWN_IF_ZERO = {"bytes_unreachable"}
 
@@ -35,15 +38,29 @@ _UNKNOWN_IF_ZERO = {"bytes_unreachable"}
 class AdminClient:
     """A context manager. Every call raises KVFabricErrors: what the node said, or that none answers."""
 
-    def __init__(self, path: Path, *, deadline_s: float = DEADLINE_S) -> None:
-        self._path = path
+    def __init__(
+        self,
+        where: Path | str,
+        *,
+        deadline_s: float = DEADLINE_S,
+        security: Security = LOCAL,
+    ) -> None:
+        """`where`: the node's admin socket, or HOST:PORT, for which `security` says who we are.
+
+        Raises ConfigError if it does not.
+        """
+        self._path = where
+        self._target = f"unix:{where}" if isinstance(where, Path) else where
+        self._security = security
         self._deadline_s = deadline_s
-        self._channel = grpc.insecure_channel(
-            f"unix:{path}",
-            options=[
+        self._channel = open_channel(
+            self._target,
+            security,
+            [
                 ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
                 ("grpc.use_local_subchannel_pool", 1),
             ],
+            blocking=True,
         )
         self.registry: Any = pb_grpc.RegistryServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self.admin: Any = pb_grpc.NodeAdminStub(self._channel)  # type: ignore[no-untyped-call]
@@ -89,6 +106,12 @@ class AdminClient:
         codes = [str(v) for k, v in (error.trailing_metadata() or ()) if k == ERROR_CODE]
         if codes:
             return from_wire(codes[0], details)
+        if status is grpc.StatusCode.PERMISSION_DENIED:
+            return AccessError(_line(details))
+        if status is grpc.StatusCode.UNAVAILABLE and (
+            why := diagnose(self._target, self._security)
+        ):
+            return ConnectError(why)
         if status is grpc.StatusCode.UNAVAILABLE:
             return ConnectError(
                 f"no node answers at {self._path}: start one with `kvfabric node`, "

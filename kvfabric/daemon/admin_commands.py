@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfabric.cli import Command
-from kvfabric.config import NodeConfig, load, parse_size
+from kvfabric.config import NodeConfig, load, parse_size, split_address
 from kvfabric.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -370,6 +370,8 @@ def _print_receipt(args: argparse.Namespace, receipt: pb.Receipt) -> int:
 
 def _common(parser: argparse.ArgumentParser, run: Run) -> None:
     parser.add_argument("--admin-socket", metavar="PATH", help="of the node (default: its own)")
+    parser.add_argument("--node", metavar="HOST:PORT", help="ask this one, over mTLS")
+    parser.add_argument("--tls-dir", metavar="DIR", help="of this administrator (`kvfabric pki`)")
     parser.add_argument("--config", metavar="FILE", help="the node's TOML file")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run_verb=run)
@@ -377,7 +379,12 @@ def _common(parser: argparse.ArgumentParser, run: Run) -> None:
 
 def _client(args: argparse.Namespace) -> AbstractContextManager[AdminClient]:
     from kvfabric.daemon.admin_client import AdminClient
+    from kvfabric.tls import Security
 
+    if args.node:
+        split_address(args.node, "--node")
+        tls_dir = Path(args.tls_dir).expanduser() if args.tls_dir else None
+        return AdminClient(args.node, security=Security("admin", tls_dir))
     flags = {"admin_socket": args.admin_socket} if args.admin_socket else {}
     config = load(NodeConfig, file=Path(args.config) if args.config else None, flags=flags)
     return AdminClient(config.admin_socket_path)

@@ -23,6 +23,7 @@ from kvfabric.daemon import garbage
 from kvfabric.daemon.admin import AdminServer, AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.handlers import Services
+from kvfabric.daemon.peers import tcp_listener
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
@@ -253,6 +254,7 @@ class Node:
             node_id=self.config.name,
             epoch_lease_s=self.config.epoch_lease_s,
             clock=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+            tcp=tcp_listener(self.config),
         )
 
     def _resident(self, tier: TierName) -> Iterator[list[tuple[bytes, bytes, bytes]]]:

@@ -18,9 +18,8 @@ def open_registry(config: NodeConfig) -> Registry:
     """A node's, to be entered. Raises ConfigError for a directory that cannot be meant."""
     if not config.directory:
         return EmbeddedRegistry(config.state_dir / "registry")
-    return join_directory(
-        config, kind="node", name=config.name, address=f"unix:{config.admin_socket_path}"
-    )
+    address = config.advertise or config.listen or f"unix:{config.admin_socket_path}"
+    return join_directory(config, kind="node", name=config.name, address=address)
 
 
 def join_directory(

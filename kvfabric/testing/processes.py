@@ -33,9 +33,9 @@ class NodeProcess:
         self.state_dir = state_dir
         self._python = python
         defaults = {"http": "", "host_bytes": 64 << 20, "ssd_bytes": 0, "max_blocks": 16384}
-        self._options = defaults | options
-        self._flags = ["--takeover"] if self._options.pop("takeover", False) else []
-        failpoint = str(self._options.pop("failpoint", ""))
+        self.options: dict[str, object] = defaults | options
+        self._flags = ["--takeover"] if self.options.pop("takeover", False) else []
+        failpoint = str(self.options.pop("failpoint", ""))
         self._environment = os.environ | ({VARIABLE: failpoint} if failpoint else {})
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -67,7 +67,7 @@ class NodeProcess:
         """Start and wait until it is ready. Raises RuntimeError with its last words if it is not."""
         command = [self._python, "-m", "kvfabric", "node", "--state-dir", str(self.state_dir)]
         command += self._flags
-        for name, value in self._options.items():
+        for name, value in self.options.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         self._process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env=self._environment

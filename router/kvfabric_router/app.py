@@ -25,6 +25,7 @@ from kvfabric.config import RouterConfig, split_address
 from kvfabric.errors import ConfigError, KVFabricError
 from kvfabric.events.index import FleetIndex
 from kvfabric.registry.lease import EpochLease
+from kvfabric.tls import Security
 from kvfabric_router import api
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner, explain
@@ -200,19 +201,20 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
     registry = RegistryView(lease=EpochLease())
     metrics = RouterMetrics()
     planner = Planner(config, fleet=fleet, index=index, registry=registry, metrics=metrics)
-    holder_id = f"router-{secrets.token_hex(8)}"
+
+    security = Security("router", config.tls_path if config.tls_dir else None, config.insecure)
 
     def link(target: str, is_first: bool) -> NodeLink:
         return NodeLink(
             target,
-            holder_id=holder_id,
             fleet=fleet,
             index=index,
             registry=registry if is_first and not config.directory else None,
             metrics=metrics,
+            security=security,
         )
 
-    links = Links(link, [f"unix:{socket}" for socket in config.admin_sockets])
+    links = Links(link, config.node_targets)
     proxy = Proxy(
         planner=planner,
         fleet=fleet,

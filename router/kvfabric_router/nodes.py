@@ -23,6 +23,7 @@ from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.lease import RENEW_EVERY_S
 from kvfabric.registry.wire import state_from_pb
+from kvfabric.tls import Security, diagnose, open_channel
 from kvfabric.types import NodeId
 from kvfabric_router.fleet import Fleet, SessionReport
 from kvfabric_router.identity import ModelIdentity
@@ -67,20 +68,21 @@ class NodeLink:
         self,
         target: str,
         *,
-        holder_id: str,
         fleet: Fleet,
         index: FleetIndex,
         registry: RegistryView | None,
         metrics: RouterMetrics,
+        security: Security,
     ) -> None:
         self.target = target
-        self._holder_id = holder_id
+        self._security = security
         self._fleet = fleet
         self._index = index
         self._registry = registry
         self._metrics = metrics
         self._node_id = NodeId("")
         self._snapshot_needed = asyncio.Event()
+        self._told = ""
         self.connected = False
 
     async def run(self) -> None:
@@ -91,7 +93,7 @@ class NodeLink:
                 async with self._channel() as channel:
                     await self._serve(channel)
             except* (grpc.aio.AioRpcError, KVFabricError) as group:
-                _log.info("node %s: %s", self.target, _reason(group))
+                await self._tell(_reason(group))
             if self.connected:
                 pause = PAUSE_S
                 self.connected = False
@@ -99,9 +101,16 @@ class NodeLink:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, MAX_PAUSE_S)
 
+    async def _tell(self, reason: str) -> None:
+        """Each reason once: a link is tried again and again."""
+        why = await asyncio.to_thread(diagnose, self.target, self._security)
+        if (why or reason) != self._told:
+            self._told = why or reason
+            _log.log(logging.ERROR if why else logging.INFO, "node %s: %s", self.target, self._told)
+
     @contextlib.asynccontextmanager
     async def _channel(self) -> AsyncIterator[Any]:
-        channel = grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+        channel = open_channel(self.target, self._security, _CHANNEL_OPTIONS)
         try:
             yield channel
         finally:
@@ -177,7 +186,7 @@ class NodeLink:
     # ------------------------------------------------------------------ registry
 
     async def _watch_registry(self, stub: Any, view: RegistryView) -> None:
-        request = pb.WatchRegistryRequest(holder_id=self._holder_id, holder_kind=HOLDER_KIND)
+        request = pb.WatchRegistryRequest(holder_id=view.holder_id, holder_kind=HOLDER_KIND)
         async for message in stub.Watch(request):
             view.apply(state_from_pb(message))
         raise ConnectError("the node ended its registry stream")
@@ -191,7 +200,7 @@ class NodeLink:
             sent_at = view.lease.now()
             reply = await stub.RenewLease(
                 pb.RenewLeaseRequest(
-                    holder_id=self._holder_id,
+                    holder_id=view.holder_id,
                     holder_kind=HOLDER_KIND,
                     applied_version=state.version if state else 0,
                 ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator
 
 from kvfabric.registry.lease import EpochLease
@@ -22,6 +23,7 @@ class RegistryView:
 
     def __init__(self, *, lease: EpochLease, required: bool = True) -> None:
         self.lease = lease
+        self.holder_id = f"router-{secrets.token_hex(8)}"
         self._required = required
         self._state: RegistryState | None = None if required else RegistryState()
         self._directory = TenantDirectory(RegistryState())

@@ -33,7 +33,7 @@ def test_file_serves_every_process(toml: Path) -> None:
     engine = config.load(EngineConfig, file=toml, flags={})
     assert (node.host_bytes, node.lease_s, node.state_dir) == (2 << 30, 5.0, Path("/srv/kv"))
     assert node.admin_socket_path == Path("/srv/kv/admin.sock")
-    assert router.admin_sockets == ("/a.sock", "/b.sock")
+    assert router.node_targets == ("unix:/a.sock", "unix:/b.sock")
     assert router.state_dir == Path("/srv/kv")
     assert engine.device == "cuda"
 

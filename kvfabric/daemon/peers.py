@@ -1,0 +1,123 @@
+"""Who may ask a node what, over TCP: by who its certificate says it is. The Unix socket is its user's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from kvfabric.config import NodeConfig, split_address
+from kvfabric.errors import ConfigError
+from kvfabric.pki import Identity
+from kvfabric.tls import Reloaded, peer_identity, server_credentials
+
+_NAMES = "x509_subject_alternative_name"
+_HEALTH = "/grpc.health."
+_ALLOWED = {
+    "admin": ("/",),
+    "router": (
+        "/kvfabric.v1.NodeEvents/",
+        "/kvfabric.v1.RegistryService/Watch",
+        "/kvfabric.v1.RegistryService/RenewLease",
+    ),
+    "node": ("/kvfabric.v1.NodeEvents/",),
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpListener:
+    """`address`: HOST:PORT. `credentials` None: plain."""
+
+    address: str
+    credentials: Any
+
+    def add_to(self, server: Any) -> None:
+        """Raises ConfigError if the address cannot be listened on."""
+        try:
+            if self.credentials is None:
+                server.add_insecure_port(self.address)
+            else:
+                server.add_secure_port(self.address, self.credentials)
+        except RuntimeError as exc:
+            raise ConfigError(f"node.listen: cannot listen on {self.address}: {exc}") from exc
+
+
+def tcp_listener(config: NodeConfig) -> TcpListener | None:
+    """What `listen` asks for. Raises ConfigError for plain TCP that was not asked for, and bad files."""
+    if not config.listen:
+        return None
+    split_address(config.listen, "node.listen")
+    if config.tls_dir:
+        source = Reloaded(config.tls_path, "node")
+        log.info("gRPC on %s as %s", config.listen, source.material.identity)
+        return TcpListener(config.listen, server_credentials(source))
+    if not config.insecure:
+        raise ConfigError(
+            "node.listen is TCP and needs node.tls_dir (`kvfabric pki init DIR` makes one for "
+            "development), or --insecure"
+        )
+    log.warning(
+        "INSECURE: gRPC on %s is plain: whoever reaches it administers this node and its fleet",
+        config.listen,
+    )
+    return TcpListener(config.listen, None)
+
+
+def identity_in(context: Any) -> Identity | None:
+    """None on the Unix socket and on plain TCP."""
+    return peer_identity(context.auth_context().get(_NAMES, ()))
+
+
+def is_allowed(identity: Identity | None, method: str) -> bool:
+    """`identity` None: a certificate that says nothing of ours."""
+    if method.startswith(_HEALTH):
+        return identity is not None
+    prefixes = _ALLOWED.get(identity.role, ()) if identity is not None else ()
+    return method.startswith(prefixes)
+
+
+class PeerCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses with PERMISSION_DENIED what a peer on TLS may not ask."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: Any
+    ) -> Any:
+        handler = await continuation(details)
+        method: str = details.method
+        if handler is None or method.startswith(_HEALTH):
+            return handler
+        if handler.unary_unary is not None:
+
+            async def unary(request: Any, context: Any) -> Any:
+                await _check(context, method)
+                return await handler.unary_unary(request, context)
+
+            return grpc.unary_unary_rpc_method_handler(
+                unary, handler.request_deserializer, handler.response_serializer
+            )
+
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            await _check(context, method)
+            async for reply in handler.unary_stream(request, context):
+                yield reply
+
+        return grpc.unary_stream_rpc_method_handler(
+            stream, handler.request_deserializer, handler.response_serializer
+        )
+
+
+async def _check(context: Any, method: str) -> None:
+    if b"ssl" not in context.auth_context().get("transport_security_type", ()):
+        return  # the Unix socket, or plain TCP where that was asked for
+    identity = identity_in(context)
+    if not is_allowed(identity, method):
+        who = identity or "a certificate without kvfabric://ROLE/NAME"
+        log.warning("%s refused to %s", method, who)
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED, f"{who} may not call {method}: it needs role admin"
+        )
