@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import datetime
 import http.client
 import importlib.util
 import json
@@ -31,8 +32,10 @@ MIN_PYTHON = (3, 11)
 MIN_DESCRIPTORS = 4096
 HTTP_DEADLINE_S = 3.0
 SCRUB_DEADLINE_S = 86_400.0
+MIN_CERTIFICATE_LIFE = datetime.timedelta(days=14)
 EXTRAS = {
     "node": ("grpc", "google.protobuf", "grpc_health", "lmdb", "cryptography", "aiohttp"),
+    "redis": ("redis", "lmdb"),
     "router": ("grpc", "google.protobuf", "cryptography", "aiohttp"),
     "engine": ("torch", "aiohttp"),
     "ucx-cu12 or ucx-cu13": ("ucxx",),
@@ -232,6 +235,79 @@ def _admin(path: Path) -> Finding:
     return Finding("admin socket", OK, f"a node answers at {path}")
 
 
+def _lease(path: Path) -> Finding:
+    """What a running node says of its registry."""
+    from kvfabric.daemon.admin_client import AdminClient
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    try:
+        with AdminClient(path, deadline_s=HTTP_DEADLINE_S) as client:
+            registry = client.call(client.admin.Status, pb.StatusRequest()).registry
+    except KVFabricError as exc:
+        return Finding("epoch lease", WARN, f"not known: {exc}", "see the admin socket")
+    if registry.state == "serving":
+        return Finding("epoch lease", OK, f"{registry.home}, {registry.num_holders} holders")
+    advice = "until it has one every lookup is a miss; it heals by itself once the directory does"
+    detail = registry.detail or "the directory is another one than before"
+    return Finding("epoch lease", WARN, f"none ({registry.state}): {detail}", advice)
+
+
+def _directory(config: NodeConfig) -> Finding:
+    """The fleet's registry: is it there, will it keep what it is told?"""
+    try:
+        from kvfabric.registry.redis.address import parse
+        from kvfabric.registry.redis.store import Store
+    except ModuleNotFoundError as exc:
+        advice = "pip install 'kvfabric[redis]'"
+        return Finding("directory", FAIL, f"{exc.name} is missing", advice)
+
+    async def ask() -> str:
+        store = Store(parse(config.directory, insecure=config.insecure), lease_s=HTTP_DEADLINE_S)
+        try:
+            await store.position()
+            return await store.durability()
+        finally:
+            await store.aclose()
+
+    try:
+        problem = asyncio.run(ask())
+    except KVFabricError as exc:
+        return Finding("directory", FAIL, str(exc), "nodes miss everything until it answers")
+    if problem:
+        return Finding("directory", FAIL, problem, "until then no change is accepted")
+    return Finding("directory", OK, "answers and keeps changes")
+
+
+def _tls(config: NodeConfig) -> Finding:
+    try:
+        from kvfabric.tls import load
+    except ModuleNotFoundError as exc:
+        return Finding(
+            "certificate", FAIL, f"{exc.name} is missing", "pip install 'kvfabric[node]'"
+        )
+    try:
+        material = load(config.tls_path)
+    except KVFabricError as exc:
+        return Finding("certificate", FAIL, str(exc), "`kvfabric pki issue` makes a new one")
+    text = f"{material.identity}, valid until {material.not_after:%Y-%m-%d}"
+    left = material.not_after - datetime.datetime.now(datetime.UTC)
+    if left < MIN_CERTIFICATE_LIFE:
+        return Finding("certificate", WARN, text, "renew it: `kvfabric pki issue`; no restart")
+    return Finding("certificate", OK, text)
+
+
+def _fleet(config: NodeConfig) -> Iterator[Finding]:
+    if config.directory:
+        yield _directory(config)
+    if config.directory and config.admin_socket_path.exists():
+        yield _lease(config.admin_socket_path)
+    if config.tls_dir:
+        yield _tls(config)
+    if config.insecure:
+        advice = "use TLS (`kvfabric pki init`) and take --insecure away"
+        yield Finding("insecure", WARN, "plain TCP is allowed: others can read and change", advice)
+
+
 def _http(address: str, *, running: bool) -> Finding:
     """`running`: whether a node's sockets are there."""
     if not address:
@@ -270,6 +346,7 @@ def examine(config: NodeConfig) -> list[Finding]:
         _socket(config.socket_path),
         _admin(config.admin_socket_path),
         _http(config.http, running=running),
+        *_fleet(config),
     ]
 
 

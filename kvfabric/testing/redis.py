@@ -118,6 +118,41 @@ class RedisServer:
             return False
 
 
+class RedisSentinel:
+    """A redis-sentinel that decides alone, and quickly; a context manager. `primary`: (name, port)."""
+
+    def __init__(self, directory: Path, *, port: int, primary: tuple[str, int]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        name, where = primary
+        self._port = port
+        self._config = directory / "sentinel.conf"
+        self._config.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {directory}\nlogfile {directory}/sentinel.log\n"
+            f"sentinel monitor {name} 127.0.0.1 {where} 1\n"
+            f"sentinel down-after-milliseconds {name} 500\n"
+            f"sentinel failover-timeout {name} 5000\n"
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        command = ["redis-sentinel", str(self._config)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def num_replicas(self, primary: str) -> int:
+        """How many it has found; 0 while it does not answer."""
+        try:
+            with Redis(port=self._port) as client:
+                return len(client.execute_command("SENTINEL", "REPLICAS", primary))
+        except (failures.ConnectionError, OSError):
+            return 0
+
+
 class Way:
     """A Unix socket that leads to another one. `delay_s` holds back answers; `cut` breaks it."""
 

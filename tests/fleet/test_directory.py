@@ -1,4 +1,4 @@
-"""Two nodes, two engines and a router on one Redis, each a process of its own."""
+"""Two nodes, two engines and a router on one Redis, each a process of its own; mTLS between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import aiohttp
 import grpc
 import pytest
 
+from kvfabric import pki
 from kvfabric.demo.processes import Children, free_addresses
+from kvfabric.pki import Identity
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.testing.redis import RedisServer
@@ -66,6 +68,13 @@ class Fleet:
                     return
                 await asyncio.sleep(0.05)
 
+    async def wait_serving(self, *nodes: str) -> None:
+        async with asyncio.timeout(READY_S):
+            while True:
+                if {(await self.state_of(node)).state for node in nodes} == {"serving"}:
+                    return
+                await asyncio.sleep(0.05)
+
     async def state_of(self, node: str) -> pb.RegistryStatus:
         status: pb.NodeStatus = await self.admins[node].Status(pb.StatusRequest())
         return status.registry
@@ -73,16 +82,19 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(directory: Path, redis: RedisServer) -> AsyncIterator[Fleet]:
-    addresses = free_addresses(3)
+    addresses = free_addresses(5)
+    pki.init(directory / "pki")
     shared = ["--directory", redis.url, "--keyring-dir", str(directory / "keys")]
     async with AsyncExitStack() as stack:
         children = await stack.enter_async_context(Children(directory))
         http = await stack.enter_async_context(aiohttp.ClientSession())
         registries, admins = {}, {}
-        for name, address in zip(("n1", "n2"), addresses, strict=False):
+        rows = zip(("n1", "n2"), addresses, addresses[3:], strict=False)
+        for name, address, grpc_address in rows:
             home = directory / name
             flags = ["--state-dir", str(home), "--node-id", name, *shared, "--http", ""]
-            flags += ["--host-bytes", "32MiB", "--ssd-bytes", "0"]
+            flags += ["--host-bytes", "32MiB", "--ssd-bytes", "0", "--listen", grpc_address]
+            flags += ["--tls-dir", str(pki.issue(directory / "pki", Identity("node", name)))]
             await children.start(name, ["node", *flags])
             channel = await stack.enter_async_context(
                 grpc.aio.insecure_channel(f"unix:{home}/admin.sock")
@@ -94,6 +106,7 @@ async def fleet(directory: Path, redis: RedisServer) -> AsyncIterator[Fleet]:
             flags += ["--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64"]
             await children.start(f"e-{name}", ["engine", *flags])
         flags = ["--state-dir", str(directory / "router"), *shared, "--listen", addresses[2]]
+        flags += ["--tls-dir", str(pki.issue(directory / "pki", Identity("router", "r1")))]
         await children.start("router", ["router", *flags, "--policy", "round_robin"])
         found = Fleet(f"http://{addresses[2]}", http, registries, admins)
         await found.wait_metric('kvfabric_router_engines{result="taking"} 2.0')
@@ -134,8 +147,7 @@ async def test_a_fleet_on_one_directory(tmp_path: Path) -> None:
             redis.start()
             await found.wait_metric("kvfabric_router_epoch_lease_valid 1.0")
             await found.warm()
-            states = [await found.state_of(name) for name in ("n1", "n2")]
-            assert [state.state for state in states] == ["serving"] * 2
+            await found.wait_serving("n1", "n2")
             receipt = await other.Invalidate(
                 pb.InvalidateRequest(scope="template", name="t", purge=True)
             )

@@ -9,12 +9,16 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvfabric import cli, doctor
+from kvfabric import cli, doctor, pki
 from kvfabric.config import NodeConfig
 from kvfabric.doctor import FAIL, OK, WARN, Finding
+from kvfabric.pki import Identity
+from kvfabric.testing.processes import NodeProcess, until
+from kvfabric.testing.redis import RedisServer
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -171,3 +175,35 @@ sys.exit(COMMAND.run(parser.parse_args(["--state-dir", {str(tmp_path)!r}, "--htt
     assert done.returncode == 0, done.stderr
     assert "kvfabric[node]" in done.stdout
     assert "not asked: " in done.stdout
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_fleet(tmp_path: Path) -> None:
+    """Directory, lease and certificate, fit and unfit."""
+
+    def findings(**options: Any) -> dict[str, Finding]:
+        config = NodeConfig(state_dir=tmp_path / "node", http="", **options)
+        return {finding.subject: finding for finding in doctor.examine(config)}
+
+    assert not {"directory", "certificate", "insecure", "epoch lease"} & set(findings())
+    server = RedisServer(tmp_path / "redis")
+    unfit = findings(directory=server.url, insecure=True, tls_dir=str(tmp_path / "nothing"))
+    assert "does not answer" in unfit["directory"].text
+    assert unfit["certificate"].result == unfit["directory"].result == FAIL
+    assert unfit["insecure"].result == WARN
+    pki.init(tmp_path / "pki")
+    short = pki.issue(tmp_path / "pki", Identity("node", "n1"), days=3)
+    with server:
+        server.call("CONFIG", "SET", "appendfsync", "everysec")
+        found = findings(directory=server.url, tls_dir=str(short))
+        assert "appendfsync" in found["directory"].text
+        assert found["certificate"].result == WARN
+        server.call("CONFIG", "SET", "appendfsync", "always")
+        with NodeProcess(tmp_path / "node", directory=server.url, epoch_lease_s=0.3):
+            config = findings(directory=server.url)
+            assert config["directory"].result == OK
+            until(lambda: findings(directory=server.url)["epoch lease"].result == OK)
+            server.kill()
+            until(lambda: findings(directory=server.url)["epoch lease"].result == WARN)
+            lease = findings(directory=server.url)["epoch lease"]
+            assert "no_lease" in lease.text

@@ -218,8 +218,11 @@ class RegistryCopy:
             lease_s=self.lease_s,
         )
         if made:
-            _log.error("the directory had lost %d changes: they were given back", len(lost))
-            self.num_restores += 1
+            if self.is_own:
+                _log.info("the directory was empty: this node's own registry is the fleet's now")
+            else:
+                _log.error("the directory had lost %d changes: they were given back", len(lost))
+                self.num_restores += 1
             await self._append(draft.state, [entry])
         return made
 
@@ -252,6 +255,9 @@ class RegistryCopy:
 
     async def _append(self, state: RegistryState, entries: Sequence[Entry]) -> None:
         await self._in_pool(self.database.append, self.state, state, entries)
+        if self.is_own:
+            await self._in_pool(self.database.put_notes, {FLEET: self._options.fabric.encode()})
+            self.is_own = False
         self._publish(state, self._sequence + len(entries), entries)
 
     async def _replace(self, state: RegistryState, entries: Sequence[Entry]) -> None:

@@ -136,6 +136,11 @@ class RedisRegistry(Registry):
         Raises ConfigError if the copy is not ours or of another fleet, Conflict if its audit log does not
         hold.
         """
+        if self._address.is_plain_tcp:
+            _log.warning(
+                "INSECURE: %s is plain TCP: whoever is on the way changes epochs",
+                self._address.shown,
+            )
         await self._copy.open()
         self.lease = EpochLease(self._clock, store_id=self._copy.trusted)
         try:
