@@ -24,6 +24,7 @@ POINTS = (
     "segment.appended",
     "segment.synced",
     "segment.unlinked",
+    "segment.reclaim.moved",
     "segment.reclaim.forgotten",
     "segment.reclaim.done",
     "index.changed",

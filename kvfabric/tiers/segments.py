@@ -671,6 +671,7 @@ class SegmentTier(Tier):
             return
         with self._writing.moving(plan.num_bytes):
             buried = await self._make_durable(plan)
+        failpoint("segment.reclaim.moved")
         self._account(plan, buried)
         self._counts["rescued_bytes"] += sum(record_bytes(one[1].num_bytes) for one in found.intact)
         if self.owner is not None:

@@ -42,7 +42,7 @@ from kvfabric.types import DEFAULT_TENANT, BlockKey, Segment
 from tests.torture.launcher import Launcher
 
 CHAIN_BLOCKS = 8
-CHAINS = 32
+CHAINS = 16
 """Remembered: together a quarter of what the SSD tier holds, so that none of them is reclaimed."""
 CHECKED_CHAINS = 10
 ROUNDS = 40
@@ -65,7 +65,7 @@ HELLO = tiny_hello(window_bytes=64 << 10)
 OPTIONS = {
     "http": "",
     "host_bytes": 1 << 20,
-    "ssd_bytes": 8 << 20,
+    "ssd_bytes": 4 << 20,
     "max_blocks": 16384,
     "log_level": "warning",
     "epoch_lease_s": 0.2,
@@ -140,6 +140,7 @@ class Oracle:
         self._changes = changes
         self._verifies = verifies
         self._chains: deque[Chain] = deque(maxlen=CHAINS)
+        self._favourite: Chain | None = None  # in use all the time, so it outlives its segment
         self._sealed: set[BlockKey] = set()
         self._client: NodeClient | None = None
         self._pid = -1
@@ -294,7 +295,7 @@ class Oracle:
     def _check(self, engine: TinyEngine) -> None:
         """Load what was stored in earlier lives: right bytes only, and all that was sealed."""
         sample = min(CHECKED_CHAINS, len(self._chains))
-        for chain in self._random.sample(list(self._chains), sample):
+        for chain in [*self._random.sample(list(self._chains), sample), *self._favourites]:
             found = self._load(engine, chain)
             if chain.segment is not None and chain.segment in self._gone:
                 self.tally.stale += len(found)
@@ -377,6 +378,15 @@ class Oracle:
                 break
             time.sleep(0.01)
         self._load(engine, self._random.choice(self._chains))
+        for chain in self._favourites:
+            self._load(engine, chain)
+
+    @property
+    def _favourites(self) -> list[Chain]:
+        if self._favourite is None:
+            plain = (chain for chain in self._chains if chain.segment is None)
+            self._favourite = next(plain, None)
+        return [self._favourite] if self._favourite else []
 
     def _new_chain(self) -> Chain:
         self._serial += 1
@@ -395,7 +405,7 @@ class Oracle:
     def _note_sealed(self, admin: AdminClient) -> int:
         """Remember what the node says is sealed; returns how many parts it found corrupt so far."""
         status = admin.call(admin.admin.Status, pb.StatusRequest(sealed_keys=True))
-        recent = {key for chain in self._chains for key in chain.keys}
+        recent = {key for chain in [*self._chains, *self._favourites] for key in chain.keys}
         self._sealed = (self._sealed & recent) | (recent & set(status.sealed_keys))
         return int(status.counters["corrupt"])
 
