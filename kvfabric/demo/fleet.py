@@ -134,18 +134,6 @@ class Fleet:
         assert self._router is not None
         await self._router.wait_ready(self._router_sees_engines, _READY_S)
 
-    async def wait_engines_forgotten(self) -> None:
-        """Until the router sends requests to none: it may not take engines that start for those that ended,
-        whose handles they refuse."""
-        assert self._router is not None
-        await self._router.wait_ready(self._router_sees_none, _READY_S)
-
-    async def _router_sees_none(self) -> bool:
-        metrics = await self._get(self._router_address, "/metrics")
-        taking = 'kvfabric_router_engines{result="taking"} '
-        lines = [line for line in (metrics or "").splitlines() if line.startswith(taking)]
-        return metrics is not None and all(float(line.split()[-1]) == 0 for line in lines)
-
     async def _router_sees_engines(self) -> bool:
         ready = [f'kvfabric_router_engines{{result="taking"}} {NUM_ENGINES:.1f}']
         if self._with_fabric:
