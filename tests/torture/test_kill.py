@@ -91,7 +91,7 @@ def test_a_torn_record_is_never_served(tmp_path: Path, guarded: bool) -> None:
     """The last page of every write is lost, and the oracle believes what its node hands out. Records that
     the node verifies are missed; with the checksum off, the oracle is served wrong bytes and sees it."""
     changes = ("torn",) if guarded else ("torn", "no_checksum")
-    tally = _lives(tmp_path, changes, failpoint="store.sealed", lives=2, verifies=False)
+    tally = _lives(tmp_path, changes, failpoint="store.sealed", lives=4, verifies=False)
     assert tally.checked > 0
     assert (tally.wrong == 0) == guarded
     assert not guarded or tally.corrupt > 0
