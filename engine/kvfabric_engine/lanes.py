@@ -103,6 +103,7 @@ class _CudaLane(Lane):
         for target, source, num_bytes in copies.tolist():
             error = self._copy(target, source, num_bytes, MEMCPY_DEFAULT, self._handle)
             if error:
+                _forget_error()
                 raise TransferError(
                     f"the device refuses a copy of {num_bytes} B: CUDA error {error}"
                 )
@@ -112,14 +113,28 @@ class _CudaLane(Lane):
         assert self._copy_batch is not None
         columns = np.ascontiguousarray(copies.T)
         addresses = [column.ctypes.data for column in columns]
-        return self._copy_batch(addresses, len(copies), self._handle) == 0
+        if self._copy_batch(addresses, len(copies), self._handle) == 0:
+            return True
+        _forget_error()
+        return False
+
+
+@functools.cache
+def _runtime() -> ctypes.CDLL:
+    """The runtime library that torch has loaded."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    return ctypes.CDLL(f"libcudart.so.{major}")
+
+
+def _forget_error() -> None:
+    """What this thread's last call failed with was seen: torch would report it at its next launch."""
+    _runtime().cudaGetLastError()
 
 
 @functools.cache
 def _memcpy_async() -> Any:
-    """cudaMemcpyAsync of the runtime library that torch has loaded."""
-    major = (torch.version.cuda or "").partition(".")[0]
-    function = ctypes.CDLL(f"libcudart.so.{major}").cudaMemcpyAsync
+    """cudaMemcpyAsync"""
+    function = _runtime().cudaMemcpyAsync
     pointer = ctypes.c_void_p
     function.argtypes = (pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer)
     function.restype = ctypes.c_int
@@ -144,7 +159,7 @@ IN_STREAM_ORDER = 1
 def _memcpy_batch_async() -> Callable[[list[int], int, int], int] | None:
     """cudaMemcpyBatchAsync (targets, sources and sizes; how many; stream) -> error; None before CUDA 12.8."""
     major = (torch.version.cuda or "").partition(".")[0]
-    function = getattr(ctypes.CDLL(f"libcudart.so.{major}"), "cudaMemcpyBatchAsync", None)
+    function = getattr(_runtime(), "cudaMemcpyBatchAsync", None)
     if function is None:
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_size_t

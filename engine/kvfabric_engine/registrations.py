@@ -66,10 +66,12 @@ class PinnedMemory:
 
     def copies(self, targets: Addresses, sources: Addresses, size: int, *, host: int) -> Copies:
         """Items of `size` bytes each as few copies as possible. `host`: which of the two is the host's, 0 or
-        1. No copy crosses the edge of a registration."""
+        1. No copy crosses the edge of a registration; of memory that is none of ours, which may be neighbours
+        by chance alone, each item is a copy of its own."""
         if not len(targets):
             return np.empty((0, 3), dtype=np.uint64)
         joins = (np.diff(targets) == size) & (np.diff(sources) == size)
+        joins &= self._registrations().are_within((targets, sources)[host][1:])
         heads = np.flatnonzero(np.append(True, ~joins))
         left = size * np.diff(np.append(heads, len(targets)))
         sides = (targets[heads], sources[heads])
@@ -91,9 +93,11 @@ class PinnedMemory:
 
 
 class _Registrations(NamedTuple):
-    """`edges` of all, ascending, and one above every address. Spans: what neighbours hold together; the first
-    of them holds nothing."""
+    """`starts` and `ends` of all, ascending; `edges` are both, and one above every address. Spans: what
+    neighbours hold together. The first registration and the first span hold nothing."""
 
+    starts: Addresses
+    ends: Addresses
     edges: Addresses
     span_starts: Addresses
     span_ends: Addresses
@@ -104,7 +108,13 @@ class _Registrations(NamedTuple):
         begins = np.append(True, starts[1:] != stops[:-1])[: len(starts)]
         lasts = np.append(begins[1:], True)[: len(starts)]
         edges = np.unique(np.concatenate([starts, stops, [np.iinfo(np.int64).max]]))
-        return cls(edges, np.append(0, starts[begins]), np.append(0, stops[lasts]))
+        spans = np.append(0, starts[begins]), np.append(0, stops[lasts])
+        return cls(np.append(0, starts), np.append(0, stops), edges, *spans)
+
+    def are_within(self, addresses: Addresses) -> npt.NDArray[np.bool_]:
+        """Which lie behind the first byte of a registration and before its end."""
+        owners = np.searchsorted(self.starts, addresses, side="left") - 1
+        return (owners >= 0) & (addresses < self.ends[owners])
 
 
 def address_of(memory: memoryview) -> int:

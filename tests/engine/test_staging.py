@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from kvfabric_engine.kernels import PagedRuns
+from kvfabric_engine.lanes import new_lane
 from kvfabric_engine.layout import PoolShape, default_block_tokens, pages_as_bytes
+from kvfabric_engine.registrations import PinnedMemory, address_of
 from kvfabric_engine.staging import HostMover, StagedMover, mover_for, prove_layout
 
 from kvfabric.errors import ConfigError, TransferError
@@ -164,3 +166,23 @@ def test_memory_mapped_where_pinned_memory_was(device: str, is_unpinned: bool) -
             assert bytes(part) == pool[1:4].contiguous().view(torch.uint8).cpu().numpy().tobytes()
         mover.unpin(new.view)
     new.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_refused_copy_is_told_once_cuda() -> None:
+    """Out of one registration into the next; what the thread launches after it does not fail for it."""
+    device = torch.device("cuda")
+    lane, pinned = new_lane(device), PinnedMemory(device)
+    memory = memoryview(mmap.mmap(-1, 2 * mmap.PAGESIZE))
+    seam = address_of(memory) + mmap.PAGESIZE
+    for start in (seam - mmap.PAGESIZE, seam):
+        assert pinned.add(start, mmap.PAGESIZE, is_writable=True)
+    here = torch.zeros(64, dtype=torch.uint8, device=device)
+    for count in (1, 2):
+        rows = [(here.data_ptr(), seam - 4, 8)] * count
+        with pytest.raises(TransferError, match="refuses"):
+            lane.copy(np.array(rows, dtype=np.uint64))
+        assert int((here + 1).sum()) == 64
+    for start in (seam - mmap.PAGESIZE, seam):
+        pinned.remove(start)
