@@ -27,8 +27,10 @@ from kvfabric.events.index import FleetIndex
 from kvfabric.registry.lease import EpochLease
 from kvfabric.tls import Security
 from kvfabric_router import api
+from kvfabric_router.admission import Admission
 from kvfabric_router.api import ApiError
-from kvfabric_router.dispatch import Call, Planner, explain
+from kvfabric_router.decision import explain
+from kvfabric_router.dispatch import Call, Planner
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.links import Links
 from kvfabric_router.metrics import RouterMetrics
@@ -38,6 +40,7 @@ from kvfabric_router.proxy import REQUEST_ID, Proxy, trace_config
 from kvfabric_router.registry_view import RegistryView
 
 MAX_IN_FLIGHT = 2048
+TTFT_OBJECTIVE = "x-kvfabric-ttft-objective-ms"
 STOP_S = 30.0
 """How long answers in progress may take to end when the router stops."""
 
@@ -128,6 +131,7 @@ class Router:
             raise ApiError(429, "The router has as many requests as it takes.", code="overloaded")
         raw = await request.read()
         return Call(
+            ttft_ms=_objective(request.headers.get(TTFT_OBJECTIVE)),
             request_id=request_id,
             tenant=self.registry.authenticate(request.headers.get("Authorization")),
             request=api.parse(request.path, raw),
@@ -188,6 +192,19 @@ class Router:
         )
 
 
+def _objective(header: str | None) -> float | None:
+    """Milliseconds. Raises ApiError 400."""
+    if header is None:
+        return None
+    try:
+        value = float(header)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ApiError(400, f"`{TTFT_OBJECTIVE}` must be a number of milliseconds above 0.")
+    return value
+
+
 def _json(value: object, *, status: int = 200) -> web.Response:
     return web.Response(
         status=status, body=msgspec.json.encode(value), content_type="application/json"
@@ -215,8 +232,9 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
         )
 
     links = Links(link, config.node_targets)
+    admission = Admission(planner, fleet, metrics=metrics, clock=time.monotonic)
     proxy = Proxy(
-        planner=planner,
+        admission=admission,
         fleet=fleet,
         registry=registry,
         http=http,

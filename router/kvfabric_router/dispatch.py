@@ -1,7 +1,8 @@
 """One request's way: what it is, which engine gets it, with which handle and salt. Sync decisions.
 
-`Planner.plan` is the whole decision, made anew for each attempt: over the engines that take requests now,
-by the registry state of now. What it returns is sent at once. `proxy` does the sending.
+`Planner.rank` and `plan` are the whole decision, made anew for each attempt: over the engines that take
+requests now, by the registry state of now. What `plan` returns is sent at once. `admission` decides when,
+`proxy` sends.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ from kvfabric.registry.state import RegistryState, Tenant
 from kvfabric.types import BlockKey, TenantId
 from kvfabric_router import policy
 from kvfabric_router.api import ApiError, ModelRequest
+from kvfabric_router.decision import Decision, Outcome, explain
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.flight import Sent
+from kvfabric_router.hold import DemandOf
 from kvfabric_router.identity import PromptKeys, RequestIdentity, one_time_salt
 from kvfabric_router.keyring_reader import KeyringReader
 from kvfabric_router.metrics import RouterMetrics
@@ -36,6 +39,7 @@ from kvfabric_router.prompt import TOKENIZERS, tokenise
 from kvfabric_router.registry_view import RegistryView
 
 KEPT_DECISIONS = 1024
+REUSE_FRESH_S = 0.2
 _BYTES_PER_TOKEN = 4  # of a prompt whose tokens nobody told us: only a load estimate
 
 _log = logging.getLogger(__name__)
@@ -45,7 +49,8 @@ _log = logging.getLogger(__name__)
 class Call:
     """A client's request with what was found out about it so far. Lives as long as the request.
 
-    `result` is how it ended, where the status of the answer does not tell.
+    `result` is how it ended, where the status of the answer does not tell. `ttft_ms`: refuse it if its first
+    token comes later than that after `arrived` (monotonic seconds).
     """
 
     request_id: str
@@ -55,18 +60,23 @@ class Call:
     result: str = ""
     tried: set[str] = field(default_factory=set)
     tokens: dict[str, Sequence[int] | None] = field(default_factory=dict)
+    arrived: float = field(default_factory=time.monotonic)
+    ttft_ms: float | None = None
+    identities: _Identities | None = None
+    matches: _Matches | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """Where a call goes and why: `ranked[0]` is the choice. Holds nothing of the prompt.
+class Ranking:
+    """Where a call would go now, best first: a `Plan` without what it would be sent with."""
 
-    `reason`: why nothing may be reused; empty if it may.
-    """
-
-    tenant: TenantId
+    call: Call
     ranked: tuple[Ranked, ...]
-    reason: str
+    identities: _Identities
+
+    @property
+    def best(self) -> Ranked:
+        return self.ranked[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,7 @@ class Plan:
     body: Mapping[str, Any]
     version: int
     keys: Sequence[BlockKey] = ()
+    is_streamed: bool = True
 
     @property
     def choice(self) -> Candidate:
@@ -92,7 +103,7 @@ class Plan:
     def sent(self) -> Sent:
         """What the fleet's account needs to know of it."""
         chosen = self.decision.ranked[0]
-        return Sent(chosen.candidate.work, chosen.terms.own_work, self.keys)
+        return Sent(chosen.candidate.work, chosen.terms.own_work, self.keys, self.is_streamed)
 
 
 class Planner:
@@ -118,32 +129,59 @@ class Planner:
         self._turn = 0
         self._decisions: OrderedDict[str, Decision] = OrderedDict()
 
-    def plan(self, call: Call) -> Plan:
-        """Choose an engine and make what it needs. Raises ApiError 400, 404 or 503."""
+    @property
+    def holds(self) -> bool:
+        """Whether the choice gets better by being made late."""
+        return self._config.fabric and self._config.policy == "cost"
+
+    def rank(self, call: Call, demand: DemandOf | None = None) -> Ranking:
+        """Who would answer it soonest, given who else waits. Raises ApiError 400, 404 or 503.
+
+        Asked again for a call that waits, it reads the index again only after `REUSE_FRESH_S`, and tokenizes
+        and hashes only for a newer registry state.
+        """
         began = time.perf_counter()
         engines = self._eligible(call)
+        if demand is not None:
+            engines = [demand(engine) for engine in engines]
         state = self._registry.usable() if self._config.fabric else None
-        identities = _Identities(call, state, self._keyring, self._registry)
-        matches = _Matches(self._index, self._fleet.predicted)
-        candidates = [self._candidate(call, engine, identities, matches) for engine in engines]
+        if call.identities is None or call.identities.state is not state:
+            call.identities = _Identities(call, state, self._keyring, self._registry)
+            call.matches = None
+        now = time.monotonic()
+        if call.matches is None or now - call.matches.made_at > REUSE_FRESH_S:
+            call.matches = _Matches(self._index, self._fleet.predicted, now)
+        candidates = [self._candidate(call, engine) for engine in engines]
         ranked = self._rank(call, candidates)
+        self._metrics.decision.observe(time.perf_counter() - began)
+        return Ranking(call, ranked, call.identities)
+
+    def plan(self, ranking: Ranking) -> Plan:
+        """What the best engine of a ranking made just now needs."""
+        call, ranked, identities = ranking.call, ranking.ranked, ranking.identities
         body, reason = self._body(call, ranked[0].candidate.engine, identities)
         keys = None if reason or call.no_store else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
             Decision(call.tenant.tenant_id, ranked, reason),
             body,
-            state.version if state else 0,
+            identities.state.version if identities.state else 0,
             keys.keys if keys is not None and not call.tenant.opted_out else (),
+            call.request.stream,
         )
         self._remember(call.request_id, plan.decision)
         self._count(plan, identities)
-        self._metrics.decision.observe(time.perf_counter() - began)
         return plan
 
     def decision(self, request_id: str, tenant: TenantId) -> Decision | None:
         """The last decision on a tenant's own request, while it is remembered."""
         found = self._decisions.get(request_id)
         return found if found is not None and found.tenant == tenant else None
+
+    def outcome(self, call: Call, outcome: Outcome) -> None:
+        """What became of the last decision on a call."""
+        decision = self._decisions.get(call.request_id)
+        if decision is not None:
+            self._decisions[call.request_id] = replace(decision, outcome=outcome)
 
     # ------------------------------------------------------------------ who could
 
@@ -177,9 +215,10 @@ class Planner:
 
     # ------------------------------------------------------------------ what it would cost
 
-    def _candidate(
-        self, call: Call, engine: EngineView, identities: _Identities, matches: _Matches
-    ) -> Candidate:
+    def _candidate(self, call: Call, engine: EngineView) -> Candidate:
+        identities, matches = call.identities, call.matches
+        assert identities is not None
+        assert matches is not None
         keys = identities.keys(engine)
         reuse = Reuse()
         if keys is not None and not call.tenant.opted_out:
@@ -257,37 +296,15 @@ class Planner:
             self._metrics.predicted_tokens.labels(tenant=decision.tenant, tier=tier).inc(
                 getattr(plan.choice.reuse, f"{tier}_tokens")
             )
+        self._metrics.reachable_tokens.labels(tenant=decision.tenant).inc(decision.reachable_tokens)
+        self._metrics.regret_tokens.labels(tenant=decision.tenant).inc(decision.regret_tokens)
+        self._metrics.regret_s.labels(tenant=decision.tenant).inc(decision.regret_ms / 1e3)
+        if plan.choice.reuse.is_approximate:
+            self._metrics.approximate.labels(tenant=decision.tenant).inc()
         identity = identities.of(plan.engine.tokenizer)
         if identity is not None:
             for segment in identity.recognised.segments:
                 self._metrics.templates.labels(template=segment.template, result="used").inc()
-
-
-def explain(decision: Decision) -> dict[str, Any]:
-    """A decision as JSON: each candidate with its reuse in tokens and its cost terms in milliseconds."""
-    return {
-        "reason": decision.reason,
-        "candidates": [
-            {
-                "engine": ranked.candidate.engine.engine_id,
-                "prompt_tokens": ranked.candidate.prompt_tokens,
-                "reuse_tokens": {
-                    "hbm": ranked.candidate.reuse.hbm_tokens,
-                    "host": ranked.candidate.reuse.host_tokens,
-                    "ssd": ranked.candidate.reuse.ssd_tokens,
-                },
-                "cost_ms": {
-                    "wait": round(ranked.terms.wait, 3),
-                    "fetch": round(ranked.terms.fetch, 3),
-                    "prefill": round(ranked.terms.prefill, 3),
-                    "decode": round(ranked.terms.decode, 3),
-                    "others": round(ranked.terms.others, 3),
-                    "total": round(ranked.terms.total, 3),
-                },
-            }
-            for ranked in decision.ranked
-        ],
-    }
 
 
 def tokens_of(call: Call, tokenizer: str) -> Sequence[int] | None:
@@ -319,8 +336,8 @@ class _Identities:
         keyring: KeyringReader,
         registry: RegistryView,
     ) -> None:
+        self.state = state
         self._call = call
-        self._state = state
         self._keyring = keyring
         self._registry = registry
         self._made: dict[str, RequestIdentity | None] = {}
@@ -342,7 +359,7 @@ class _Identities:
 
     def reason(self, engine: EngineView) -> str:
         """Why `keys` is None."""
-        if self._state is None:
+        if self.state is None:
             return "no_epoch_lease"
         if engine.model is None or engine.tokenizer not in TOKENIZERS:
             return "unknown_engine"
@@ -352,7 +369,7 @@ class _Identities:
 
     def _make(self, tokenizer: str) -> RequestIdentity | None:
         templates = self._registry.templates(tokenizer)
-        if self._state is None or templates is None:
+        if self.state is None or templates is None:
             return None
         tokens = tokens_of(self._call, tokenizer)
         keyring = self._keyring_of_tenant()
@@ -360,7 +377,7 @@ class _Identities:
             return None
         return RequestIdentity(
             tenant=self._call.tenant,
-            state=self._state,
+            state=self.state,
             keyring=keyring,
             token_ids=tokens,
             recognised=templates.recognise(tokens),
@@ -379,7 +396,8 @@ class _Identities:
 class _Matches:
     """The index's answers for one call: asked once for each namespace."""
 
-    def __init__(self, index: FleetIndex, predicted: Predicted) -> None:
+    def __init__(self, index: FleetIndex, predicted: Predicted, made_at: float) -> None:
+        self.made_at = made_at
         self._index = index
         self._predicted = predicted
         self._answers: dict[tuple[bytes, bytes, int], dict[Holder, Present]] = {}

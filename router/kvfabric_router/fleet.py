@@ -81,7 +81,7 @@ class _Engine:
             # Not seen at work yet: it counts as one of the others, not as a faster one.
             block = announced and announced.block_bytes / announced.model.block_tokens
             activity.learner.prior(fetch_prior(block or 0.0, others))
-        num_waiting = activity.num_waiting
+        waiting = activity.waiting()
         return EngineView(
             endpoint=self.endpoint,
             engine_id=announced.engine_id if announced else self.endpoint,
@@ -93,9 +93,9 @@ class _Engine:
             tokenizer=probed.tokenizer,
             max_model_tokens=probed.max_model_tokens,
             rates=activity.learner.rates,
-            waiting_ms=activity.waiting_ms(),
-            num_waiting=num_waiting,
-            num_decoding=len(activity.flights) - num_waiting,
+            waiting_ms=activity.waiting_ms(waiting),
+            num_waiting=len(waiting),
+            num_decoding=len(activity.flights) - len(waiting),
         )
 
 
@@ -114,6 +114,8 @@ class Fleet:
         self.predicted = Predicted(clock=clock)
         self.distrusted: dict[NodeId, asyncio.Event] = {}
         """Set when what a node told is wrong about an engine of it, again and again: learn it anew."""
+        self.room: Callable[[], None] = lambda: None
+        """Called when an engine may have room for another request."""
         self.probe_due = asyncio.Event()
         """Set when an engine should be probed earlier than planned."""
 
@@ -158,7 +160,7 @@ class Fleet:
     def _known(self, endpoint: str) -> _Engine:
         endpoint = base_url(endpoint)
         if endpoint not in self._engines:
-            activity = Activity(endpoint, self.predicted, self._clock)
+            activity = Activity(endpoint, self.predicted, self._clock, self._has_room)
             self._engines[endpoint] = _Engine(endpoint, activity, failing_since=self._clock())
             self._probe_soon(self._engines[endpoint])
         return self._engines[endpoint]
@@ -197,6 +199,7 @@ class Fleet:
             engine.probed = report
             engine.excluded = False
             engine.failures = 0
+            self.room()
 
     def session_moved(self, endpoint: str, report: ProbeReport) -> None:
         """The engine has started anew, which its node has not told yet: believe the engine."""
@@ -260,6 +263,9 @@ class Fleet:
             is_told=engine.announced is not None,
             wrong=lambda: self._distrust(engine),
         )
+
+    def _has_room(self) -> None:
+        self.room()
 
     def _distrust(self, engine: _Engine) -> None:
         if engine.node_id is not None and engine.announced is not None:

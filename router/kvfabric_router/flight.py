@@ -52,23 +52,27 @@ class Trust:
 
 @dataclass(slots=True, eq=False)
 class Activity:
-    """What an engine is doing for this router, and what that taught. `clock`: monotonic seconds."""
+    """What an engine is doing for this router, and what that taught.
+
+    `clock`: monotonic seconds. `room`: called when the engine may have room for another request.
+    """
 
     endpoint: str
     predicted: Predicted
     clock: Callable[[], float]
+    room: Callable[[], None] = lambda: None
     learner: RateLearner = field(default_factory=RateLearner)
     trust: Trust = field(default_factory=Trust)
     flights: dict[int, Flight] = field(default_factory=dict)
     last_first_byte: float = 0.0
 
-    @property
-    def num_waiting(self) -> int:
-        return sum(flight.first_byte_at is None for flight in self.flights.values())
+    def waiting(self) -> list[Flight]:
+        """Flights whose prompts are not computed yet, in the order they were sent."""
+        now = self.clock()
+        return [flight for flight in self.flights.values() if flight.is_waiting(now)]
 
-    def waiting_ms(self) -> float:
-        """Predicted work before a newcomer's."""
-        waiting = [flight for flight in self.flights.values() if flight.first_byte_at is None]
+    def waiting_ms(self, waiting: Sequence[Flight]) -> float:
+        """Predicted work of `waiting()` that a newcomer waits for."""
         if not waiting:
             return 0.0
         now = self.clock()
@@ -81,11 +85,14 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What is known of a request when it is sent. `work_ms`: predicted until its first token."""
+    """What is known of a request when it is sent. `work_ms`: predicted until its first token, once it is
+    its turn; `is_streamed`: that token will be seen.
+    """
 
     work: Work
     work_ms: float
     keys: Sequence[BlockKey] = ()
+    is_streamed: bool = True
 
 
 class Flight:
@@ -106,6 +113,7 @@ class Flight:
         self.work_ms = sent.work_ms
         self.sent_at = activity.clock()
         self.first_byte_at: float | None = None
+        self._prefilled_at = 0.0
         self._prefill_ms = 0.0
         self._num_decoding = 0
         self._is_answered = False
@@ -113,8 +121,16 @@ class Flight:
         self._limit: asyncio.Timeout | None = None
         self._last_event_at = 0.0
 
+    def is_waiting(self, now: float) -> bool:
+        """Whether its prompt is still to be computed. Of an answer in one piece that can only be guessed."""
+        if self.first_byte_at is not None:
+            return False
+        return self._sent.is_streamed or now < self._prefilled_at
+
     def __enter__(self) -> Self:
         self.sent_at = self._clock()
+        before_ms = self._activity.waiting_ms(self._activity.waiting())
+        self._prefilled_at = self.sent_at + (before_ms + self.work_ms) / 1e3
         self._activity.flights[id(self)] = self
         self._expected = self._predicted.expect(self._activity.endpoint, self._sent.keys)
         return self
@@ -129,13 +145,20 @@ class Flight:
         if self.first_byte_at is not None:
             if not self._is_answered:
                 self._teach(self._sent.work)
-            return
+        else:
+            self._end_without_first_byte()
+        self._activity.room()
+
+    def _end_without_first_byte(self) -> None:
         # Not streamed, or failed: the engine is done with it all the same.
-        self._activity.last_first_byte = self._clock()
         assert self._expected is not None
         if self._is_answered:
+            self._activity.last_first_byte = max(
+                self._activity.last_first_byte, min(self._prefilled_at, self._clock())
+            )
             self._predicted.done(self._expected, for_s=self._told_s)
         else:
+            self._activity.last_first_byte = self._clock()
             self._predicted.failed(self._expected)
 
     @contextlib.asynccontextmanager
@@ -161,10 +184,11 @@ class Flight:
             return
         began = max(self.sent_at, self._activity.last_first_byte)
         self._prefill_ms = (now - began) * 1e3
-        self._num_decoding = len(self._activity.flights) - self._activity.num_waiting
         self.first_byte_at = self._activity.last_first_byte = now
+        self._num_decoding = len(self._activity.flights) - len(self._activity.waiting()) - 1
         assert self._expected is not None
         self._predicted.done(self._expected, for_s=self._told_s)
+        self._activity.room()
 
     def answered(self, actual: Work | None, *, completion_tokens: int) -> None:
         """The answer is whole; `actual` is what the engine says of its prompt, None if it says nothing."""

@@ -38,6 +38,20 @@ class RouterMetrics:
             "tenant",
             "tier",
         )
+        self.reachable_tokens = self._counter(
+            "reachable_reuse_tokens", "Reuse at the engine that had most of each prompt.", "tenant"
+        )
+        self.regret_tokens = self._counter(
+            "regret_tokens", "Reuse given up for a shorter wait, own or others'.", "tenant"
+        )
+        self.regret_s = self._counter(
+            "regret_seconds", "Expected time to first token given up for others.", "tenant"
+        )
+        self.approximate = self._counter(
+            "approximate_requests",
+            "Requests at engines that no node speaks for: their reuse is guessed.",
+            "tenant",
+        )
         self.templates = self._counter(
             "template_requests", "Requests that use a registered template.", "template", "result"
         )
@@ -59,6 +73,10 @@ class RouterMetrics:
             "engines", "Known engines: taking requests or excluded.", "result"
         )
         self.in_flight = self._gauge("in_flight_requests", "Requests at engines now.")
+        self.held = self._gauge("held_requests", "Requests that wait at the router for an engine.")
+        self.refused = self._counter(
+            "refused", "Requests refused: queue full, or their objective out of reach.", "reason"
+        )
         self.lease = self._gauge("epoch_lease_valid", "1 while the router may act on its epochs.")
         self.index_blocks = self._gauge("index_blocks", "Blocks that the index knows a holder of.")
         self.index_bytes = self._gauge("index_bytes", "Memory of the index.")

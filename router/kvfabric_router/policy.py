@@ -2,16 +2,16 @@
 
 Cost of a candidate, in milliseconds:
 
-    wait      work that waits on this engine before it
+    wait      work that waits for this engine before it, there or at the router
     fetch     bringing its cached blocks into HBM, by tier
     prefill   computing the tokens that are cached nowhere near
     decode    what the answers in progress there take from the steps of that prefill
-    others    what it costs the rest: its uncached work, for each who waits in the queue that it joins
-              and for each who waits at a mean engine
+    others    what it costs those who wait for this engine: its uncached work, for each of them
 
 Without the last term a busy fleet gives its reuse away: each request takes the emptiest engine and makes
-all later ones on it wait longer than the reuse it gave up would have cost. Those behind it on this engine
-are as many as wait there now; and work done twice is missing wherever the fleet is short of it.
+all later ones on it wait longer than the reuse it gave up would have cost. Those behind it are as many as
+wait for the engine now. What is wasted, work that another engine would not have to do, counts once more for
+each who waits at a mean engine, as far as this one is that busy: the fleet is short of that work.
 
 No I/O, no clock, no state: the same code ranks live requests, recorded ones and simulated ones.
 """
@@ -40,8 +40,8 @@ class EngineView:
 
     `session` is empty if no node vouches for it: it gets no handle. `model` is None if the engine does
     not say what its KV depends on; `tokenizer` as the engine names it, empty if it does not.
-    `waiting_ms`: predicted work before a newcomer's; `num_waiting` requests without a first byte yet,
-    `num_decoding` with one.
+    `waiting_ms`: predicted work there before a newcomer's; `num_waiting` requests without a first byte yet,
+    `num_decoding` with one. `held_ms` and `num_held`: the same of requests at the router that wait for it.
     """
 
     endpoint: str
@@ -57,6 +57,13 @@ class EngineView:
     waiting_ms: float = 0.0
     num_waiting: int = 0
     num_decoding: int = 0
+    held_ms: float = 0.0
+    num_held: int = 0
+
+    @property
+    def queue(self) -> int:
+        """Requests that wait for it."""
+        return self.num_waiting + self.num_held
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +141,21 @@ class Ranked:
     terms: CostTerms
 
 
-def cost(candidate: Candidate, mean_waiting: float = 0.0) -> CostTerms:
-    """See the module. `mean_waiting`: requests that wait at a mean engine."""
+def cost(candidate: Candidate, *, mean_queue: float = 0.0, least: Work | None = None) -> CostTerms:
+    """See the module. `mean_queue`: requests that wait for a mean engine; `least`: the work of the prompt at
+    the candidate that reuses most of it.
+    """
     engine, work = candidate.engine, candidate.work
     rates = engine.rates
     prefill = rates.prefill_ms(work)
     decode = rates.decode_ms(work, engine.num_decoding)
+    wasted = max(prefill - rates.prefill_ms(least), 0.0) if least else 0.0
     return CostTerms(
-        wait=engine.waiting_ms,
+        wait=engine.waiting_ms + engine.held_ms,
         fetch=rates.fetch_ms(work),
         prefill=prefill,
         decode=decode,
-        others=(prefill + decode) * (engine.num_waiting + mean_waiting),
+        others=(prefill + decode) * engine.queue + wasted * min(engine.queue, mean_queue),
     )
 
 
@@ -153,8 +163,9 @@ def costs(candidates: Sequence[Candidate]) -> list[Ranked]:
     """Each candidate with its cost, in the order given."""
     if not candidates:
         return []
-    mean_waiting = fmean(c.engine.num_waiting for c in candidates)
-    return [Ranked(c, cost(c, mean_waiting)) for c in candidates]
+    mean_queue = fmean(c.engine.queue for c in candidates)
+    least = min((c.work for c in candidates), key=lambda work: work.computed)
+    return [Ranked(c, cost(c, mean_queue=mean_queue, least=least)) for c in candidates]
 
 
 def by_cost(candidates: Sequence[Candidate], rng: Random) -> tuple[Ranked, ...]:

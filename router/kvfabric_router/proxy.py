@@ -22,6 +22,7 @@ from aiohttp import web
 
 from kvfabric.errors import TransferError
 from kvfabric.handle import SESSION_HEADER
+from kvfabric_router.admission import Admission
 from kvfabric_router.api import (
     ApiError,
     EventSplitter,
@@ -31,7 +32,8 @@ from kvfabric_router.api import (
     events_of,
     parse_usage,
 )
-from kvfabric_router.dispatch import Call, Plan, Planner
+from kvfabric_router.decision import Outcome
+from kvfabric_router.dispatch import Call, Plan
 from kvfabric_router.fleet import Fleet, ProbeReport
 from kvfabric_router.flight import Flight
 from kvfabric_router.metrics import RouterMetrics
@@ -86,14 +88,14 @@ class Proxy:
     def __init__(
         self,
         *,
-        planner: Planner,
+        admission: Admission,
         fleet: Fleet,
         registry: RegistryView,
         http: aiohttp.ClientSession,
         metrics: RouterMetrics,
         timeout_s: float,
     ) -> None:
-        self.planner = planner
+        self.admission = admission
         self.fleet = fleet
         self.registry = registry
         self.http = http
@@ -121,7 +123,7 @@ class Proxy:
         busy: web.Response | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
-                plan = self.planner.plan(call)
+                plan = await self.admission.admit(call)
             except ApiError:
                 if call.tried and busy is not None:
                     return busy
@@ -157,6 +159,7 @@ class _Attempt:
         self._call = exchange.call
         self._plan = plan
         self._usage: Usage | None = None
+        self._ttft_ms: float | None = None
 
     async def run(self) -> web.StreamResponse:
         flight = self._proxy.fleet.flight(self._plan.engine.endpoint, self._plan.sent)
@@ -276,15 +279,19 @@ class _Attempt:
 
     def _observe_first_byte(self) -> None:
         tenant = self._call.tenant.tenant_id
-        self._proxy.metrics.first_byte.labels(tenant=tenant).observe(
-            time.monotonic() - self._exchange.arrived
-        )
+        after_s = time.monotonic() - self._exchange.arrived
+        self._proxy.metrics.first_byte.labels(tenant=tenant).observe(after_s)
+        if self._exchange.stream is not None or self._call.request.stream:
+            self._ttft_ms = after_s * 1e3
 
     def _count(self) -> None:
         usage = self._usage
         if usage is None:
             return
         tenant = self._call.tenant.tenant_id
+        self._proxy.admission.outcome(
+            self._call, Outcome(usage.prompt_tokens, usage.work, self._ttft_ms)
+        )
         self._proxy.metrics.prompt_tokens.labels(tenant=tenant).inc(usage.prompt_tokens)
         told = usage.hbm_tokens + usage.host_tokens + usage.ssd_tokens
         reused = {

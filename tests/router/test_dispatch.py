@@ -344,6 +344,9 @@ async def test_a_request_goes_where_its_prompt_is(
         path = f"/v1/kvfabric/decisions/{asked[0]['X-Request-Id']}"
         _, told, _ = await client.get(path, KEYS["t-1"])
         assert told["candidates"][0]["reuse_tokens"]["hbm"] == 6 * BLOCK_TOKENS
+        assert told["selected_tokens"] == told["reachable_tokens"] == 6 * BLOCK_TOKENS
+        assert told["regret_tokens"] == 0
+        assert told["actual"]["reuse_tokens"] == {"hbm": 16, "host": 16, "ssd": 0}
         assert opened(keyring, pair[1]).audience == pair[1].session
 
 

@@ -1,0 +1,167 @@
+"""When a call goes to an engine: at once, when there is room, or not at all. The asyncio edge of `HoldQueue`.
+
+There is room at an engine while its predicted work is less than `hold.HORIZON_MS`, or nobody waits there: so
+it never runs dry, and whatever waits longer does so here, where the choice is still open. That holds for the
+policy that chooses by cost; the others send at once.
+
+A call may carry an objective for its time to first token. It is refused as soon as that cannot be kept: a
+client that is told so early can do better than wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvfabric_router.api import ApiError
+from kvfabric_router.decision import Outcome
+from kvfabric_router.dispatch import Call, Plan, Planner, Ranking
+from kvfabric_router.fleet import Fleet
+from kvfabric_router.hold import (
+    MAX_HELD,
+    DemandOf,
+    Held,
+    HoldQueue,
+    has_room,
+    newcomers_view,
+    next_to_go,
+)
+from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.policy import Ranked
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    call: Call
+    plan: asyncio.Future[Plan]
+    ranking: Ranking
+
+
+class Admission:
+    """See the module. Every method is atomic on the event loop but `admit`."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        fleet: Fleet,
+        *,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+        max_held: int = MAX_HELD,
+    ) -> None:
+        self._planner = planner
+        self._fleet = fleet
+        self._metrics = metrics
+        self._clock = clock
+        self._queue = HoldQueue[_Waiting](max_held=max_held)
+        self._going: Held[_Waiting] | None = None
+        fleet.room = self._schedule
+
+    @property
+    def num_held(self) -> int:
+        return len(self._queue)
+
+    def outcome(self, call: Call, outcome: Outcome) -> None:
+        """What became of an admitted call."""
+        self._planner.outcome(call, outcome)
+
+    async def admit(self, call: Call) -> Plan:
+        """The plan of a call, once an engine has room: enter its flight before anything is awaited.
+
+        Raises ApiError 429 (the queue is full) or 503 (its objective cannot be kept), with Retry-After, and
+        what `Planner.plan` raises. On cancellation the call waits no more.
+        """
+        if call.tried or not self._planner.holds:
+            return self._planner.plan(self._planner.rank(call))
+        ranking = self._planner.rank(call, newcomers_view(self._queue))
+        self._refuse_late(ranking)
+        if not self._queue and has_room(ranking.best.candidate.engine):
+            return self._planner.plan(ranking)
+        return await self._held(ranking)
+
+    async def _held(self, ranking: Ranking) -> Plan:
+        future: asyncio.Future[Plan] = asyncio.get_running_loop().create_future()
+        held = Held(
+            tenant=ranking.call.tenant.tenant_id,
+            since=self._clock(),
+            item=_Waiting(ranking.call, future, ranking),
+            endpoint=ranking.best.candidate.engine.endpoint,
+            tokens=ranking.best.candidate.work.computed,
+            service_ms=ranking.best.terms.own_work,
+        )
+        gone = self._queue.add(held)
+        if gone is not None:
+            gone.item.plan.set_exception(self._full())  # perhaps the newcomer itself
+        try:
+            self._pump()
+            return await future
+        finally:
+            self._queue.remove(held)
+            self._metrics.held.set(len(self._queue))
+            if self._going is held:
+                # Only now, in this same turn of the loop, does its flight begin.
+                self._going = None
+                self._schedule()
+
+    # ------------------------------------------------------------------ who goes
+
+    def _schedule(self) -> None:
+        if self._queue:
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Let the next one go that finds room where it wants to go. One at a time: see `_held`."""
+        self._metrics.held.set(len(self._queue))
+        if self._going is not None or not self._queue:
+            return
+        if not any(has_room(engine) for engine in self._fleet.view().engines):
+            return
+        held = next_to_go(self._queue, self._clock(), self._rank)
+        if held is None:
+            return
+        self._queue.served(held)
+        self._going = held
+        held.item.plan.set_result(self._planner.plan(held.item.ranking))
+
+    def _rank(self, held: Held[_Waiting], demand: DemandOf) -> Ranked | None:
+        waiting = held.item
+        if waiting.plan.done():
+            return None  # cancelled or refused: about to leave
+        try:
+            waiting.ranking = self._planner.rank(waiting.call, demand)
+            self._refuse_late(waiting.ranking)
+        except ApiError as exc:
+            waiting.plan.set_exception(exc)
+            return None
+        return waiting.ranking.best
+
+    # ------------------------------------------------------------------ who does not
+
+    def _refuse_late(self, ranking: Ranking) -> None:
+        call = ranking.call
+        if call.ttft_ms is None:
+            return
+        waited_ms = (self._clock() - call.arrived) * 1e3
+        expected_ms = waited_ms + ranking.best.terms.first_token
+        if expected_ms <= call.ttft_ms:
+            return
+        self._metrics.refused.labels(reason="objective").inc()
+        raise ApiError(
+            503,
+            f"The first token would take {expected_ms:.0f} ms, more than the {call.ttft_ms:.0f} ms "
+            "that were asked for.",
+            code="objective_unreachable",
+            retry_after_s=math.ceil(max(expected_ms - call.ttft_ms, 1_000.0) / 1e3),
+        )
+
+    def _full(self) -> ApiError:
+        self._metrics.refused.labels(reason="full").inc()
+        drained_s = self._queue.service_ms / 1e3 / max(len(self._fleet.view().engines), 1)
+        return ApiError(
+            429,
+            "More requests wait than the router holds.",
+            code="overloaded",
+            retry_after_s=max(math.ceil(drained_s), 1),
+        )
