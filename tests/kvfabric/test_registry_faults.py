@@ -19,6 +19,7 @@ from kvfabric.errors import AccessError, ConnectError, KVFabricError, NoSpace
 from kvfabric.registry.base import Change
 from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.redis import registry as module
+from kvfabric.registry.redis import store as store_module
 from kvfabric.registry.redis.address import parse
 from kvfabric.registry.redis.registry import Holder, RedisRegistry
 from kvfabric.registry.redis.store import ACL_RULES, Renewal, Store
@@ -31,6 +32,13 @@ pytestmark = pytest.mark.slow
 LEASE_S, GRACE_S = 0.3, 0.1
 SCOPE = model_scope("m1")
 PATIENCE_S = 15.0
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only makes these tests long: how long an answer is waited for that does not come."""
+    monkeypatch.setattr(module, "FIRST_ANSWER_S", 0.5)
+    monkeypatch.setattr(store_module, "MIN_TIMEOUT_S", 0.5)
 
 
 class Watch:

@@ -17,6 +17,7 @@ from kvfabric.errors import ConfigError
 from kvfabric.pki import Identity
 from kvfabric.registry.base import Registry
 from kvfabric.registry.embedded import EmbeddedRegistry
+from kvfabric.registry.redis import registry as registry_module
 from kvfabric.registry.redis.address import DirectoryAddress, Link, parse
 from kvfabric.registry.redis.registry import Holder, RedisRegistry
 from kvfabric.registry.state import TierQuota
@@ -145,7 +146,8 @@ async def test_a_nodes_own_registry_becomes_the_fleets(server: RedisServer, tmp_
             pass
 
 
-async def test_over_tls(tmp_path: Path) -> None:
+async def test_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "FIRST_ANSWER_S", 0.5)
     pki.init(tmp_path / "pki")
     of_redis = pki.issue(tmp_path / "pki", Identity("redis", "r1"))
     of_node = pki.issue(tmp_path / "pki", Identity("node", "n1"))

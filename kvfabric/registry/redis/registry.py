@@ -50,6 +50,7 @@ Value = TypeVar("Value")
 RENEWALS = 4
 """For each lease time."""
 FIRST_ANSWER_S = 2.0
+LEAVE_S = 1.0
 FORGET_AFTER_LEASES = 5
 """A holder that has not renewed for so many lease times is struck off."""
 _POLL_S = 0.1
@@ -176,7 +177,7 @@ class RedisRegistry(Registry):
             await self._group.__aexit__(type(stopped) if stopped else None, stopped, None)
         finally:
             with contextlib.suppress(KVFabricError, TimeoutError):
-                async with asyncio.timeout(min(1.0, self._copy.lease_s)):
+                async with asyncio.timeout(LEAVE_S):
                     await store.remove_holder(self.holder_id)
             await store.aclose()
             self._copy.close()
