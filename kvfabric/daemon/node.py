@@ -121,7 +121,7 @@ class Node:
             patience_s = _LOCK_S if self._takes_over else 0.0
             self._lock = stack.enter_context(locked(config.state_dir / "node.lock", patience_s))
         else:
-            self._lock = estate.take(estate.state.lock)
+            self._lock = estate.take(estate.lock)
             stack.callback(os.close, self._lock)
         _make_private(config.keyring_path)
         self.keyring = Keyring.create_or_open(config.keyring_path)
@@ -190,9 +190,7 @@ class Node:
         )
 
     def _inherited_ssd_lock(self) -> int:
-        if self._estate is None or self._estate.state.ssd_lock < 0:
-            return -1
-        return self._estate.take(self._estate.state.ssd_lock)
+        return -1 if self._estate is None else self._estate.take(self._estate.ssd_lock)
 
     async def _open_ssd(self) -> None:
         """Have the SSD tier, or open its breaker: a disk that is full or broken is no reason to be down."""
@@ -375,8 +373,15 @@ class Node:
 
     async def _inherit(self, estate: Estate) -> None:
         """Become what the predecessor was. SSD is not part of it: that is opened when it has exited."""
-        state, given = estate.state, estate.descriptors
-        self.store.attach_arena(self.keeper.take_over(given[state.arena]))
+        state, given = estate.take_state(), estate.descriptors
+        arena = self.keeper.take_over(given[state.arena])
+        os.close(estate.take(state.arena))
+        if arena.size_bytes != self.config.host_bytes:
+            log.warning(
+                "the arena that was taken over has %d bytes; host_bytes counts from the next start on",
+                arena.size_bytes,
+            )
+        self.store.attach_arena(arena)
         self.store.restore(state.contents)
         self.sessions.restore(state.sessions, given)
         self.engines.restore(state.listener, state.connections, given)
@@ -396,8 +401,7 @@ class Node:
     def _make_takeover_server(self) -> TakeoverServer:
         listener = None
         if self._estate is not None:
-            at = self._estate.state.takeover_listener
-            listener = socket.socket(fileno=self._estate.take(at))
+            listener = socket.socket(fileno=self._estate.take(self._estate.takeover_listener))
         return TakeoverServer(self.config.takeover_socket_path, self, listener=listener)
 
     def why_not(self) -> str:

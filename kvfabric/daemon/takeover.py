@@ -265,20 +265,34 @@ async def _kill(peer: Process) -> None:
 
 
 class Estate:
-    """What a predecessor gave. `descriptors` are ours; whoever takes one over leaves -1 in its place."""
+    """What a predecessor gave. `descriptors` are ours; whoever takes one over leaves -1 in its place. `lock`,
+    `takeover_listener`, `ssd_lock`: positions among them, as in NodeState."""
 
     def __init__(
         self, channel: Channel, predecessor: int, state: NodeState, received: list[int]
     ) -> None:
-        self.state = state
+        self.lock, self.takeover_listener, self.ssd_lock = (
+            state.lock,
+            state.takeover_listener,
+            state.ssd_lock,
+        )
         self.descriptors = received
         self.is_accepted = False
+        self._state: NodeState | None = state
         self._channel = channel
         self._predecessor = predecessor
         self._began = time.monotonic()
 
+    def take_state(self) -> NodeState:
+        """What was given, once: it is large, and of no use when it is restored."""
+        state, self._state = self._state, None
+        assert state is not None
+        return state
+
     def take(self, at: int) -> int:
-        """A descriptor, which is the caller's now."""
+        """A descriptor, which is the caller's now; -1 for position -1, and for one that was taken."""
+        if at < 0:
+            return -1
         descriptor, self.descriptors[at] = self.descriptors[at], -1
         return descriptor
 

@@ -10,8 +10,6 @@ Sync and without I/O. `describe` wants a store that is frozen (no reservation, n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +17,7 @@ import numpy.typing as npt
 from kvfabric.errors import CapacityError, RemoteProtocolError
 from kvfabric.store.cost import CostLevels
 from kvfabric.store.index import HIT, HOST, NO_ROW, BlockIndex, Lineage, Rows, StoredLayout
-from kvfabric.store.lease import LeaseBook, Request, RequestGrant, Session
+from kvfabric.store.lease import LeaseBook, RequestGrant, Session
 from kvfabric.store.residency import DetachedSlot, Residency
 from kvfabric.tiers.arena import pages_of, slot_bytes
 from kvfabric.types import PartSpec, SessionId, TenantId
@@ -107,8 +105,10 @@ def describe(residency: Residency, leases: LeaseBook, *, started: float) -> Cont
     rows = _rows_to_keep(residency, leases)
     places = np.zeros(index.highest_row + 1, dtype="<u4")
     places[rows] = np.arange(1, len(rows) + 1, dtype="<u4")
-    numbers = np.unique(index.lineage.array[rows])
-    numbers = numbers[numbers != 0]
+    used = np.zeros(len(index.lineages), dtype=np.bool_)
+    used[index.lineage.array[rows]] = True
+    used[0] = False  # of stubs
+    numbers = np.flatnonzero(used)
     lineage_places = np.zeros(len(index.lineages), dtype="<u4")
     lineage_places[numbers] = np.arange(1, len(numbers) + 1, dtype="<u4")
     return Contents(
@@ -138,17 +138,20 @@ def describe(residency: Residency, leases: LeaseBook, *, started: float) -> Cont
 def _rows_to_keep(residency: Residency, leases: LeaseBook) -> Rows:
     """By age, stubs of parents last."""
     index = residency.index
-    held = [request.rows for session in leases.sessions.values() for request in _requests(session)]
-    detached = np.array([row for row, _ in residency.detached_slots() if row], dtype=np.uint32)
-    present = np.flatnonzero(index.host_parts.array[: index.highest_row + 1]).astype(np.uint32)
-    rows = np.unique(np.concatenate([present, detached, *held]))
+    keep = index.host_parts.array[: index.highest_row + 1] > 0
+    for session in leases.sessions.values():
+        for request in session.requests.values():
+            keep[request.rows] = True
+    for row, _ in residency.detached_slots():
+        keep[row] = True
+    keep[NO_ROW] = False
+    rows = np.flatnonzero(keep).astype(np.uint32)
     rows = rows[np.argsort(index.stored_at.array[rows], kind="stable")]
-    parents = np.setdiff1d(index.parent.array[rows], rows)
-    return np.concatenate([rows, parents[parents != NO_ROW]])
-
-
-def _requests(session: Session) -> Iterable[Request]:
-    return session.requests.values()
+    above = np.zeros_like(keep)
+    above[index.parent.array[rows]] = True
+    above[NO_ROW] = False
+    parents = np.flatnonzero(above & ~keep).astype(np.uint32)
+    return np.concatenate([rows, parents])
 
 
 def _parts_of(index: BlockIndex, rows: Rows) -> dict[str, bytes]:
