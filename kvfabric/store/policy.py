@@ -35,11 +35,11 @@ from kvfabric.store.reuse import NUM_CLASSES, ReuseModel, age_bucket
 MAX_STRETCHES = 128
 
 _CLASS_BITS = 2
-_GHOST_TICK_BITS = 18
+_GHOST_TICK_BITS = 20
 _TICKS = 1 << 32
-_TICK_SHARE = 1 / 65_536
-"""Of the index: blocks stored by one tenant to a tick of its clock. A ghost's age is right up to 4 times
-the index, and the clock runs for 2**32 ticks."""
+_TICK_SHARE = 1 / 524_288
+"""Of the index: blocks stored by one tenant to a tick of its clock. A ghost's age is right up to twice the
+index. After 2**32 ticks, which is months, the clock begins anew and one turnover goes out of order."""
 
 
 class _Stretch:

@@ -1,15 +1,20 @@
 """BlockStore against a dictionary, under every order of calls hypothesis thinks of.
 
 After each step: charges add up and stay within capacity, every queue and counter is what the rows say,
-the events describe what is READY. At each read: never wrong bytes, and a hit's bytes are those stored.
+the events describe what is READY, no leased block is missing. At each read: never wrong bytes, a hit's bytes
+are those stored, and nothing of a withdrawn template is served or stored.
+
+Beside it the same machine without one guard: without lease guard and without fence it must find a fault.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,6 +26,7 @@ from hypothesis.stateful import (
 
 from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol.messages import Located, Reserved
+from kvfabric.registry.state import RETIRED, SERVING, RegistryState, TemplateVersion
 from kvfabric.store.index import packed_keys
 from kvfabric.store.lease import RequestGrant
 from kvfabric.store.store import StoreLimits
@@ -33,23 +39,47 @@ from kvfabric.testing.store import (
     make_layout,
     part_bytes,
 )
-from kvfabric.types import BlockKey, GrantState, TierName
+from kvfabric.types import (
+    BlockKey,
+    GrantState,
+    Incarnation,
+    MissReason,
+    Segment,
+    TierName,
+    template_scope,
+)
 
 CHAINS = [make_keys(6, seed) for seed in range(4)]
 TENANTS = ("default", "t-1")
 NUM_SLOTS = 16
 LEASE_S = 10.0
+TEMPLATED = 3
+"""The chain whose prompts begin with a template that can be withdrawn."""
+
+INCARNATION = Incarnation(b"incarnation-of-t")
 
 requests = st.sampled_from(["r1", "r2"])
 chains = st.integers(0, len(CHAINS) - 1)
 lengths = st.integers(1, 6)
 
 
-def grant_for(chain: int) -> RequestGrant:
-    return grant_of(TENANTS[chain % 2])
+def template_state(state: str, epoch: int) -> RegistryState:
+    version = TemplateVersion("t", "1", INCARNATION, b"text", state=state)
+    return RegistryState(
+        templates=MappingProxyType({("t", "1"): version}),
+        epochs=MappingProxyType({template_scope("t"): epoch}),
+    )
 
 
 class WrongBytes(Exception):
+    pass
+
+
+class LeasedBlockMissing(Exception):
+    pass
+
+
+class WithdrawnServed(Exception):
     pass
 
 
@@ -61,8 +91,24 @@ class StoreMachine(RuleBasedStateMachine):
         self.runner.run(self.rig.__aenter__())
         self.reservations: list[tuple[Reserved, list[BlockKey]]] = []
         self.copies: dict[tuple[str, int], tuple[list[BlockKey], Located]] = {}
+        self.epoch = 0
+        self.rig.state = template_state(SERVING, self.epoch)
+        self.dropped: set[BlockKey] = set()
+        """Taken out on purpose since it was leased."""
         self.stored: set[BlockKey] = set()
         """Every key ever committed: what the store may answer with."""
+
+    def grant_for(self, chain: int) -> RequestGrant:
+        grant = grant_of(TENANTS[chain % 2])
+        if chain % len(CHAINS) != TEMPLATED:
+            return grant
+        segments = (Segment("t", "1", INCARNATION, 0),)
+        return replace(grant, segments=segments, epochs=((template_scope("t"), self.epoch),))
+
+    @property
+    def is_withdrawn(self) -> bool:
+        state = self.rig.state
+        return state is None or state.templates["t", "1"].state != SERVING
 
     def make_rig(self) -> StoreRig:
         limits = StoreLimits(
@@ -90,7 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
         keys = CHAINS[chain][start : start + length]
         parent = CHAINS[chain][start - 1] if start else ROOT_PARENT
         name = f"{request}-{chain}"
-        self.rig.open(name, grant_for(chain))
+        self.rig.open(name, self.grant_for(chain))
         reserved = self.rig.reserve(name, keys, parent=parent)
         states = list(reserved.states)
         refused = [at for at, state in enumerate(states) if state == GrantState.REFUSED]
@@ -108,7 +154,7 @@ class StoreMachine(RuleBasedStateMachine):
     def put(self, chain: int) -> None:
         """A whole chain at once: pressure, so that others are evicted."""
         keys = CHAINS[chain]
-        if self.runner.run(self.rig.put(keys, grant=grant_for(chain))):
+        if self.runner.run(self.rig.put(keys, grant=self.grant_for(chain))):
             self.stored.update(keys)
 
     @rule(data=st.data())
@@ -119,6 +165,8 @@ class StoreMachine(RuleBasedStateMachine):
         reserved, keys = self.reservations.pop(at)
         granted = [key for key, state in zip(keys, reserved.states, strict=True) if state == 0]
         committed = self.runner.run(self.rig.commit(reserved, keys))
+        if any(committed.states) and self.is_withdrawn and keys[0] in CHAINS[TEMPLATED]:
+            raise WithdrawnServed
         self.stored.update(
             key for key, state in zip(granted, committed.states, strict=True) if state
         )
@@ -133,11 +181,14 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(request=requests, chain=chains, length=lengths)
     def match_and_locate(self, request: str, chain: int, length: int) -> None:
         name, keys = f"{request}-{chain}", CHAINS[chain][:length]
-        num_blocks, _ = self.rig.match(name, keys, grant_for(chain))
+        num_blocks, _ = self.rig.match(name, keys, self.grant_for(chain))
+        if num_blocks and chain == TEMPLATED and self.is_withdrawn:
+            raise WithdrawnServed
         located = self.runner.run(self.rig.load(name, keys[:num_blocks]))
         assert located.num_blocks == num_blocks
         if num_blocks:
             self.copies[request, chain] = (keys[:num_blocks], located)
+            self.dropped.difference_update(keys[:num_blocks])
 
     @rule(request=requests, chain=chains)
     def confirm(self, request: str, chain: int) -> None:
@@ -153,6 +204,16 @@ class StoreMachine(RuleBasedStateMachine):
                 raise WrongBytes
             assert self.stored.issuperset(keys)
 
+    @invariant()
+    def no_leased_block_is_missing(self) -> None:
+        """Lapsed or not: until its reader is done, a block stays findable, unless it was taken out."""
+        index = self.rig.store._index
+        for keys, _ in self.copies.values():
+            kept = [key for key in keys if key not in self.dropped]
+            rows = index.lookup(packed_keys(b"".join(kept)))
+            if not (index.host_parts.array[rows] > 0).all():
+                raise LeasedBlockMissing
+
     @rule(request=requests, chain=chains)
     def release(self, request: str, chain: int) -> None:
         self.copies.pop((request, chain), None)
@@ -160,11 +221,37 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(chain=chains)
     def read_as_another_tenant(self, chain: int) -> None:
-        num_blocks, _ = self.rig.match("spy", CHAINS[chain], grant_for(chain + 1))
+        num_blocks, _ = self.rig.match("spy", CHAINS[chain], self.grant_for(chain + 1))
         assert num_blocks == 0
         self.rig.store.release(SESSION, ["spy"])
 
-    @rule(seconds=st.sampled_from([1.0, LEASE_S + 1]))
+    @rule(num_blocks=st.integers(1, NUM_SLOTS))
+    def evict(self, num_blocks: int) -> None:
+        """What may go, of whoever has most."""
+        residency = self.rig.store._residency
+        residency._evict(num_blocks * PART_BYTES, residency.host.by_excess, -1)
+
+    @rule()
+    def withdraw(self) -> None:
+        self.epoch += 1
+        self.rig.state = template_state(RETIRED, self.epoch)
+
+    @rule()
+    def roll_back(self) -> None:
+        self.epoch += 1
+        self.rig.state = template_state(SERVING, self.epoch)
+
+    @rule()
+    def lose_the_epoch_lease(self) -> None:
+        held, self.rig.state = self.rig.state, None
+        assert self.rig.match("cut off", CHAINS[0], self.grant_for(0)) == (
+            0,
+            MissReason.NO_EPOCH_LEASE,
+        )
+        self.rig.store.release(SESSION, ["cut off"])
+        self.rig.state = held
+
+    @rule(seconds=st.sampled_from([1.0, LEASE_S + 1, 86_400.0]))
     def wait(self, seconds: float) -> None:
         self.rig.clock.now += seconds
         self.rig.store.statistics()  # ends what is overdue
@@ -187,6 +274,7 @@ class StoreMachine(RuleBasedStateMachine):
         index = self.rig.store._index
         row = int(index.lookup(packed_keys(CHAINS[chain][position]))[0])
         if row and index.lineage.cell[row]:
+            self.dropped.add(CHAINS[chain][position])
             self.rig.store._drop(row)
 
     @invariant()
@@ -206,6 +294,35 @@ class StoreMachine(RuleBasedStateMachine):
         assert present == self.rig.events.present
 
 
+class WithoutLeaseGuard(StoreMachine):
+    """What is leased stays in the queue of what may go."""
+
+    def make_rig(self) -> StoreRig:
+        rig = super().make_rig()
+        setattr(rig.store._residency.policy, "withdraw", lambda rows: None)  # noqa: B010
+        return rig
+
+    @invariant()
+    def everything_adds_up(self) -> None:
+        pass
+
+    def teardown(self) -> None:
+        self.runner.run(self.rig.__aexit__(None, None, None))
+        self.runner.close()
+
+
+class WithoutFence(StoreMachine):
+    """Rights are not compared with what the registry says now."""
+
+    def make_rig(self) -> StoreRig:
+        rig = super().make_rig()
+        setattr(rig.store._reader._access, "_fence", lambda grant: MissReason.NONE)  # noqa: B010
+        return rig
+
+    def lose_the_epoch_lease(self) -> None:
+        pass
+
+
 STEPS = settings(
     max_examples=30,
     stateful_step_count=40,
@@ -218,3 +335,16 @@ STEPS = settings(
 @pytest.mark.slow
 def test_no_order_of_calls_gives_wrong_bytes() -> None:
     run_state_machine_as_test(StoreMachine, settings=STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machine", "fault"),
+    [(WithoutLeaseGuard, LeasedBlockMissing), (WithoutFence, WithdrawnServed)],
+)
+def test_without_one_guard_the_fault_is_found(
+    machine: type[StoreMachine], fault: type[Exception]
+) -> None:
+    steps = settings(STEPS, max_examples=60, phases=[Phase.generate])
+    with pytest.raises(fault):
+        run_state_machine_as_test(machine, settings=steps)
