@@ -1,4 +1,7 @@
-"""The OpenAI server with the one flag and nothing else, against a node in its default place."""
+"""The OpenAI server with the fabric's one flag and no other setting of it; its node is in its default place.
+
+It takes LoRA adapters at run time too: one start serves all tests here.
+"""
 
 from __future__ import annotations
 
