@@ -291,7 +291,7 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
 def split_address(address: str, key: str) -> tuple[str, int]:
     """`host:port` -> parts. Raises ConfigError that names `key`."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f"{key} is {address!r}; it must be HOST:PORT")
     return host.strip("[]"), int(port)
 

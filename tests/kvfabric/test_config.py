@@ -129,10 +129,15 @@ def test_sizes(text: str, size: int) -> None:
     assert config.parse_size(text, "key") == size
 
 
-@pytest.mark.parametrize("text", ["", ":80", "host", "host:", "host:99999", "host:http"])
+@pytest.mark.parametrize("text", ["", ":80", "host", "host:", "host:99999", "host:http", "host:8²"])
 def test_wrong_address_names_its_key(text: str) -> None:
     with pytest.raises(ConfigError, match=r"router\.listen"):
         config.split_address(text, "router.listen")
+
+
+def test_a_number_of_too_many_digits_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"node\.host_bytes"):
+        config.parse_size("9" * 5000, "node.host_bytes")
 
 
 def test_addresses() -> None:
