@@ -73,14 +73,17 @@ class Database:
                 if not create:
                     return RegistryState(), audit.FIRST_HEAD, 0
                 self.replace(initial_state(), [])
-            state = self._load()
-            return state, self._must("audit_head"), len(self.verified_audit_log())
+            return self.load()
         except (msgspec.DecodeError, lmdb.Error) as exc:
             self.close()
             raise ConfigError(f"the registry in {self._directory} is damaged: {exc}") from exc
         except BaseException:
             self.close()
             raise
+
+    def load(self) -> tuple[RegistryState, bytes, int]:
+        """As `open`, of what the file holds now."""
+        return self._load(), self._must("audit_head"), len(self.verified_audit_log())
 
     def close(self) -> None:
         if self._env is not None:

@@ -9,6 +9,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -212,3 +213,27 @@ async def test_sentinels_name_the_next_primary(tmp_path: Path) -> None:
                 "master",
                 "slave",
             ]
+
+
+async def test_a_copy_that_another_daemon_wrote_last_is_read_again(
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a takeover, in which the one before follows a change while the next one starts."""
+    url = f"{server.url}?fabric=takeover"
+    async with holder_at(url, tmp_path / "a") as one, holder_at(url, tmp_path / "b") as other:
+        await until(lambda: one.usable() is not None and other.usable() is not None)
+        database = one._copy.database
+        write = database.append
+
+        def behind_its_back(*change: Any) -> None:
+            monkeypatch.undo()
+            write(*change)
+            write(*change)
+
+        monkeypatch.setattr(database, "append", behind_its_back)
+        await other.invalidate("model", "m1", "", purge=False)
+        await until(lambda: one.status.num_errors.get("conflict", 0) > 0)
+        await until(lambda: one.usable() == other.state)
+        await other.invalidate("model", "m1", "", purge=False)
+        await until(lambda: one.usable() == other.state)
+        assert await one.audit_log() == await other.audit_log()

@@ -254,7 +254,13 @@ class RegistryCopy:
     # ------------------------------------------------------------------ the file
 
     async def _append(self, state: RegistryState, entries: Sequence[Entry]) -> None:
-        await self._in_pool(self.database.append, self.state, state, entries)
+        try:
+            await self._in_pool(self.database.append, self.state, state, entries)
+        except Conflict:
+            # The daemon that this one took over from may have written last: go on from there.
+            self.state, self._head, self._sequence = await self._in_pool(self.database.load)
+            self._published()
+            raise
         if self.is_own:
             await self._in_pool(self.database.put_notes, {FLEET: self._options.fabric.encode()})
             self.is_own = False
