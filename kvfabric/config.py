@@ -68,6 +68,10 @@ class NodeConfig:
         5.0, "how long a read or write of the SSD tier may take before it counts as failed"
     )
     ssd_write_bytes_per_day: int = _key(0, "most bytes written to SSD in a day; 0 for no limit")
+    partition: str = _key(
+        "shared",
+        "shared, or strict: each tenant has a fixed part of each tier and never moves another's blocks",
+    )
     max_blocks: int = _key(1 << 20, "most blocks that the index holds, all tiers together")
     window_bytes: int = _key(256 << 20, "largest window that an engine worker gets")
     lease_s: float = _key(30.0, "how long a match may be used without being renewed")
@@ -88,6 +92,7 @@ class NodeConfig:
         _positive(self, "epoch_lease_s", "sessions_return_s", "ssd_deadline_s")
         _not_negative(self, "ssd_bytes", "ssd_write_bytes_per_day")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
+        _one_of(self, "partition", "shared", "strict")
 
     @property
     def name(self) -> str:

@@ -48,7 +48,13 @@ from kvfabric.registry.base import Change, Registry
 from kvfabric.registry.changes import TenantChange, mint_tenant_id, tenant_named
 from kvfabric.registry.holders import Ack, Holders
 from kvfabric.registry.state import PURGED, RegistryState, TierQuota
-from kvfabric.registry.wire import quota_from_pb, state_to_pb, template_to_pb, tenant_to_pb
+from kvfabric.registry.wire import (
+    limits_from_pb,
+    quota_from_pb,
+    state_to_pb,
+    template_to_pb,
+    tenant_to_pb,
+)
 from kvfabric.store.scrub import ScrubReport
 from kvfabric.types import TierName, model_scope
 
@@ -348,7 +354,12 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         async with self._keyring_lock:
             await asyncio.to_thread(self._sources.keyring.add_tenant, tenant_id)
         tenant, api_key = await self._registry.create_tenant(
-            request.name, host, ssd, tenant_id=tenant_id, requested_by=_requested_by(context)
+            request.name,
+            host,
+            ssd,
+            limits=limits_from_pb(request.limits),
+            tenant_id=tenant_id,
+            requested_by=_requested_by(context),
         )
         return pb.TenantCreated(tenant=tenant_to_pb(tenant), api_key=api_key)
 
@@ -359,6 +370,7 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
             ssd=quota_from_pb(request.ssd) if request.HasField("ssd") else None,
             max_age_s=request.max_age_s if request.HasField("max_age_s") else None,
             opted_out=request.opted_out if request.HasField("opted_out") else None,
+            limits=limits_from_pb(request.limits) if request.HasField("limits") else None,
         )
         self._check_floors(request.name, change.host, change.ssd)
         tenant = await self._registry.set_tenant(
@@ -381,6 +393,15 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         )
         await self._reached(change.version)
         return tenant_to_pb(tenant)
+
+    @_unary
+    async def RotateApiKey(self, request: pb.RotateApiKeyRequest, context: Any) -> pb.ApiKeyCreated:
+        """Answers when every router takes the fresh key, and without grace none takes an old one."""
+        api_key, change = await self._registry.rotate_api_keys(
+            request.name, grace_s=request.grace_s, requested_by=_requested_by(context)
+        )
+        await self._reached(change.version)
+        return pb.ApiKeyCreated(api_key=api_key)
 
     @_unary
     async def RegisterTemplate(

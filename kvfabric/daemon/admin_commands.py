@@ -22,9 +22,10 @@ from kvfabric.errors import ConfigError
 if TYPE_CHECKING:
     from kvfabric.daemon.admin_client import AdminClient
     from kvfabric.protocol import kvfabric_pb2 as pb
+    from kvfabric.registry.state import Tenant, TenantLimits
 
 _DIGEST_DIGITS = 8
-_QUOTA_FLAGS = ("host_max", "host_floor", "ssd_max", "ssd_floor")
+_SIZE_FLAGS = ("host_max", "host_floor", "ssd_max", "ssd_floor", "lease_max", "ssd_write_per_day")
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -105,6 +106,12 @@ def _configure_tenant(parser: argparse.ArgumentParser) -> None:
     revoke.add_argument("name", metavar="NAME")
     revoke.add_argument("digest", metavar="DIGEST", help="8 or more hex digits, from `tenant list`")
     _common(revoke, _key_revoke)
+    rotate = key.add_parser("rotate", help="a fresh API key for all there are; prints it, once")
+    rotate.add_argument("name", metavar="NAME")
+    rotate.add_argument(
+        "--grace", type=float, default=0.0, metavar="S", help="the old ones stay valid so long"
+    )
+    _common(rotate, _key_rotate)
     _common(verbs.add_parser("usage", help="bytes that each tenant has here"), _tenant_usage)
 
 
@@ -114,6 +121,15 @@ def _quota_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{tier}-floor", metavar="SIZE", help=f"bytes in {tier} that nobody takes away"
         )
+    parser.add_argument(
+        "--lease-max", metavar="SIZE", help="most bytes under leases on a node; 0: none of its own"
+    )
+    parser.add_argument(
+        "--ssd-write-per-day", metavar="SIZE", help="most bytes a node writes to SSD; 0: no limit"
+    )
+    parser.add_argument(
+        "--requests-per-s", type=float, metavar="N", help="taken by each router; 0: no limit"
+    )
 
 
 def _tenant_create(args: argparse.Namespace) -> int:
@@ -124,6 +140,11 @@ def _tenant_create(args: argparse.Namespace) -> int:
         name=args.name,
         host=pb.TierQuota(max_bytes=sizes["host_max"], floor_bytes=sizes["host_floor"]),
         ssd=pb.TierQuota(max_bytes=sizes["ssd_max"], floor_bytes=sizes["ssd_floor"]),
+        limits=pb.TenantLimits(
+            lease_max_bytes=sizes["lease_max"],
+            ssd_write_bytes_per_day=sizes["ssd_write_per_day"],
+            requests_per_s=args.requests_per_s or 0.0,
+        ),
     )
     with _client(args) as client:
         created = client.call(client.registry.CreateTenant, request)
@@ -151,14 +172,36 @@ def _tenant_list(args: argparse.Namespace) -> int:
             tenant.tenant_id,
             _quota(tenant.host.max_bytes, tenant.host.floor_bytes),
             _quota(tenant.ssd.max_bytes, tenant.ssd.floor_bytes),
+            _size(tenant.limits.lease_max_bytes) if tenant.limits.lease_max_bytes else "-",
+            _per_day(tenant.limits.ssd_write_bytes_per_day),
+            f"{tenant.limits.requests_per_s:g}/s" if tenant.limits.requests_per_s else "-",
             f"{tenant.max_age_s:g} s" if tenant.max_age_s else "-",
-            "opted out" if tenant.opted_out else "cached",
-            " ".join(digest.hex()[:_DIGEST_DIGITS] for digest in tenant.api_key_digests) or "-",
+            _cache_state(tenant),
+            _keys(tenant),
         )
         for tenant in tenants
     ]
-    header = ("name", "id", "host max/floor", "ssd max/floor", "max age", "cache", "keys")
-    return _print_lines(_table(header, rows))
+    header = ("name", "id", "host max/floor", "ssd max/floor", "leases", "ssd writes", "requests")
+    return _print_lines(_table((*header, "max age", "cache", "keys"), rows))
+
+
+def _per_day(num_bytes: int) -> str:
+    return f"{_size(num_bytes)}/day" if num_bytes else "-"
+
+
+def _cache_state(tenant: Tenant) -> str:
+    if tenant.is_offboarded:
+        return "offboarded"
+    return "opted out" if tenant.opted_out else "cached"
+
+
+def _keys(tenant: Tenant) -> str:
+    """Digests; those that a rotation left, with the time of their end."""
+    keys = [digest.hex()[:_DIGEST_DIGITS] for digest in tenant.api_key_digests]
+    for digest, at in tenant.expiring_keys:
+        end = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+        keys.append(f"{digest.hex()[:_DIGEST_DIGITS]} (until {end})")
+    return " ".join(keys) or "-"
 
 
 def _tenant_set(args: argparse.Namespace) -> int:
@@ -182,10 +225,28 @@ def _tenant_set(args: argparse.Namespace) -> int:
             target.SetInParent()
             target.max_bytes = _given(args, sizes, maximum, quota.max_bytes)
             target.floor_bytes = _given(args, sizes, floor, quota.floor_bytes)
+        _set_limits(args, sizes, request, old.limits)
         tenant = client.call(client.registry.SetTenant, request)
     if args.json:
         return _dump(to_plain(tenant))
     return _print_lines([f"tenant {tenant.name} ({tenant.tenant_id}) is set"])
+
+
+def _set_limits(
+    args: argparse.Namespace,
+    sizes: dict[str, int],
+    request: pb.SetTenantRequest,
+    old: TenantLimits,
+) -> None:
+    if args.lease_max is args.ssd_write_per_day is args.requests_per_s is None:
+        return
+    target, rate = request.limits, args.requests_per_s
+    target.SetInParent()
+    target.lease_max_bytes = _given(args, sizes, "lease_max", old.lease_max_bytes)
+    target.ssd_write_bytes_per_day = _given(
+        args, sizes, "ssd_write_per_day", old.ssd_write_bytes_per_day
+    )
+    target.requests_per_s = old.requests_per_s if rate is None else rate
 
 
 def _given(args: argparse.Namespace, sizes: dict[str, int], flag: str, old: int) -> int:
@@ -201,6 +262,18 @@ def _key_create(args: argparse.Namespace) -> int:
     if args.json:
         return _print_json(created)
     return _print_lines([f"API key (shown once): {created.api_key}"])
+
+
+def _key_rotate(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with _client(args) as client:
+        request = pb.RotateApiKeyRequest(name=args.name, grace_s=args.grace)
+        created = client.call(client.registry.RotateApiKey, request)
+    if args.json:
+        return _print_json(created)
+    left = f"; the old ones end in {args.grace:g} s" if args.grace else "; the old ones ended"
+    return _print_lines([f"API key (shown once): {created.api_key}{left}"])
 
 
 def _key_revoke(args: argparse.Namespace) -> int:
@@ -226,10 +299,17 @@ def _tenant_usage(args: argparse.Namespace) -> int:
     if args.json:
         return _dump({"usage": [{"name": name} | to_plain(usage) for name, usage in named]})
     rows = [
-        (name, u.tenant_id, _size(u.host_bytes), _size(u.ssd_bytes), _size(u.leased_bytes))
+        (
+            name,
+            u.tenant_id,
+            _size(u.host_bytes),
+            _size(u.ssd_bytes),
+            _size(u.leased_bytes),
+            _size(u.ssd_written_bytes),
+        )
         for name, u in named
     ]
-    return _print_lines(_table(("name", "id", "host", "ssd", "leased"), rows))
+    return _print_lines(_table(("name", "id", "host", "ssd", "leased", "ssd written"), rows))
 
 
 # ---------------------------------------------------------------------- template
@@ -391,8 +471,8 @@ def _client(args: argparse.Namespace) -> AbstractContextManager[AdminClient]:
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, int]:
-    """Bytes of each quota flag; 0 for one that was not given."""
-    flags = {flag: getattr(args, flag) for flag in _QUOTA_FLAGS}
+    """Bytes of each flag that is a size; 0 for one that was not given."""
+    flags = {flag: getattr(args, flag) for flag in _SIZE_FLAGS}
     return {
         flag: 0 if text is None else parse_size(text, "--" + flag.replace("_", "-"))
         for flag, text in flags.items()

@@ -180,6 +180,7 @@ class Node:
             lease_s=config.lease_s,
             reservation_s=config.reservation_s,
             ssd_deadline_s=config.ssd_deadline_s,
+            strict_partition=config.partition == "strict",
         )
         return BlockStore(
             limits=limits,

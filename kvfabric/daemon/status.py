@@ -87,6 +87,7 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
             host_bytes=tenant.host_bytes,
             ssd_bytes=tenant.ssd_bytes,
             leased_bytes=tenant.leased_bytes,
+            ssd_written_bytes=tenant.ssd_written_bytes,
         )
         for tenant in store.tenants
     ]

@@ -143,8 +143,26 @@ class TierQuota(_message.Message):
     floor_bytes: int
     def __init__(self, max_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ...) -> None: ...
 
+class TenantLimits(_message.Message):
+    __slots__ = ("lease_max_bytes", "ssd_write_bytes_per_day", "requests_per_s")
+    LEASE_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SSD_WRITE_BYTES_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    lease_max_bytes: int
+    ssd_write_bytes_per_day: int
+    requests_per_s: float
+    def __init__(self, lease_max_bytes: _Optional[int] = ..., ssd_write_bytes_per_day: _Optional[int] = ..., requests_per_s: _Optional[float] = ...) -> None: ...
+
+class ExpiringKey(_message.Message):
+    __slots__ = ("digest", "expires_at")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    expires_at: float
+    def __init__(self, digest: _Optional[bytes] = ..., expires_at: _Optional[float] = ...) -> None: ...
+
 class Tenant(_message.Message):
-    __slots__ = ("tenant_id", "name", "api_key_digests", "host", "ssd", "max_age_s", "opted_out")
+    __slots__ = ("tenant_id", "name", "api_key_digests", "host", "ssd", "max_age_s", "opted_out", "limits", "expiring_keys", "is_offboarded")
     TENANT_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     API_KEY_DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +170,9 @@ class Tenant(_message.Message):
     SSD_FIELD_NUMBER: _ClassVar[int]
     MAX_AGE_S_FIELD_NUMBER: _ClassVar[int]
     OPTED_OUT_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRING_KEYS_FIELD_NUMBER: _ClassVar[int]
+    IS_OFFBOARDED_FIELD_NUMBER: _ClassVar[int]
     tenant_id: str
     name: str
     api_key_digests: _containers.RepeatedScalarFieldContainer[bytes]
@@ -159,7 +180,10 @@ class Tenant(_message.Message):
     ssd: TierQuota
     max_age_s: float
     opted_out: bool
-    def __init__(self, tenant_id: _Optional[str] = ..., name: _Optional[str] = ..., api_key_digests: _Optional[_Iterable[bytes]] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ...) -> None: ...
+    limits: TenantLimits
+    expiring_keys: _containers.RepeatedCompositeFieldContainer[ExpiringKey]
+    is_offboarded: bool
+    def __init__(self, tenant_id: _Optional[str] = ..., name: _Optional[str] = ..., api_key_digests: _Optional[_Iterable[bytes]] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., expiring_keys: _Optional[_Iterable[_Union[ExpiringKey, _Mapping]]] = ..., is_offboarded: _Optional[bool] = ...) -> None: ...
 
 class Template(_message.Message):
     __slots__ = ("name", "version", "incarnation", "text", "is_public", "state")
@@ -212,14 +236,16 @@ class EpochLease(_message.Message):
     def __init__(self, registry_id: _Optional[bytes] = ..., ttl_s: _Optional[float] = ..., version: _Optional[int] = ...) -> None: ...
 
 class CreateTenantRequest(_message.Message):
-    __slots__ = ("name", "host", "ssd")
+    __slots__ = ("name", "host", "ssd", "limits")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     SSD_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     name: str
     host: TierQuota
     ssd: TierQuota
-    def __init__(self, name: _Optional[str] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ...) -> None: ...
+    limits: TenantLimits
+    def __init__(self, name: _Optional[str] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ...) -> None: ...
 
 class TenantCreated(_message.Message):
     __slots__ = ("tenant", "api_key")
@@ -230,18 +256,52 @@ class TenantCreated(_message.Message):
     def __init__(self, tenant: _Optional[_Union[Tenant, _Mapping]] = ..., api_key: _Optional[str] = ...) -> None: ...
 
 class SetTenantRequest(_message.Message):
-    __slots__ = ("name", "host", "ssd", "max_age_s", "opted_out")
+    __slots__ = ("name", "host", "ssd", "max_age_s", "opted_out", "limits")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     SSD_FIELD_NUMBER: _ClassVar[int]
     MAX_AGE_S_FIELD_NUMBER: _ClassVar[int]
     OPTED_OUT_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     name: str
     host: TierQuota
     ssd: TierQuota
     max_age_s: float
     opted_out: bool
-    def __init__(self, name: _Optional[str] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ...) -> None: ...
+    limits: TenantLimits
+    def __init__(self, name: _Optional[str] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ...) -> None: ...
+
+class RotateApiKeyRequest(_message.Message):
+    __slots__ = ("name", "grace_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GRACE_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    grace_s: float
+    def __init__(self, name: _Optional[str] = ..., grace_s: _Optional[float] = ...) -> None: ...
+
+class OffboardTenantRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class OffboardReceipt(_message.Message):
+    __slots__ = ("tenant_id", "receipt", "had_secrets", "keyring_generation", "num_blocks", "destroyed_at", "ssd_encrypted")
+    TENANT_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    HAD_SECRETS_FIELD_NUMBER: _ClassVar[int]
+    KEYRING_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DESTROYED_AT_FIELD_NUMBER: _ClassVar[int]
+    SSD_ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
+    tenant_id: str
+    receipt: Receipt
+    had_secrets: bool
+    keyring_generation: int
+    num_blocks: int
+    destroyed_at: float
+    ssd_encrypted: bool
+    def __init__(self, tenant_id: _Optional[str] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., had_secrets: _Optional[bool] = ..., keyring_generation: _Optional[int] = ..., num_blocks: _Optional[int] = ..., destroyed_at: _Optional[float] = ..., ssd_encrypted: _Optional[bool] = ...) -> None: ...
 
 class CreateApiKeyRequest(_message.Message):
     __slots__ = ("name",)
@@ -376,16 +436,18 @@ class TierStatus(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., draining_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class TenantUsage(_message.Message):
-    __slots__ = ("tenant_id", "host_bytes", "ssd_bytes", "leased_bytes")
+    __slots__ = ("tenant_id", "host_bytes", "ssd_bytes", "leased_bytes", "ssd_written_bytes")
     TENANT_ID_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     SSD_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SSD_WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     tenant_id: str
     host_bytes: int
     ssd_bytes: int
     leased_bytes: int
-    def __init__(self, tenant_id: _Optional[str] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ...) -> None: ...
+    ssd_written_bytes: int
+    def __init__(self, tenant_id: _Optional[str] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., ssd_written_bytes: _Optional[int] = ...) -> None: ...
 
 class RegistryStatus(_message.Message):
     __slots__ = ("home", "state", "detail", "lease_left_s", "num_holders", "num_restores", "num_errors")

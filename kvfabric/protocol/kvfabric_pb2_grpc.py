@@ -230,6 +230,16 @@ class RegistryServiceStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RevokeApiKeyRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Tenant.FromString,
                 _registered_method=True)
+        self.RotateApiKey = channel.unary_unary(
+                '/kvfabric.v1.RegistryService/RotateApiKey',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RotateApiKeyRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ApiKeyCreated.FromString,
+                _registered_method=True)
+        self.OffboardTenant = channel.unary_unary(
+                '/kvfabric.v1.RegistryService/OffboardTenant',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardTenantRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardReceipt.FromString,
+                _registered_method=True)
         self.RegisterTemplate = channel.unary_unary(
                 '/kvfabric.v1.RegistryService/RegisterTemplate',
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RegisterTemplateRequest.SerializeToString,
@@ -289,6 +299,18 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateApiKey(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OffboardTenant(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RegisterTemplate(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -340,6 +362,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.RevokeApiKey,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RevokeApiKeyRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Tenant.SerializeToString,
+            ),
+            'RotateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateApiKey,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RotateApiKeyRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ApiKeyCreated.SerializeToString,
+            ),
+            'OffboardTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.OffboardTenant,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardTenantRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardReceipt.SerializeToString,
             ),
             'RegisterTemplate': grpc.unary_unary_rpc_method_handler(
                     servicer.RegisterTemplate,
@@ -520,6 +552,60 @@ class RegistryService:
             '/kvfabric.v1.RegistryService/RevokeApiKey',
             kvfabric_dot_protocol_dot_kvfabric__pb2.RevokeApiKeyRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.Tenant.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.RegistryService/RotateApiKey',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.RotateApiKeyRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.ApiKeyCreated.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OffboardTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.RegistryService/OffboardTenant',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardTenantRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardReceipt.FromString,
             options,
             channel_credentials,
             insecure,

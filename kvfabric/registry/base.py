@@ -6,6 +6,7 @@ durable, in order, and publishes the state after it. What a change does is decid
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,13 @@ from kvfabric.registry import changes
 from kvfabric.registry.audit import AuditRecord
 from kvfabric.registry.changes import Draft, TenantChange
 from kvfabric.registry.holders import Ack
-from kvfabric.registry.state import RegistryState, TemplateVersion, Tenant, TierQuota
+from kvfabric.registry.state import (
+    RegistryState,
+    TemplateVersion,
+    Tenant,
+    TenantLimits,
+    TierQuota,
+)
 from kvfabric.types import TenantId
 
 Result = TypeVar("Result")
@@ -122,11 +129,18 @@ class Registry(ABC):
         host: TierQuota,
         ssd: TierQuota,
         *,
+        limits: TenantLimits | None = None,
         tenant_id: TenantId | None = None,
         requested_by: str = "",
     ) -> tuple[Tenant, str]:
         """The tenant and its first API key, which is shown this once."""
-        tenant = Tenant(tenant_id or changes.mint_tenant_id(), name, host=host, ssd=ssd)
+        tenant = Tenant(
+            tenant_id or changes.mint_tenant_id(),
+            name,
+            host=host,
+            ssd=ssd,
+            limits=limits or TenantLimits(),
+        )
         api_key = changes.mint_api_key()
         return (
             await self.commit(
@@ -157,6 +171,20 @@ class Registry(ABC):
         return await self.commit(
             lambda state: changes.revoke_api_key(state, name, digest_prefix), requested_by
         )
+
+    async def rotate_api_keys(
+        self, name: str, *, grace_s: float, requested_by: str = ""
+    ) -> tuple[str, Change]:
+        """A fresh key, which is shown this once; those there are end in `grace_s` seconds."""
+        api_key, now = changes.mint_api_key(), time.time()
+        return await self.commit(
+            lambda state: changes.rotate_api_keys(state, name, api_key, now=now, grace_s=grace_s),
+            requested_by,
+        )
+
+    async def offboard_tenant(self, name: str, *, requested_by: str = "") -> tuple[Tenant, Change]:
+        """End a tenant for good. Secrets and blocks are for the nodes to destroy."""
+        return await self.commit(lambda state: changes.offboard_tenant(state, name), requested_by)
 
     # ------------------------------------------------------------------ templates
 

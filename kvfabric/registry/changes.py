@@ -29,6 +29,7 @@ from kvfabric.registry.state import (
     RegistryState,
     TemplateVersion,
     Tenant,
+    TenantLimits,
     TierQuota,
 )
 from kvfabric.types import (
@@ -76,6 +77,7 @@ class TenantChange:
     ssd: TierQuota | None = None
     max_age_s: float | None = None
     opted_out: bool | None = None
+    limits: TenantLimits | None = None
 
 
 def initial_state() -> RegistryState:
@@ -122,22 +124,21 @@ def create_tenant(state: RegistryState, tenant: Tenant, api_key: str) -> Draft[t
 
 
 def set_tenant(state: RegistryState, name: str, change: TenantChange) -> Draft[Tenant]:
-    old = tenant_named(state, name)
+    old = _present(state, name)
     new = replace(
         old,
         host=old.host if change.host is None else change.host,
         ssd=old.ssd if change.ssd is None else change.ssd,
         max_age_s=old.max_age_s if change.max_age_s is None else change.max_age_s,
         opted_out=old.opted_out if change.opted_out is None else change.opted_out,
+        limits=old.limits if change.limits is None else change.limits,
     )
     _check_quotas(new)
     return _tenant_draft(state, new, new, "set_tenant")
 
 
 def create_api_key(state: RegistryState, name: str, api_key: str) -> Draft[str]:
-    old = tenant_named(state, name)
-    if old.tenant_id == PUBLIC_TENANT:
-        raise Conflict("tenant 'public' owns shared prefixes; nobody may speak in its name")
+    old = _speaking(state, name)
     if len(old.api_key_digests) >= MAX_API_KEYS:
         raise Conflict(f"tenant {name} has {MAX_API_KEYS} API keys: revoke one first")
     digest = api_key_digest(api_key)
@@ -154,11 +155,62 @@ def revoke_api_key(state: RegistryState, name: str, digest_prefix: str) -> Draft
             f"an API key is named by at least {MIN_DIGEST_PREFIX} hex digits of its digest "
             f"(`kvfabric tenant list` shows them), not {digest_prefix!r}"
         )
-    found = [digest for digest in old.api_key_digests if digest.hex().startswith(prefix)]
+    known = (*old.api_key_digests, *(digest for digest, _ in old.expiring_keys))
+    found = [digest for digest in known if digest.hex().startswith(prefix)]
     if len(found) != 1:
         raise NotFound(f"{len(found)} API keys of tenant {name} begin with {prefix}; it must be 1")
-    new = replace(old, api_key_digests=tuple(d for d in old.api_key_digests if d not in found))
+    new = replace(
+        old,
+        api_key_digests=tuple(d for d in old.api_key_digests if d not in found),
+        expiring_keys=tuple(key for key in old.expiring_keys if key[0] not in found),
+    )
     return _tenant_draft(state, new, new, "revoke_api_key", f"digest {prefix}")
+
+
+def rotate_api_keys(
+    state: RegistryState, name: str, api_key: str, *, now: float, grace_s: float
+) -> Draft[str]:
+    """A fresh key; all that the tenant had end, `grace_s` after `now` (Unix seconds). None ends later than
+    an earlier rotation said."""
+    old = _speaking(state, name)
+    if not 0 <= grace_s < float("inf"):
+        raise ConfigError(f"a grace of {grace_s} seconds; it is 0 or more")
+    digest = api_key_digest(api_key)
+    leaving = [(known, now + grace_s) for known in old.api_key_digests] if grace_s else []
+    leaving += [(known, at) for known, at in old.expiring_keys if now < at] if grace_s else []
+    if len(leaving) >= MAX_API_KEYS:
+        raise Conflict(f"tenant {name} has {MAX_API_KEYS} API keys: revoke one first")
+    new = replace(old, api_key_digests=(digest,), expiring_keys=tuple(leaving))
+    detail = f"digest {digest.hex()[:MIN_DIGEST_PREFIX]}, {len(leaving)} end in {grace_s:g} s"
+    return _tenant_draft(state, new, api_key, "rotate_api_keys", detail)
+
+
+def offboard_tenant(state: RegistryState, name: str) -> Draft[Tenant]:
+    """Nobody speaks for the tenant any more and nothing of it is served, for good. Its id stays known, so
+    that every node can tell whose blocks and secrets are to go. Said again, it is so again."""
+    old = tenant_named(state, name)
+    if old.tenant_id in (DEFAULT_TENANT, PUBLIC_TENANT):
+        raise Conflict(f"tenant {name!r} is of every registry and stays")
+    new = Tenant(old.tenant_id, old.name, is_offboarded=True)
+    scope = tenant_scope(old.tenant_id)
+    incarnations = {**state.scope_incarnations, scope: mint_incarnation()}
+    after = replace(state, scope_incarnations=MappingProxyType(incarnations))
+    return _tenant_draft(after, new, new, "offboard_tenant")
+
+
+def _present(state: RegistryState, name: str) -> Tenant:
+    found = tenant_named(state, name)
+    if found.is_offboarded:
+        raise Conflict(f"tenant {name} is offboarded for good: create one of another name")
+    return found
+
+
+def _speaking(state: RegistryState, name: str) -> Tenant:
+    """A tenant that has, or may have, API keys."""
+    found = _present(state, name)
+    if found.tenant_id == PUBLIC_TENANT:
+        raise Conflict("tenant 'public' owns shared prefixes; nobody may speak in its name")
+    return found
 
 
 # ---------------------------------------------------------------------- templates
@@ -315,6 +367,13 @@ def _check_quotas(tenant: Tenant) -> None:
                 f"tenant {tenant.name}: its {tier} floor of {quota.floor_bytes} bytes "
                 f"is above its maximum of {quota.max_bytes}"
             )
+    for name, limit in (
+        ("lease_max_bytes", tenant.limits.lease_max_bytes),
+        ("ssd_write_bytes_per_day", tenant.limits.ssd_write_bytes_per_day),
+        ("requests_per_s", tenant.limits.requests_per_s),
+    ):
+        if not 0 <= limit < float("inf"):
+            raise ConfigError(f"tenant {tenant.name}: {name} is {limit}; 0 means no limit")
     if not 0 <= tenant.max_age_s < float("inf"):
         raise ConfigError(f"tenant {tenant.name}: max_age_s is {tenant.max_age_s}; 0 means none")
 

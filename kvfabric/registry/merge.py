@@ -6,7 +6,8 @@ each other (a fail-over lost writes, then new ones were made) every row is decid
 
     epochs       the higher one and 1 more, wherever the two sides differ: what is in flight is fenced
     templates    purged on one side is purged; else the side with the higher epoch; of equal ones, retired
-    tenants      the side with the higher epoch; API keys that both sides know; opted out if one says so
+    tenants      the side with the higher epoch; API keys that both sides know; opted out or offboarded if
+                 one says so
     incarnations a fresh one wherever the two sides differ: blocks of neither side are reachable
 
 The epoch of the whole fabric rises with every restoration.
@@ -129,13 +130,24 @@ def _tenants(mine: RegistryState, theirs: RegistryState) -> dict[TenantId, Tenan
             continue
         scope = tenant_scope(tenant_id)
         winner = ours if mine.epoch(scope) > theirs.epoch(scope) else other
-        keys = tuple(key for key in winner.api_key_digests if key in ours.api_key_digests)
+        if ours.is_offboarded or other.is_offboarded:
+            found[tenant_id] = ours if ours.is_offboarded else other
+            continue
+        # A key of one side is in its grace on the other, or gone there.
+        both = _digests(ours) & _digests(other)
+        both_stay = set(ours.api_key_digests) & set(other.api_key_digests)
+        expiring = {**dict(ours.expiring_keys), **dict(other.expiring_keys)}
         found[tenant_id] = replace(
             winner,
-            api_key_digests=tuple(key for key in keys if key in other.api_key_digests),
+            api_key_digests=tuple(key for key in winner.api_key_digests if key in both_stay),
+            expiring_keys=tuple((key, at) for key, at in expiring.items() if key in both),
             opted_out=ours.opted_out or other.opted_out,
         )
     return found
+
+
+def _digests(tenant: Tenant) -> set[bytes]:
+    return {*tenant.api_key_digests, *(digest for digest, _ in tenant.expiring_keys)}
 
 
 def _there(tenant: Tenant | None) -> Tenant:

@@ -36,8 +36,25 @@ class TierQuota:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantLimits:
+    """What bounds a tenant beside the bytes it holds; 0 is no limit of its own.
+
+    `lease_max_bytes`: under leases or draining, on each node. `ssd_write_bytes_per_day`: written to SSD by
+    each node, see `tiers.write_budget`. `requests_per_s`: taken by each router, bursts of a second's worth.
+    """
+
+    lease_max_bytes: int = 0
+    ssd_write_bytes_per_day: int = 0
+    requests_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
-    """`tenant_id` is opaque and is what metrics, events and logs may show; `name` is the operator's."""
+    """`tenant_id` is opaque and is what metrics, events and logs may show; `name` is the operator's.
+
+    `expiring_keys`: (digest, Unix seconds) of keys that a rotation left for a while; they are not among
+    `api_key_digests`. `is_offboarded`: for good; its keys and secrets are gone, its id is not used again.
+    """
 
     tenant_id: TenantId
     name: str
@@ -46,6 +63,9 @@ class Tenant:
     ssd: TierQuota = TierQuota()
     max_age_s: float = 0.0
     opted_out: bool = False
+    limits: TenantLimits = TenantLimits()
+    expiring_keys: tuple[tuple[bytes, float], ...] = ()
+    is_offboarded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from kvfabric.registry.state import (
     RegistryState,
     TemplateVersion,
     Tenant,
+    TenantLimits,
     TierQuota,
 )
 from kvfabric.types import Incarnation, TenantId
@@ -31,6 +32,22 @@ def quota_from_pb(message: pb.TierQuota) -> TierQuota:
     return TierQuota(max_bytes=message.max_bytes, floor_bytes=message.floor_bytes)
 
 
+def limits_to_pb(limits: TenantLimits) -> pb.TenantLimits:
+    return pb.TenantLimits(
+        lease_max_bytes=limits.lease_max_bytes,
+        ssd_write_bytes_per_day=limits.ssd_write_bytes_per_day,
+        requests_per_s=limits.requests_per_s,
+    )
+
+
+def limits_from_pb(message: pb.TenantLimits) -> TenantLimits:
+    return TenantLimits(
+        lease_max_bytes=message.lease_max_bytes,
+        ssd_write_bytes_per_day=message.ssd_write_bytes_per_day,
+        requests_per_s=message.requests_per_s,
+    )
+
+
 def tenant_to_pb(tenant: Tenant) -> pb.Tenant:
     return pb.Tenant(
         tenant_id=tenant.tenant_id,
@@ -40,6 +57,11 @@ def tenant_to_pb(tenant: Tenant) -> pb.Tenant:
         ssd=quota_to_pb(tenant.ssd),
         max_age_s=tenant.max_age_s,
         opted_out=tenant.opted_out,
+        limits=limits_to_pb(tenant.limits),
+        expiring_keys=[
+            pb.ExpiringKey(digest=digest, expires_at=at) for digest, at in tenant.expiring_keys
+        ],
+        is_offboarded=tenant.is_offboarded,
     )
 
 
@@ -52,6 +74,9 @@ def _tenant_from_pb(message: pb.Tenant) -> Tenant:
         ssd=quota_from_pb(message.ssd),
         max_age_s=message.max_age_s,
         opted_out=message.opted_out,
+        limits=limits_from_pb(message.limits),
+        expiring_keys=tuple((key.digest, key.expires_at) for key in message.expiring_keys),
+        is_offboarded=message.is_offboarded,
     )
 
 

@@ -68,8 +68,7 @@ class Access:
             return MissReason.NO_EPOCH_LEASE
         if state is not self._state:
             self._state = state
-            self._residency.host.configure(state.tenants)
-            self._residency.ssd.configure(state.tenants)
+            self._residency.configure(state.tenants)
         return state.fence_reason(grant.epochs, grant.segments)
 
     def _opted_out(self, grant: RequestGrant) -> bool:

@@ -9,8 +9,13 @@ Charged are RESERVED, READY and DRAINING bytes, in whole slots. Three rules (des
   leave, among the tenants present.
 
 Leased and draining bytes above one's floor are at most a tenth of the tier, so that nobody can keep a
-cache from turning over. The public namespace has no such bound of its own: what is public is chosen by the
-operator, and one tenant's leases on it must not make another's request miss.
+cache from turning over, and never more than the tenant's own `lease_max_bytes`. The public
+namespace has no such bound of its own: what is public is chosen by the operator, and one tenant's leases
+on it must not make another's request miss.
+
+`strict`: every tenant of the registry has a fixed room, its floor and an equal share of what the floors
+leave, as floor and maximum in one. What one tenant does then never moves another's blocks; what nobody
+uses stays empty.
 """
 
 from __future__ import annotations
@@ -30,6 +35,9 @@ Field = Literal["reserved", "ready", "detached", "leased", "lapsed"]
 MAX_FLOORS = 0.9
 """Of a tier's capacity: floors beyond that are scaled down together."""
 
+AHEAD_SHARE = 1 / 64
+"""Of the host tier, kept free between reserves, so that they seldom have to evict."""
+
 
 @dataclass(slots=True)
 class Account:
@@ -47,6 +55,7 @@ class Account:
     lapsed: int = 0
     max_bytes: int = 0
     floor_bytes: int = 0
+    lease_max_bytes: int = 0
 
     @property
     def used(self) -> int:
@@ -65,7 +74,14 @@ class Account:
 class TierAccounts:
     """All accounts of one tier. A tenant's slot number is stable for the life of the daemon."""
 
-    def __init__(self, capacity_bytes: int, quota_of: Callable[[Tenant], TierQuota]) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        quota_of: Callable[[Tenant], TierQuota],
+        *,
+        strict: bool = False,
+    ) -> None:
+        self._strict = strict
         self.capacity_bytes = capacity_bytes
         self.accounts: list[Account] = []
         self._quota_of = quota_of
@@ -108,6 +124,24 @@ class TierAccounts:
         for account, quota in zip(self.accounts, quotas, strict=True):
             account.max_bytes = quota.max_bytes or self.capacity_bytes
             account.floor_bytes = int(quota.floor_bytes * scale)
+            tenant = self._tenants.get(account.tenant)
+            account.lease_max_bytes = tenant.limits.lease_max_bytes if tenant else 0
+        if self._strict:
+            self._divide()
+
+    def _divide(self) -> None:
+        """What is kept free between reserves stays free: nobody is evicted for it."""
+        known = [account for account in self.accounts if self._has_room(account.tenant)]
+        floors = sum(account.floor_bytes for account in known)
+        left = int(self.capacity_bytes * (1 - AHEAD_SHARE)) - floors
+        share = max(0, left) // max(1, len(known))
+        for account in self.accounts:
+            room = account.floor_bytes + share if self._has_room(account.tenant) else 0
+            account.floor_bytes = account.max_bytes = min(room, account.max_bytes)
+
+    def _has_room(self, tenant: TenantId) -> bool:
+        known = self._tenants.get(tenant)
+        return known is not None and not known.is_offboarded
 
     def add(
         self, field: Field, slots: npt.NDArray[np.uint32], num_bytes: int | npt.NDArray[Any]
@@ -155,7 +189,10 @@ class TierAccounts:
         account = self.accounts[slot]
         if account.tenant == PUBLIC_TENANT:
             return self.capacity_bytes
-        return max(0, account.floor_bytes + int(share * self.capacity_bytes) - account.held)
+        most = account.floor_bytes + int(share * self.capacity_bytes)
+        if account.lease_max_bytes:
+            most = min(most, account.lease_max_bytes)
+        return max(0, most - account.held)
 
     def over_maximum(self, slot: int, num_bytes: int) -> int:
         """Bytes of its own this tenant has to lose before it is charged `num_bytes` more."""

@@ -12,7 +12,7 @@ each leaves these true (`check` proves them in tests):
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.failpoints import failpoint
+from kvfabric.registry.state import Tenant
 from kvfabric.store.index import HIT, HOST, LOADING, QUEUED, RESERVED, SSD, BlockIndex, Rows
 from kvfabric.store.policy import EvictionPolicy
-from kvfabric.store.quota import TierAccounts
+from kvfabric.store.quota import AHEAD_SHARE, TierAccounts
 from kvfabric.tiers.arena import PAGE_BYTES, Arena, Slots, slot_bytes
+from kvfabric.tiers.write_budget import TenantBudgets
 from kvfabric.types import TenantId, TierName
 
 MAX_EVICTIONS = 256
@@ -37,8 +39,6 @@ _ROWS_ROUND = 16
 """Blocks evicted for their rows before counting again: a block may give several parts, or stay on SSD."""
 
 
-AHEAD_SHARE = 1 / 64
-"""Of the host tier, kept free between reserves, so that they seldom have to evict."""
 _AHEAD_BLOCKS = 16
 """Evicted ahead before others run."""
 _NOBODY = -1
@@ -117,11 +117,20 @@ class Residency:
         self.evictions = 0
         self.num_host_blocks = 0
         self.num_ssd_blocks = 0
+        self.write_budgets = TenantBudgets()
         self._events = events
         self._now = now
         self.unwiped: deque[DetachedSlot] = deque()
         self.overdue_bytes = 0
         self._detached: dict[int, list[DetachedSlot]] = {}
+
+    def configure(self, tenants: Mapping[TenantId, Tenant]) -> None:
+        """The registry's tenants and what each may have, from now on."""
+        self.host.configure(tenants)
+        self.ssd.configure(tenants)
+        self.write_budgets.configure(
+            {tenant.tenant_id: tenant.limits.ssd_write_bytes_per_day for tenant in tenants.values()}
+        )
 
     def tenant_slot(self, tenant: TenantId) -> int:
         """The tenant's slot number, the same in both tiers' accounts."""

@@ -308,6 +308,10 @@ class SsdTraffic:
             return False
         if not self.write_breaker.begin():
             return False
+        if not residency.write_budgets.take(index.lineage_at(row).tenant, charge):
+            self.write_breaker.abandon()
+            self.counts["refused"] += 1
+            return False
         index.flags.cell[row] |= SPILLING
         self._writing_bytes += charge
         residency.ssd.accounts[tenant].reserved += charge
@@ -325,11 +329,13 @@ class SsdTraffic:
         timer = asyncio.get_running_loop().call_later(
             self._deadline_s, self._fail, self.write_breaker, late
         )
+        owner, unwritten = index.lineage_at(row).tenant, charge
         try:
             for ordinal, part in missing:
                 if not index.part_state.cell[part] & HOST:
                     break  # discarded meanwhile
                 await self._write_part(row, part, ordinal)
+                unwritten -= record_bytes(index.layout_at(row).specs[ordinal].num_bytes)
                 self.write_breaker.succeed()
         except QuotaExceeded:  # no fault of the medium: its write budget is spent
             self.counts["refused"] += 1
@@ -343,6 +349,7 @@ class SsdTraffic:
         finally:
             timer.cancel()
             self.write_breaker.abandon()
+            residency.write_budgets.give_back(owner, unwritten)
             self._writing_bytes -= charge
             residency.ssd.accounts[tenant].reserved -= charge
             index.flags.cell[row] &= ~SPILLING
@@ -407,6 +414,9 @@ class SsdTraffic:
         for move, row, part in self._known(moves):
             if part and self._residency.is_sealed_at(part, move.old):
                 self._residency.moved(part, move.new)
+                self._residency.write_budgets.spend(
+                    self._index.lineage_at(row).tenant, record_bytes(self._part_bytes(row, part))
+                )
                 self._index.flags.cell[row] &= ~USED
             else:
                 unwanted.append(move.new)

@@ -65,7 +65,7 @@ class StoreLimits:
 
     `copy_threads` also scrub. `spill_bytes`: being written to SSD at once; `ssd_deadline_s`: how long one
     read or write of it may take before it counts as failed. `scrub_bytes_per_s`: how
-    fast the arena is re-checked in the background; 0 for not at all.
+    fast the arena is re-checked in the background; 0 for not at all. `strict_partition`: see `quota`.
     """
 
     host_bytes: int
@@ -79,17 +79,20 @@ class StoreLimits:
     ssd_deadline_s: float = 5.0
     scrub_bytes_per_s: int = 64 * 1024 * 1024
     ssd_scrub_bytes_per_s: int = 16 * 1024 * 1024
+    strict_partition: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TenantUsage:
-    """Bytes of one tenant. `host` and `ssd` are what it is charged there, draining included."""
+    """Bytes of one tenant. `host` and `ssd` are what it is charged there, draining included;
+    `ssd_written` since the start of the process."""
 
     tenant: TenantId
     host_bytes: int
     ssd_bytes: int
     leased_bytes: int
     draining_bytes: int
+    ssd_written_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +144,12 @@ class BlockStore:
         self._started = clock()
         self._tier = ssd
         self._index = BlockIndex(limits.max_blocks)
-        self._host = TierAccounts(limits.host_bytes, lambda tenant: tenant.host)
-        self._ssd_accounts = TierAccounts(limits.ssd_bytes, lambda tenant: tenant.ssd)
+        self._host = TierAccounts(
+            limits.host_bytes, lambda tenant: tenant.host, strict=limits.strict_partition
+        )
+        self._ssd_accounts = TierAccounts(
+            limits.ssd_bytes, lambda tenant: tenant.ssd, strict=limits.strict_partition
+        )
         self._residency = Residency(
             index=self._index,
             host=self._host,
@@ -507,6 +514,7 @@ class BlockStore:
                 ssd_bytes=self._ssd_accounts.accounts[slot].used,
                 leased_bytes=account.leased,
                 draining_bytes=account.draining,
+                ssd_written_bytes=self._residency.write_budgets.written[account.tenant],
             )
             for slot, account in enumerate(self._host.accounts)
         )

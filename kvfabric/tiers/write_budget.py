@@ -9,9 +9,11 @@ is the level without what may be under way, so that neither a restart nor a cras
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from kvfabric.tiers.segment_index import BudgetState
+from kvfabric.types import TenantId
 
 DAY_S = 86_400.0
 BURST_S = 3_600.0
@@ -26,6 +28,14 @@ class WriteBudget:
         self._most = self._rate * BURST_S
         self._clock = clock
         self._left, self._at = self._most, clock()
+
+    def resize(self, bytes_per_day: int) -> None:
+        """Another rate from now on; nothing above its hour's worth is left. A first limit starts full."""
+        self._fill()
+        was_limited = self.is_limited
+        self._rate = bytes_per_day / DAY_S
+        self._most = self._rate * BURST_S
+        self._left = min(self._left, self._most) if was_limited else self._most
 
     def resume(self, kept: BudgetState) -> None:
         """Go on with what an earlier life left; of a larger budget's rest nothing above today's."""
@@ -60,6 +70,12 @@ class WriteBudget:
         self._left -= num_bytes
         return True
 
+    def spend(self, num_bytes: int) -> None:
+        """What was written without asking: the debt is paid first."""
+        if self.is_limited:
+            self._fill()
+            self._left -= num_bytes
+
     def give_back(self, num_bytes: int) -> None:
         """What was taken and will not be written."""
         if self.is_limited:
@@ -76,3 +92,48 @@ class WriteBudget:
         passed = max(0.0, now - self._at)  # a clock that was set back gives nothing
         self._left = min(self._most, self._left + passed * self._rate)
         self._at = now
+
+
+class TenantBudgets:
+    """One bucket for each tenant that has a budget of its own, and how much each wrote. Levels are not kept:
+    what a daemon finds at its start begins empty, so a restart gives nothing back."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.written: Counter[TenantId] = Counter()
+        self._clock = clock
+        self._budgets: dict[TenantId, WriteBudget] = {}
+        self._is_new = True
+
+    def configure(self, bytes_per_day: Mapping[TenantId, int]) -> None:
+        """0 for no limit, as for tenants that are not named."""
+        for tenant in self._budgets.keys() - bytes_per_day.keys():
+            del self._budgets[tenant]
+        for tenant, rate in bytes_per_day.items():
+            budget = self._budgets.get(tenant)
+            if budget is None:
+                budget = self._budgets[tenant] = WriteBudget(rate, self._clock)
+                if self._is_new:
+                    budget.empty()
+            else:
+                budget.resize(rate)
+        self._is_new = False
+
+    def take(self, tenant: TenantId, num_bytes: int) -> bool:
+        """Whether the tenant may write so much now; it is taken then."""
+        budget = self._budgets.get(tenant)
+        if budget is not None and not budget.take(num_bytes):
+            return False
+        self.written[tenant] += num_bytes
+        return True
+
+    def spend(self, tenant: TenantId, num_bytes: int) -> None:
+        """What of the tenant's was written by the tier's own decision."""
+        self.written[tenant] += num_bytes
+        if tenant in self._budgets:
+            self._budgets[tenant].spend(num_bytes)
+
+    def give_back(self, tenant: TenantId, num_bytes: int) -> None:
+        """What was taken and not written after all."""
+        self.written[tenant] -= num_bytes
+        if tenant in self._budgets:
+            self._budgets[tenant].give_back(num_bytes)

@@ -38,6 +38,7 @@ from kvfabric_router.nodes import NodeLink
 from kvfabric_router.probes import Prober
 from kvfabric_router.proxy import REQUEST_ID, Proxy, trace_config
 from kvfabric_router.registry_view import RegistryView
+from kvfabric_router.request_rate import RequestRates
 
 MAX_IN_FLIGHT = 2048
 TTFT_OBJECTIVE = "x-kvfabric-ttft-objective-ms"
@@ -84,6 +85,7 @@ class Router:
     planner: Planner
     proxy: Proxy
     links: Links
+    rates: RequestRates
     url: str = ""
 
     def application(self) -> web.Application:
@@ -109,7 +111,9 @@ class Router:
         request_id = f"req-{secrets.token_hex(16)}"
         tenant, call = "", None
         try:
-            tenant = self.registry.authenticate(request.headers.get("Authorization")).tenant_id
+            known = self.registry.authenticate(request.headers.get("Authorization"))
+            tenant = known.tenant_id
+            self.rates.take(known)
             call = await self._call(request, request_id)
             response = await self.proxy.serve(request, call)
         except ApiError as exc:
@@ -130,12 +134,14 @@ class Router:
         if self.fleet.num_flights >= MAX_IN_FLIGHT:
             raise ApiError(429, "The router has as many requests as it takes.", code="overloaded")
         raw = await request.read()
+        directives = _cache_control(request)
         return Call(
             ttft_ms=_objective(request.headers.get(TTFT_OBJECTIVE)),
             request_id=request_id,
             tenant=self.registry.authenticate(request.headers.get("Authorization")),
             request=api.parse(request.path, raw),
-            no_store="no-store" in request.headers.get("Cache-Control", "").lower(),
+            no_store="no-store" in directives,
+            no_read="no-read" in directives,
         )
 
     def _count(self, tenant: str, result: str) -> None:
@@ -192,6 +198,12 @@ class Router:
         )
 
 
+def _cache_control(request: web.Request) -> set[str]:
+    """What a client asks of the cache: `no-store` leaves nothing behind, `no-read` finds nothing."""
+    values = ",".join(request.headers.getall("Cache-Control", ())).lower().split(",")
+    return {value.strip() for value in values}
+
+
 def _objective(header: str | None) -> float | None:
     """Milliseconds. Raises ApiError 400."""
     if header is None:
@@ -241,7 +253,8 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
         metrics=metrics,
         timeout_s=config.request_timeout_s,
     )
-    return Router(config, fleet, index, registry, metrics, planner, proxy, links)
+    rates = RequestRates(time.monotonic)
+    return Router(config, fleet, index, registry, metrics, planner, proxy, links, rates)
 
 
 @contextlib.asynccontextmanager

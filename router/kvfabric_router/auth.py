@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from kvfabric.registry.state import RegistryState, Tenant
 from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT
@@ -20,7 +21,13 @@ class TenantDirectory:
     a key, also when the last one was revoked.
     """
 
-    def __init__(self, state: RegistryState) -> None:
+    def __init__(self, state: RegistryState, wall_clock: Callable[[], float] = time.time) -> None:
+        self._wall_clock = wall_clock
+        self._expiring: Mapping[bytes, tuple[Tenant, float]] = {
+            digest: (tenant, at)
+            for tenant in state.tenants.values()
+            for digest, at in tenant.expiring_keys
+        }
         self._tenants: Mapping[bytes, Tenant] = {
             digest: tenant for tenant in state.tenants.values() for digest in tenant.api_key_digests
         }
@@ -40,7 +47,12 @@ class TenantDirectory:
             )
         key = authorization[len(_SCHEME) :].strip()
         # Looked up by digest: how long it takes tells nothing of any stored key.
-        tenant = self._tenants.get(hashlib.sha256(key.encode(errors="replace")).digest())
+        digest = hashlib.sha256(key.encode(errors="replace")).digest()
+        tenant = self._tenants.get(digest) or self._left_by_rotation(digest)
         if tenant is None:
             raise ApiError(401, "This API key is unknown or revoked.", code="invalid_api_key")
         return tenant
+
+    def _left_by_rotation(self, digest: bytes) -> Tenant | None:
+        tenant, ends_at = self._expiring.get(digest, (None, 0.0))
+        return tenant if self._wall_clock() < ends_at else None

@@ -57,6 +57,7 @@ class Call:
     tenant: Tenant
     request: ModelRequest
     no_store: bool = False
+    no_read: bool = False
     result: str = ""
     tried: set[str] = field(default_factory=set)
     tokens: dict[str, Sequence[int] | None] = field(default_factory=dict)
@@ -160,7 +161,8 @@ class Planner:
         """What the best engine of a ranking made just now needs."""
         call, ranked, identities = ranking.call, ranking.ranked, ranking.identities
         body, reason = self._body(call, ranked[0].candidate.engine, identities)
-        keys = None if reason or call.no_store else identities.keys(ranked[0].candidate.engine)
+        alone = reason or call.no_store or call.no_read
+        keys = None if alone else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
             Decision(call.tenant.tenant_id, ranked, reason),
             body,
@@ -221,7 +223,7 @@ class Planner:
         assert matches is not None
         keys = identities.keys(engine)
         reuse = Reuse()
-        if keys is not None and not call.tenant.opted_out:
+        if keys is not None and not call.tenant.opted_out and not call.no_read:
             reuse = policy.reuse_of(
                 engine,
                 matches.of(keys),
@@ -256,8 +258,10 @@ class Planner:
         keys = identities.keys(engine)
         if keys is None:
             return {**body, "cache_salt": one_time_salt()}, identities.reason(engine)
-        # Without its node an engine keeps what it computed under the salt: for nobody, if it must not.
-        body["cache_salt"] = one_time_salt() if call.no_store else keys.salt
+        # Without its node an engine keeps what it computed under the salt, and finds what was: for nobody,
+        # and nothing, if it must not.
+        alone = call.no_store or call.no_read
+        body["cache_salt"] = one_time_salt() if alone else keys.salt
         if engine.session:
             try:
                 handle = self._mint(call, engine, identities)
@@ -277,6 +281,7 @@ class Planner:
             request_id=call.request_id,
             expires_at=int(time.time() + self._config.handle_ttl_s),
             no_store=call.no_store,
+            no_read=call.no_read,
         )
 
     # ------------------------------------------------------------------ what is told of it

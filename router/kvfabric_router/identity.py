@@ -133,6 +133,7 @@ class RequestIdentity:
         request_id: str,
         expires_at: int,
         no_store: bool = False,
+        no_read: bool = False,
     ) -> str:
         """The handle for one engine session; `expires_at` in Unix seconds.
 
@@ -158,7 +159,7 @@ class RequestIdentity:
                 request_id=request_id,
                 expires_at=expires_at,
                 no_store=no_store or self._tenant.opted_out,
-                no_read=self._tenant.opted_out,
+                no_read=no_read or self._tenant.opted_out,
             )
             try:
                 return mint(handle, key)

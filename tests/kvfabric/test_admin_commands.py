@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from kvfabric.daemon.admin_client import to_plain
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.registry.changes import api_key_digest
 from kvfabric.registry.embedded import EmbeddedRegistry
-from kvfabric.registry.state import PURGED, RETIRED, SERVING
+from kvfabric.registry.state import PURGED, RETIRED, SERVING, Tenant
 from kvfabric.store.turns import Turns
 
 ENGINE = pb.Engine(
@@ -138,6 +140,7 @@ async def test_usage_names_tenants(shell: Shell) -> None:
             "host_bytes": 7 << 20,
             "ssd_bytes": 0,
             "leased_bytes": 0,
+            "ssd_written_bytes": 0,
         }
     ]
 
@@ -268,3 +271,49 @@ def test_a_user_without_a_name_may_ask(
     monkeypatch.setattr("os.getuid", lambda: 123_456_789)
     assert cli.main(["status", "--admin-socket", str(tmp_path / "admin.sock")]) == 1
     assert "no node answers" in capsys.readouterr().err
+
+
+async def test_limits_of_a_tenant_are_set_shown_and_kept(shell: Shell) -> None:
+    await shell.run("tenant", "create", "acme", "--requests-per-s", "5", "--lease-max", "1GiB")
+    await shell.run("tenant", "set", "acme", "--ssd-write-per-day", "3GiB")
+    listed = await shell.json("tenant", "list")
+    (acme,) = [one for one in listed["tenants"] if one["name"] == "acme"]
+    assert acme["limits"] == {
+        "lease_max_bytes": 1 << 30,
+        "ssd_write_bytes_per_day": 3 << 30,
+        "requests_per_s": 5.0,
+    }
+    out, _ = await shell.run("tenant", "list")
+    assert "3.0 GiB/day" in out
+    assert "5/s" in out
+    await shell.run("tenant", "set", "acme", "--requests-per-s", "0")
+    (again,) = [t for t in shell.registry.state.tenants.values() if t.name == "acme"]
+    assert (again.limits.requests_per_s, again.limits.lease_max_bytes) == (0.0, 1 << 30)
+    _, err = await shell.run("tenant", "set", "acme", "--requests-per-s", "-1", code=2)
+    assert "requests_per_s" in err
+
+
+async def test_api_keys_are_rotated_with_and_without_grace(shell: Shell) -> None:
+    await shell.run("tenant", "create", "acme")
+
+    def acme() -> Tenant:
+        (found,) = [t for t in shell.registry.state.tenants.values() if t.name == "acme"]
+        return found
+
+    first = acme().api_key_digests
+    rotated = await shell.json("tenant", "key", "rotate", "acme", "--grace", "60")
+    second = api_key_digest(rotated["api_key"])
+    assert acme().api_key_digests == (second,)
+    ((left, at),) = acme().expiring_keys
+    assert left == first[0]
+    assert 50 < at - time.time() < 61
+    out, _ = await shell.run("tenant", "list")
+    assert f"{left.hex()[:8]} (until " in out
+    await shell.json("tenant", "key", "rotate", "acme", "--grace", "3600")
+    assert dict(acme().expiring_keys)[left] == at, "its end was told already"
+    await shell.run("tenant", "key", "revoke", "acme", left.hex()[:8])
+    assert [digest for digest, _ in acme().expiring_keys] == [second]
+    await shell.json("tenant", "key", "rotate", "acme")
+    assert (len(acme().api_key_digests), acme().expiring_keys) == (1, ())
+    _, err = await shell.run("tenant", "key", "rotate", "acme", "--grace", "-1", code=2)
+    assert "grace" in err

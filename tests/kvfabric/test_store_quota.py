@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvfabric.registry.state import Tenant, TierQuota
+from kvfabric.registry.state import Tenant, TenantLimits, TierQuota
 from kvfabric.store.quota import TierAccounts
 from kvfabric.types import PUBLIC_TENANT, TenantId
 
@@ -70,3 +70,32 @@ def test_leases_above_the_floor_have_a_share_of_the_tier_and_public_ones_have_no
     account.detached = 100
     assert made.room_to_lease(made.slot(A), 0.1) == 0
     assert made.room_to_lease(made.slot(PUBLIC_TENANT), 0.1) == 1000
+
+
+def test_a_lease_budget_is_above_neither_share_nor_itself() -> None:
+    made = TierAccounts(1000, lambda tenant: tenant.host)
+    limits = TenantLimits(lease_max_bytes=70)
+    made.configure({A: Tenant(A, A, host=TierQuota(floor_bytes=50), limits=limits)})
+    account = made.accounts[made.slot(A)]
+    account.leased = 60
+    assert made.room_to_lease(made.slot(A), 0.1) == 10
+    made.configure({A: Tenant(A, A, host=TierQuota(floor_bytes=50))})
+    assert made.room_to_lease(made.slot(A), 0.1) == 90
+
+
+def test_a_strict_partition_gives_each_tenant_what_no_other_can_move() -> None:
+    made = TierAccounts(6400, lambda tenant: tenant.host, strict=True)
+    quotas = {A: TierQuota(floor_bytes=1000), B: TierQuota(), C: TierQuota(max_bytes=500)}
+    made.configure({name: Tenant(name, name, host=quota) for name, quota in quotas.items()})
+    rooms = {account.tenant: account.max_bytes for account in made.accounts}
+    assert rooms == {A: 2766, B: 1766, C: 500}, "a floor, and a third of 63/64 of the rest"
+    before = {name: made.room_to_reserve(made.slot(name)) for name in (B, C)}
+    made.accounts[made.slot(A)].reserved = rooms[A]
+    assert {name: made.room_to_reserve(made.slot(name)) for name in (B, C)} == before
+    assert made.room_to_reserve(made.slot(A)) == 0
+    stranger = made.slot(TenantId("t-unknown"))
+    assert made.accounts[stranger].max_bytes == 0
+    gone = {A: Tenant(A, A, is_offboarded=True), B: Tenant(B, B)}
+    made.configure(gone)
+    assert made.accounts[made.slot(B)].max_bytes == 6300
+    assert made.over_maximum(made.slot(A), 0) == rooms[A]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from kvfabric.errors import NoSpace, TransferError
+from kvfabric.registry.state import Tenant, TenantLimits
 from kvfabric.store.ssd import SsdTraffic
 from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import (
@@ -24,7 +26,8 @@ from kvfabric.testing.store import (
 )
 from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.segments import SegmentTier
-from kvfabric.types import Part, TierName
+from kvfabric.tiers.write_budget import TenantBudgets
+from kvfabric.types import DEFAULT_TENANT, Part, TenantId, TierName
 
 KEYS = make_keys(6)
 EXPECTED = [part_bytes(key) for key in KEYS]
@@ -446,3 +449,49 @@ async def test_what_is_used_stays_through_reclaim_and_is_found_where_it_went(
         rig.store._residency.check()
     async with make_tier() as tier, StoreRig(limits=limits, ssd=tier) as rig:
         assert await rig.get(KEYS) == EXPECTED
+
+
+async def test_a_tenants_write_budget_refuses_the_write_and_nothing_else(tmp_path: Path) -> None:
+    """Changed while the daemon runs; used blocks of the tenant stay in the host tier alone."""
+    async with rig_over(tmp_path) as (rig, _):
+        tenant = Tenant(DEFAULT_TENANT, DEFAULT_TENANT)
+
+        def limit(bytes_per_day: int) -> None:
+            limits = TenantLimits(ssd_write_bytes_per_day=bytes_per_day)
+            tenants = {DEFAULT_TENANT: replace(tenant, limits=limits)}
+            assert rig.state is not None
+            rig.state = replace(rig.state, version=rig.state.version + 1, tenants=tenants)
+
+        limit(0)
+        await store_and_seal(rig)
+        written = rig.store.statistics().tenants[0].ssd_written_bytes
+        assert written == len(KEYS) * 2 * PART_BYTES
+        limit(24 * 4096)  # an hour's worth: half a record, so one write and no second
+        others = make_keys(4, seed=5)
+        await rig.put(others)
+        assert await rig.get(others) == [part_bytes(key) for key in others]
+        await rig.store.seal()
+        statistics = rig.store.statistics()
+        assert statistics.tenants[0].ssd_written_bytes == written + 2 * PART_BYTES
+        assert statistics.ssd_refused == len(others) - 1
+        assert await rig.get(others) == [part_bytes(key) for key in others]
+        limit(0)
+        await rig.get(others)
+        await rig.store.seal()
+        assert rig.store.statistics().num_blocks[TierName.SSD] == len(KEYS) + len(others)
+
+
+def test_a_tenants_budget_of_an_earlier_life_begins_empty() -> None:
+    now = 0.0
+    budgets = TenantBudgets(lambda: now)
+    first, later = TenantId("t-first"), TenantId("t-later")
+    budgets.configure({first: 86_400})
+    budgets.configure({first: 86_400, later: 86_400})
+    assert not budgets.take(first, 1)
+    assert budgets.take(later, 3_600)
+    assert not budgets.take(later, 1)
+    now = 1.0
+    assert budgets.take(first, 1)
+    budgets.spend(first, 2)
+    now = 2.5
+    assert not budgets.take(first, 1)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
-from kvfabric_router.api import MAX_BODY_BYTES
+from kvfabric_router.api import MAX_BODY_BYTES, ApiError
 from kvfabric_router.app import running
+from kvfabric_router.auth import TenantDirectory
+from kvfabric_router.request_rate import RequestRates
 
 from kvfabric.errors import ConfigError
+from kvfabric.registry.state import TenantLimits
 from tests.router.standin import (
     client_of,
     config_for,
@@ -241,3 +246,56 @@ async def test_an_address_in_use_is_a_configuration_error(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match=r"router\.listen"):
             async with running(taken):
                 pass
+
+
+async def test_a_tenant_above_its_request_rate_is_told_when_to_come_again(tmp_path: Path) -> None:
+    """And nobody else is; the limit is changed and taken away while the router runs."""
+    slow = replace(tenant("t-1", KEY), limits=TenantLimits(requests_per_s=0.2))
+    other = "kvf-" + "o" * 43
+    state = registry_state([slow, tenant("t-2", other)])
+    async with (
+        engines() as (engine,),
+        client_of(config_for(tmp_path, [engine.url]), state) as client,
+    ):
+        assert (await client.post(ASK, key=KEY))[0] == 200
+        status, body, headers = await client.post(ASK, key=KEY)
+        assert status == 429
+        assert is_openai_error(body)
+        assert body["error"]["code"] == "rate_limit_exceeded"
+        assert 1 <= int(headers["Retry-After"]) <= 5
+        assert [(await client.post(ASK, key=other))[0] for _ in range(3)] == [200] * 3
+        free = registry_state([tenant("t-1", KEY), tenant("t-2", other)])
+        client.router.registry.apply(replace(free, version=state.version + 1))
+        assert [(await client.post(ASK, key=KEY))[0] for _ in range(3)] == [200] * 3
+
+
+def test_a_request_rate_allows_bursts_of_a_second() -> None:
+    now = 0.0
+    rates = RequestRates(lambda: now)
+    known = replace(tenant("t-1"), limits=TenantLimits(requests_per_s=4.0))
+    for _ in range(4):
+        rates.take(known)
+    with pytest.raises(ApiError) as refused:
+        rates.take(known)
+    assert refused.value.headers == {"Retry-After": "1"}
+    now = 0.25
+    rates.take(known)
+    now = 100.0
+    for _ in range(4):
+        rates.take(known)
+    with pytest.raises(ApiError):
+        rates.take(known)
+
+
+def test_a_key_that_a_rotation_left_ends_on_time() -> None:
+    now = 100.0
+    left, fresh = "kvf-old", "kvf-new"
+    rotated = replace(
+        tenant("t-1", fresh), expiring_keys=((hashlib.sha256(left.encode()).digest(), 160.0),)
+    )
+    directory = TenantDirectory(registry_state([rotated]), lambda: now)
+    assert directory.authenticate(f"Bearer {left}") == rotated
+    now = 160.0
+    with pytest.raises(ApiError, match="revoked"):
+        directory.authenticate(f"Bearer {left}")
+    assert directory.authenticate(f"Bearer {fresh}") == rotated

@@ -376,3 +376,17 @@ async def test_a_retry_is_minted_for_the_other_engine(
         first, second = opened(keyring, pair[0]), opened(keyring, pair[1])
         assert first.audience != second.audience
         assert first.request_id == second.request_id
+
+
+async def test_no_read_finds_nothing_and_may_leave_what_it_computed(
+    tmp_path: Path, pair: list[StandInEngine], keyring: Keyring
+) -> None:
+    async with served(tmp_path, pair[:1]) as client:
+        for _ in range(2):
+            await client.post(ASK, key=KEYS["t-1"])
+        headers = {"Cache-Control": "max-age=0, No-Read"}
+        await client.post(ASK, key=KEYS["t-1"], headers=headers)
+        plain, asked = (opened(keyring, pair[0], at) for at in (-2, -1))
+        assert (plain.no_read, asked.no_read, asked.no_store) == (False, True, False)
+        salts = [request["cache_salt"] for request in pair[0].requests[-3:]]
+        assert salts[0] == salts[1] != salts[2], "an engine looks into its own cache first"
