@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import math
+import signal
 import statistics
 import time
 from collections import defaultdict
@@ -172,7 +173,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             yield Case("rtp_llm", 1.0, 0, router, num_requests=800, num_warm_up=200)
         return
     for seed in range(args.seeds):
-        for trace in TRACES:
+        for trace in args.only:
             for load in LOADS:
                 for router in routers:
                     yield Case(trace, load, seed, router)
@@ -218,8 +219,15 @@ async def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many of the three seeds")
     parser.add_argument("--routers", nargs="*", choices=ROUTERS, help="only these")
+    parser.add_argument(
+        "--only", nargs="*", choices=TRACES, default=TRACES, help="only these traces"
+    )
     parser.add_argument("--traces", type=Path, default=traffic.TRACES, help="where the traces lie")
     args = parser.parse_args()
+    this = asyncio.current_task()
+    assert this is not None
+    # Ended from outside it ends what it started.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     if not PEERS.exists():
         print(
             f"{PEERS.parent.name} is not there (make .venv-routers): our own rows only", flush=True

@@ -43,6 +43,7 @@ from kvfabric_router.hold import (  # noqa: E402
     has_room,
     newcomers_view,
     next_to_go,
+    room_in_ms,
 )
 from kvfabric_router.identity import ModelIdentity  # noqa: E402
 from kvfabric_router.policy import Candidate, EngineView, Ranked  # noqa: E402
@@ -108,6 +109,7 @@ class Simulation:
         self._turns = itertools.count()
         self._holds = holds and policy_name == "cost"
         self._queue = HoldQueue[_Ask]()
+        self._timer = 0
         self._rng = Random(seed)
         self._model = EngineModel()
         self._order = itertools.count()
@@ -173,9 +175,17 @@ class Simulation:
 
             held = next_to_go(self._queue, self.now, rank)
             if held is None:
-                return
+                break
             self._queue.served(held)
             self._send(held.item, best[id(held)])
+        if self._queue:
+            busy = [engine for engine in self._fleet.view().engines if not has_room(engine)]
+            self._timer += 1
+            self._at(self.now + room_in_ms(busy) / 1e3, partial(self._pump_at, self._timer))
+
+    def _pump_at(self, timer: int) -> None:
+        if timer == self._timer:  # otherwise another was set since
+            self._pump()
 
     def _rank(self, ask: _Ask, demand: DemandOf = lambda engine: engine) -> Sequence[Ranked]:
         predicted = self._fleet.predicted.of(ask.keys)
@@ -285,7 +295,6 @@ def _tell(told: set[Hashable], new: set[Hashable], gone: set[Hashable]) -> None:
 def _mistaken(view: EngineView, factor: float) -> EngineView:
     rates = view.rates
     wrong = Rates(
-        base_ms=rates.base_ms * factor,
         token_ms=rates.token_ms * factor,
         context_ms=rates.context_ms * factor,
         answer_ms=rates.answer_ms * factor,

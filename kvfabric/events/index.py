@@ -27,6 +27,8 @@ from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.types import BlockKey, TierName
 
 PREFIX_BYTES = 8
+MAX_BLOCKS = 1 << 24
+"""0.7 GB at most: 128 nodes of 128 thousand blocks each."""
 _INLINE = 4
 _WIDE = 0xFFFF
 _NARROW_AGAIN = 2  # holders at which a wide block fits in place again, with room to spare
@@ -46,16 +48,25 @@ class Holder(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FleetIndexStatistics:
+    """`num_left_out`: blocks told of that did not fit, so far."""
+
     num_blocks: int
     num_holders: int
     num_bytes: int
+    num_left_out: int = 0
 
 
 class FleetIndex:
-    """See the module. `capacity` blocks fit before the table grows, which stalls for 0.4 s a million."""
+    """See the module. `capacity` blocks fit before the table grows, which stalls for 0.4 s a million.
 
-    def __init__(self, *, capacity: int = 1 << 20) -> None:
-        self._table = KeyTable(capacity, width=_INLINE)
+    It never holds more than `max_blocks`, at most 44 bytes each: what is told of beyond is left out and
+    counted. A block left out looks like one that nobody holds.
+    """
+
+    def __init__(self, *, capacity: int = 1 << 20, max_blocks: int = MAX_BLOCKS) -> None:
+        self._table = KeyTable(min(capacity, max_blocks), width=_INLINE)
+        self._max_blocks = max_blocks
+        self._num_left_out = 0
         self._wide = np.zeros((64, 1), np.uint64)
         self._wide_free = list(range(64))
         self._numbers: dict[Holder, int] = {}
@@ -70,6 +81,7 @@ class FleetIndex:
             num_blocks=self._table.num_keys,
             num_holders=len(self._numbers),
             num_bytes=self._table.num_bytes + self._wide.nbytes,
+            num_left_out=self._num_left_out,
         )
 
     # ------------------------------------------------------------------ what happened
@@ -158,7 +170,7 @@ class FleetIndex:
 
     def _store(self, holder: Holder, keys: Keys) -> None:
         number = self._number(holder)
-        slots = self._table.insert(np.unique(keys))
+        slots = self._table.insert(self._that_fit(np.unique(keys)))
         rows = self._table.values[slots]
         wide = rows[:, 0] == _WIDE
         self._set_wide(_wide_rows(rows[wide]), number)
@@ -171,6 +183,15 @@ class FleetIndex:
         if full.size:
             self._widen(slots[full])
             self._set_wide(_wide_rows(self._table.values[slots[full]]), number)
+
+    def _that_fit(self, keys: Keys) -> Keys:
+        room = self._max_blocks - self._table.num_keys
+        if keys.size <= room:
+            return keys
+        known = self._table.find(keys) >= 0
+        new = keys[~known]
+        self._num_left_out += max(int(new.size) - room, 0)
+        return np.concatenate([keys[known], new[:room]])
 
     def _remove(self, holder: Holder, keys: Keys) -> None:
         number = self._numbers.get(holder)

@@ -1,7 +1,7 @@
 """When a call goes to an engine: at once, when there is room, or not at all. The asyncio edge of `HoldQueue`.
 
-There is room at an engine while its predicted work is less than `hold.HORIZON_MS`, or nobody waits there: so
-it never runs dry, and whatever waits longer does so here, where the choice is still open. That holds for the
+There is room at an engine that has nothing to do next or less work than `hold.HORIZON_MS`: so it never runs
+dry, and whatever waits longer does so here, where the choice is still open. That holds for the
 policy that chooses by cost; the others send at once.
 
 A call may carry an objective for its time to first token. It is refused as soon as that cannot be kept: a
@@ -27,6 +27,7 @@ from kvfabric_router.hold import (
     has_room,
     newcomers_view,
     next_to_go,
+    room_in_ms,
 )
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.policy import Ranked
@@ -57,6 +58,7 @@ class Admission:
         self._clock = clock
         self._queue = HoldQueue[_Waiting](max_held=max_held)
         self._going: Held[_Waiting] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         fleet.room = self._schedule
 
     @property
@@ -114,16 +116,24 @@ class Admission:
     def _pump(self) -> None:
         """Let the next one go that finds room where it wants to go. One at a time: see `_held`."""
         self._metrics.held.set(len(self._queue))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._going is not None or not self._queue:
             return
-        if not any(has_room(engine) for engine in self._fleet.view().engines):
-            return
-        held = next_to_go(self._queue, self._clock(), self._rank)
-        if held is None:
-            return
-        self._queue.served(held)
-        self._going = held
-        held.item.plan.set_result(self._planner.plan(held.item.ranking))
+        engines = self._fleet.view().engines
+        held = None
+        if any(map(has_room, engines)):
+            held = next_to_go(self._queue, self._clock(), self._rank)
+        if held is not None:
+            self._queue.served(held)
+            self._going = held
+            held.item.plan.set_result(self._planner.plan(held.item.ranking))
+        elif self._queue:
+            # An engine gets room as its work goes on, also without news of it.
+            busy = [engine for engine in engines if not has_room(engine)]
+            later = asyncio.get_running_loop().call_later
+            self._timer = later(room_in_ms(busy) / 1e3, self._pump)
 
     def _rank(self, held: Held[_Waiting], demand: DemandOf) -> Ranked | None:
         waiting = held.item

@@ -21,13 +21,14 @@ from kvfabric_router.flight import Activity, Flight, Sent
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import EngineView, FleetView
 from kvfabric_router.predicted import Predicted
-from kvfabric_router.rates import Rates, fetch_prior, typical
+from kvfabric_router.rates import UNKNOWN, Rates, fetch_prior, typical
 
 BACKOFF_S, MAX_BACKOFF_S = 0.25, 10.0
 PROBE_EVERY_S = 2.0
 PROBE_FAILURES = 2
 """Probes in a row that an engine may miss while it takes requests: a busy one may be late once."""
 FORGET_S = 60.0
+_SEVERAL = 3  # engines of which one of itself is not the median
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,14 @@ class _Engine:
     def model_names(self) -> set[str]:
         return {report.model_name for report in (self.announced, self.probed) if report is not None}
 
-    def view(self, others: Rates) -> EngineView:
+    def view(self, others: Rates, are_several: bool) -> EngineView:
         announced, probed, activity = self.announced, self.probed, self.activity
         assert probed is not None, "only probed engines are shown"
-        if not activity.learner.num_sights:
-            # Not seen at work yet: it counts as one of the others, not as a faster one.
-            block = announced and announced.block_bytes / announced.model.block_tokens
-            activity.learner.prior(fetch_prior(block or 0.0, others))
+        # Not seen at work yet, it counts as one of the others, not as a faster one.
+        block = announced and announced.block_bytes / announced.model.block_tokens
+        if are_several or not activity.learner.num_sights:
+            prior = fetch_prior(block or 0.0, others)
+            activity.learner.prior(prior, is_fleets=others is not UNKNOWN)
         waiting = activity.waiting()
         return EngineView(
             endpoint=self.endpoint,
@@ -251,8 +253,9 @@ class Fleet:
         """The engines that take requests now."""
         taking = [engine for engine in self._engines.values() if engine.takes_requests]
         learners = [engine.activity.learner for engine in taking]
-        others = typical([learner.rates for learner in learners if learner.num_sights])
-        return FleetView(tuple(engine.view(others) for engine in taking))
+        seen = [learner.rates for learner in learners if learner.num_sights]
+        others = typical(seen) if seen else UNKNOWN
+        return FleetView(tuple(engine.view(others, len(seen) >= _SEVERAL) for engine in taking))
 
     def flight(self, endpoint: str, sent: Sent) -> Flight:
         """A request about to be sent; enter it before sending."""

@@ -115,6 +115,7 @@ class Flight:
         self.first_byte_at: float | None = None
         self._prefilled_at = 0.0
         self._prefill_ms = 0.0
+        self._was_idle = True
         self._num_decoding = 0
         self._is_answered = False
         self._lost = False
@@ -183,6 +184,7 @@ class Flight:
         if self.first_byte_at is not None:
             return
         began = max(self.sent_at, self._activity.last_first_byte)
+        self._was_idle = began == self.sent_at
         self._prefill_ms = (now - began) * 1e3
         self.first_byte_at = self._activity.last_first_byte = now
         self._num_decoding = len(self._activity.flights) - len(self._activity.waiting()) - 1
@@ -205,4 +207,4 @@ class Flight:
     def _teach(self, work: Work) -> None:
         if work.computed >= _LEAST_TOKENS:
             learner = self._activity.learner
-            learner.saw_prefill(work, self._num_decoding, self._prefill_ms)
+            learner.saw_prefill(work, self._num_decoding, self._prefill_ms, was_idle=self._was_idle)

@@ -13,7 +13,7 @@ tenant the newest of that tenant's goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -23,6 +23,7 @@ HORIZON_MS = 100.0
 LOOKED_AT = 8
 """Of each tenant, when an engine has room: those further back wait for their turn, whatever they want."""
 MAX_HELD = 2048
+_SURE_MS = 1.0  # past the moment, not before it
 QUANTUM_TOKENS = 8192
 
 T = TypeVar("T")
@@ -149,8 +150,23 @@ DemandOf = Callable[[EngineView], EngineView]
 
 
 def has_room(engine: EngineView) -> bool:
-    """Whether it should get another request now: before it runs dry, and no earlier."""
-    return engine.num_waiting == 0 or engine.waiting_ms < HORIZON_MS
+    """Whether it should get another request now: before it runs dry, and hardly earlier.
+
+    One that is computed and one that is next, whatever was predicted of them: a prediction that is too long
+    must not leave an engine idle, which would confirm it.
+    """
+    return engine.num_waiting < 2 or engine.waiting_ms < HORIZON_MS
+
+
+def room_in_ms(engines: Sequence[EngineView]) -> float:
+    """When the first of them will have room, if none sends news before; 0: one has."""
+    return max(
+        min(
+            (0.0 if has_room(e) else e.waiting_ms - HORIZON_MS + _SURE_MS for e in engines),
+            default=HORIZON_MS,
+        ),
+        0.0,
+    )
 
 
 def newcomers_view(queue: HoldQueue[T]) -> DemandOf:

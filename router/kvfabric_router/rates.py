@@ -2,10 +2,11 @@
 
 The model of one request, in milliseconds:
 
-    base + token * n + context * n * (reused + n / 2) + answer * n * decoding + host * h + ssd * s
+    token * n + context * n * (reused + n / 2) + answer * n * decoding + host * h + ssd * s
 
 n tokens computed after `reused` others (attention makes the second half of a long prompt dearer: the
-curvature), while `decoding` answers share the engine's steps; h and s tokens fetched from host and SSD.
+curvature), while `decoding` answers share the engine's steps; h and s tokens fetched from host and SSD. The
+latency of the way there adds to that if the engine is idle; one that waits there follows the one before.
 Coefficients are least squares over what was seen, older sights weighing less, each relative to its own
 size (a long prompt is not more true than a short one). Until enough was seen they lean on a prior: the
 other engines' rates. None is negative: one that would be is taken out.
@@ -24,10 +25,13 @@ HOST_BYTES_PER_MS = 4e6
 SSD_BYTES_PER_MS = 8e5
 """Before anything was measured: computing, memory and disk of a small machine."""
 
-_FORGET = 0.98  # weight of all earlier sights at each new one: the last 50 count
+_FORGET = 0.99  # weight of all earlier sights at each new one: the last 100 count
 _CONTEXT_UNIT, _ANSWER_UNIT = 8192.0, 16.0
-_PRIOR_WEIGHT = 0.05
-_OUTLIER = 4.0  # a sight further off than this factor counts as one that far off
+_PRIOR_WEIGHT = 0.01
+_FLEET_WEIGHT = 1.0  # engines of a fleet are most often alike: as good as one sight
+_IDLE_WEIGHT = 0.2  # of a request that found the engine idle: it tells more of the way there
+_LEARN_LATENCY = 0.1
+_OUTLIER = 2.0  # a sight further off than this factor counts as one that far off
 _OUTLIERS_FROM = 8  # sights before that is known
 _LEARN_STEP = 0.2
 _FIT_EACH, _FIT_EVERY = 16, 4
@@ -49,10 +53,10 @@ class Work:
 class Rates:
     """The coefficients, in milliseconds for each of what the module's formula multiplies them with.
 
-    `step_ms`: one token of a running answer.
+    `latency_ms` is no work of the engine. `step_ms`: one token of a running answer.
     """
 
-    base_ms: float = 0.0
+    latency_ms: float = 0.0
     token_ms: float = DEFAULT_TOKEN_MS
     context_ms: float = 0.0
     answer_ms: float = 0.0
@@ -64,7 +68,7 @@ class Rates:
         """Computing, on an engine that does nothing else."""
         n = work.computed
         context = work.hbm + work.host + work.ssd + n / 2
-        return self.base_ms + n * (self.token_ms + self.context_ms * context)
+        return n * (self.token_ms + self.context_ms * context)
 
     def decode_ms(self, work: Work, num_decoding: int) -> float:
         """What running answers take from the steps of this request's prefill."""
@@ -90,7 +94,7 @@ def typical(rates: list[Rates]) -> Rates:
     """The median engine, coefficient by coefficient."""
     if not rates:
         return Rates()
-    names = ("base_ms", "token_ms", "context_ms", "answer_ms", "host_ms", "ssd_ms", "step_ms")
+    names = ("latency_ms", "token_ms", "context_ms", "answer_ms", "host_ms", "ssd_ms", "step_ms")
     return Rates(**{name: median(getattr(one, name) for one in rates) for name in names})
 
 
@@ -100,31 +104,50 @@ class RateLearner:
     def __init__(self) -> None:
         self.rates = Rates()
         self.num_sights = 0
-        self._prior = Rates()
-        self._moments = np.zeros((6, 6))
-        self._products = np.zeros(6)
+        self._num_clean = 0
+        self._prior, self._is_fleets = Rates(), False
+        self._moments = np.zeros((5, 5))
+        self._products = np.zeros(5)
 
-    def prior(self, rates: Rates) -> None:
-        """What to lean on where this engine itself was not seen yet."""
-        self._prior = rates
+    def prior(self, rates: Rates, *, is_fleets: bool = False) -> None:
+        """What to lean on where this engine itself was not seen yet. `is_fleets`: as measured at others."""
+        self._prior, self._is_fleets = rates, is_fleets
         if not self.num_sights:
             self.rates = rates
 
-    def saw_prefill(self, work: Work, num_decoding: int, took_ms: float) -> None:
-        """A request was the engine's next for `took_ms`, until its first token."""
+    def saw_prefill(
+        self, work: Work, num_decoding: int, took_ms: float, *, was_idle: bool = False
+    ) -> None:
+        """A request was the engine's next for `took_ms`, until its first token. `was_idle`: it found the
+        engine without work.
+        """
         expected = self.rates.prefill_ms(work) + self.rates.fetch_ms(work)
         expected += self.rates.decode_ms(work, num_decoding)
+        if was_idle:
+            took_ms = self._without_latency(took_ms, expected)
         if self.num_sights >= _OUTLIERS_FROM:
             took_ms = min(max(took_ms, expected / _OUTLIER), expected * _OUTLIER)
         features = _features(work, num_decoding)
-        scale = 1.0 / max(features[0] * 16 + features[1] + (work.host + work.ssd) / 16, 1.0)
-        features *= scale
-        self._moments = _FORGET * self._moments + np.outer(features, features)
-        self._products = _FORGET * self._products + features * (took_ms * scale)
+        features /= 16.0 + work.computed + (work.host + work.ssd) / 16
+        took_ms /= 16.0 + work.computed + (work.host + work.ssd) / 16
+        weight = _IDLE_WEIGHT if was_idle else 1.0
+        self._moments = _FORGET * self._moments + weight * np.outer(features, features)
+        self._products = _FORGET * self._products + weight * took_ms * features
         self.num_sights += 1
+        self._num_clean += not was_idle
         # A fit takes a third of a millisecond of the loop: often at first, then now and then.
         if self.num_sights <= _FIT_EACH or self.num_sights % _FIT_EVERY == 0:
-            self.rates = _rates(self._solve(), self.rates.step_ms)
+            self.rates = _rates(self._solve(), self.rates)
+
+    def _without_latency(self, took_ms: float, expected_ms: float) -> float:
+        """Of a request that found the engine idle: what is work. Latency is what the rates, known from
+        requests that waited there, leave unexplained.
+        """
+        if self._num_clean >= _OUTLIERS_FROM:
+            more = max(took_ms - expected_ms, 0.0) - self.rates.latency_ms
+            latency_ms = self.rates.latency_ms + _LEARN_LATENCY * more
+            self.rates = replace(self.rates, latency_ms=latency_ms)
+        return max(took_ms - self.rates.latency_ms, took_ms / 4)
 
     def saw_answer(self, num_tokens: int, took_ms: float) -> None:
         """So many tokens of one answer followed its first."""
@@ -135,16 +158,17 @@ class RateLearner:
 
     def _solve(self) -> _Vector:
         prior = _coefficients(self._prior)
-        weights = np.full(6, _PRIOR_WEIGHT)
-        weights[0] = _PRIOR_WEIGHT / 16**2  # in the units of a scaled sight
+        weights = np.full(5, _PRIOR_WEIGHT)
+        if self._is_fleets:
+            weights[0] = _FLEET_WEIGHT
         moments = self._moments + np.diag(weights)
         products = self._products + weights * prior
-        kept = np.arange(6)
+        kept = np.arange(5)
         while True:
             found = np.linalg.solve(moments[np.ix_(kept, kept)], products[kept])
             wrong = found < 0
             if not wrong.any() or len(kept) == 1:
-                solution = np.zeros(6)
+                solution = np.zeros(5)
                 solution[kept] = np.maximum(found, 0.0)
                 return solution
             kept = np.delete(kept, int(found.argmin()))
@@ -155,7 +179,6 @@ def _features(work: Work, num_decoding: int) -> _Vector:
     context = work.hbm + work.host + work.ssd + n / 2
     return np.array(
         [
-            1.0,
             n,
             n * context / _CONTEXT_UNIT,
             n * num_decoding / _ANSWER_UNIT,
@@ -168,7 +191,6 @@ def _features(work: Work, num_decoding: int) -> _Vector:
 def _coefficients(rates: Rates) -> _Vector:
     return np.array(
         [
-            rates.base_ms,
             rates.token_ms,
             rates.context_ms * _CONTEXT_UNIT,
             rates.answer_ms * _ANSWER_UNIT,
@@ -178,14 +200,14 @@ def _coefficients(rates: Rates) -> _Vector:
     )
 
 
-def _rates(solution: _Vector, step_ms: float) -> Rates:
-    base, token, context, answer, host, ssd = solution.tolist()
+def _rates(solution: _Vector, known: Rates) -> Rates:
+    token, context, answer, host, ssd = solution.tolist()
     return Rates(
-        base_ms=base,
+        latency_ms=known.latency_ms,
         token_ms=max(token, 1e-6),
         context_ms=context / _CONTEXT_UNIT,
         answer_ms=answer / _ANSWER_UNIT,
         host_ms=host,
         ssd_ms=ssd,
-        step_ms=step_ms,
+        step_ms=known.step_ms,
     )

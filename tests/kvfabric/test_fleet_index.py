@@ -50,6 +50,38 @@ def test_the_same_key_of_another_namespace_is_another_block() -> None:
     assert index.match(TAG, []) == {}
 
 
+def test_a_full_index_leaves_out_what_is_new_and_counts_it() -> None:
+    """Bounded, and right in what it holds: other holders of known blocks and removals still count."""
+    index, keys = FleetIndex(max_blocks=100), keys_of(9, 120)
+    other = Holder("n2", TierName.HOST)
+    index.apply("n1", batch(1, run(pb.STORED, HOST, keys[:80])))
+    index.apply("n2", batch(1, run(pb.STORED, other, keys)))
+    statistics = index.statistics()
+    assert (statistics.num_blocks, statistics.num_left_out) == (100, 20)
+    found = index.match(TAG, keys)
+    assert found[HOST].tolist() == [True] * 80 + [False] * 40
+    assert found[other][:80].all()
+    assert int(found[other].sum()) == 100
+    index.apply("n1", batch(2, run(pb.REMOVED, HOST, keys[:80])))
+    index.apply("n2", batch(2, run(pb.REMOVED, other, keys[:80])))
+    index.apply("n1", batch(3, run(pb.STORED, HOST, keys[80:])))
+    assert index.match(TAG, keys)[HOST][80:].all()
+    assert index.statistics().num_left_out == 20
+    # The bound taken out: the same news takes as much room as it wants.
+    free = FleetIndex()
+    free.apply("n2", batch(1, run(pb.STORED, other, keys)))
+    assert free.statistics().num_blocks == 120
+
+
+def test_an_index_takes_less_than_64_bytes_a_block_at_any_size() -> None:
+    index, rng = FleetIndex(capacity=1 << 10), np.random.default_rng(3)
+    for _ in range(60):
+        more = pb.Run(kind=pb.STORED, tier=pb.HOST, namespace_tag=TAG, keys=rng.bytes(8 * 2_000))
+        index.apply("n1", pb.EventBatch(runs=[more]))
+        statistics = index.statistics()
+        assert statistics.num_bytes <= 64 * max(statistics.num_blocks, 1_000)
+
+
 def test_cleared_and_gone_end_what_a_holder_holds() -> None:
     index, keys = FleetIndex(), keys_of(3, 4)
     hbm = Holder("n1", TierName.HBM, b"e" * 16)

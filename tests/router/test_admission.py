@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from kvfabric_router.admission import Admission
-from kvfabric_router.flight import Flight, Sent
+from kvfabric_router.flight import Sent
 from kvfabric_router.rates import Work
 
 from kvfabric.keyring import Keyring
@@ -46,9 +47,12 @@ async def one_engine(tmp_path: Path) -> AsyncIterator[tuple[Client, StandInEngin
         yield client, engine
 
 
-def busy(client: Client, engine: StandInEngine, work_ms: float = 60_000.0) -> Flight:
-    """The engine has that much to do, as the router sees it."""
-    return client.router.fleet.flight(engine.url, Sent(Work(1000), work_ms))
+def busy(client: Client, engine: StandInEngine, work_ms: float = 60_000.0) -> contextlib.ExitStack:
+    """The engine computes one prompt and has the next, as the router sees it."""
+    stack = contextlib.ExitStack()
+    for part_ms in (work_ms - 1.0, 1.0):
+        stack.enter_context(client.router.fleet.flight(engine.url, Sent(Work(1000), part_ms)))
+    return stack
 
 
 def admission(client: Client) -> Admission:

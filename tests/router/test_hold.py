@@ -96,12 +96,13 @@ def engine(name: str, **fields: object) -> EngineView:
 def test_room_is_shortly_before_an_engine_runs_dry() -> None:
     assert has_room(engine("a"))
     assert has_room(engine("a", num_waiting=3, waiting_ms=50.0))
-    assert not has_room(engine("a", num_waiting=1, waiting_ms=5_000.0))
+    assert has_room(engine("a", num_waiting=1, waiting_ms=5_000.0))  # nothing is next there
+    assert not has_room(engine("a", num_waiting=2, waiting_ms=5_000.0))
 
 
 def test_a_crowd_that_wants_one_engine_spreads() -> None:
     """Those that pass count as ahead: the tenth of ten does not wait for the same engine as the first."""
-    busy, idle = engine("a", num_waiting=1, waiting_ms=200.0), engine("b")
+    busy, idle = engine("a", num_waiting=2, waiting_ms=200.0), engine("b")
     queue = queue_of(*(held("t", str(i), tokens=2_000) for i in range(8)))
 
     def rank(_: Held[str], demand: DemandOf) -> Ranked:

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from kvfabric_router.rates import RateLearner, Rates, Work, fetch_prior, typical
 
-TRUE = Rates(base_ms=0.0, token_ms=0.03, context_ms=2e-6, answer_ms=0.001, host_ms=0.002)
+TRUE = Rates(token_ms=0.03, context_ms=2e-6, answer_ms=0.001, host_ms=0.002)
 
 
 def taught(true: Rates, sights: int = 200, noise: float = 0.1) -> RateLearner:
@@ -64,7 +64,7 @@ def test_nothing_is_ever_negative() -> None:
     for took in (0.0, 0.0, 5.0, 0.0):
         learner.saw_prefill(Work(1_000, hbm=500), 3, took)
     rates = learner.rates
-    assert min(rates.token_ms, rates.base_ms, rates.context_ms, rates.answer_ms) >= 0.0
+    assert min(rates.token_ms, rates.latency_ms, rates.context_ms, rates.answer_ms) >= 0.0
     assert rates.prefill_ms(Work(10)) > 0
 
 
@@ -90,3 +90,14 @@ def test_a_step_of_an_answer_is_learned() -> None:
     for _ in range(50):
         learner.saw_answer(100, 700.0)
     assert learner.rates.step_ms == pytest.approx(7.0, rel=0.01)
+
+
+def test_latency_is_not_taken_for_slowness() -> None:
+    """An engine that is often idle is as fast as it is; what the way there takes is told apart."""
+    rng = Random(5)
+    learner = RateLearner()
+    for _ in range(600):
+        computed, was_idle = rng.randrange(100, 8_000), rng.random() < 0.7
+        learner.saw_prefill(Work(computed), 0, computed * 0.02 + 50.0 * was_idle, was_idle=was_idle)
+    assert learner.rates.token_ms == pytest.approx(0.02, rel=0.15)
+    assert learner.rates.latency_ms == pytest.approx(50.0, rel=0.3)
