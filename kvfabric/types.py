@@ -48,10 +48,16 @@ class TierName(enum.StrEnum):
 
 
 class MissReason(enum.StrEnum):
-    """Why a block was not served or not stored: one enum for metrics, explanations, events and wire."""
+    """Why a block was not served or not stored: one enum for metrics, explanations, events and wire.
+
+    A node and an engine say what they see of keys. Only a router sees prompts: OTHER_LAYOUT and DRIFTED are
+    its words for what a node calls ABSENT.
+    """
 
     NONE = "none"  # not a miss
     ABSENT = "absent"  # never stored, or forgotten without a trace
+    OTHER_LAYOUT = "other_layout"  # stored by engines whose KV is laid out differently
+    DRIFTED = "drifted"  # the prompt no longer starts as those did that hit
     EVICTED = "evicted"  # was here, gave way to others
     PENDING = "pending"  # somebody is storing it now
     FENCED = "fenced"  # an epoch moved since the handle was made
@@ -64,8 +70,10 @@ class MissReason(enum.StrEnum):
     EXPIRED = "expired"  # older than the tenant's max_age
     TIER_DOWN = "tier_down"  # the tier that holds it is out of service
     TOO_MANY = "too_many"  # beyond what a node looks at for one message
+    TOO_SLOW = "too_slow"  # there, but computing it is sooner done than fetching it
     DEADLINE = "deadline"  # the answer would have come too late
     NODE_DOWN = "node_down"  # no daemon to ask
+    NO_STORE = "no_store"  # not stored: the request or its tenant opted out
     OVER_QUOTA = "over_quota"  # not stored: the tenant may hold no more
     NO_SPACE = "no_space"  # not stored: no slot, no row or no window
     NO_PARENT = "no_parent"  # not stored: the block before it is not there

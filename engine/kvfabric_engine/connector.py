@@ -290,6 +290,10 @@ class Connector:
                 request.is_ours = False
         self.release(request_id)
 
+    def count(self, reason: MissReason) -> None:
+        """What the caller does not take of what it was offered, or never asked for."""
+        self._boundary.count(reason)
+
     def statistics(self) -> ConnectorStatistics:
         with self._lock:
             loaded, saved = self._num_loaded, self._num_saved

@@ -19,7 +19,7 @@ import socket
 import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvfabric import __version__
 from kvfabric.daemon.admin_client import ERROR_CODE, REQUESTED_BY
+from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.peers import PeerCheck, TcpListener, identity_in
 from kvfabric.errors import (
     AccessError,
@@ -56,7 +57,7 @@ from kvfabric.registry.wire import (
     tenant_to_pb,
 )
 from kvfabric.store.scrub import ScrubReport
-from kvfabric.types import TierName, model_scope
+from kvfabric.types import TenantId, TierName, model_scope
 
 Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
 Reply = TypeVar("Reply")
@@ -102,6 +103,7 @@ class AdminSources:
     turn: Callable[[], Awaitable[None]]
     purge: Callable[[Collection[bytes]], Awaitable[int]] | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
+    lookups: Lookups = field(default_factory=Lookups)
 
 
 class AdminServer:
@@ -268,6 +270,19 @@ class _NodeEvents(pb_grpc.NodeEventsServicer):
             version=__version__,
             sequence=events.sequence,
             engines=events.engines,
+        )
+
+    @_unary
+    async def FindLookup(self, request: pb.FindLookupRequest, context: Any) -> pb.Lookup:
+        found = self._sources.lookups.find(request.request_id, TenantId(request.tenant_id))
+        if found is None:
+            return pb.Lookup()
+        return pb.Lookup(
+            known=True,
+            num_asked=found.num_asked,
+            num_host=found.num_host,
+            num_ssd=found.num_ssd,
+            reason=found.reason.value,
         )
 
     @_stream

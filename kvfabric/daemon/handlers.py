@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvfabric import handle as handles
+from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.sessions import Session
 from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError
 from kvfabric.hashing import namespace_key, namespace_tag
@@ -72,6 +73,7 @@ class Services:
     events: EngineEventSink
     require_handle: bool
     wall_clock: Callable[[], float]
+    lookups: Lookups = field(default_factory=Lookups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """Under what a request runs, from its handle or from the defaults."""
+    """Under what a request runs, from its handle or from the defaults. `told_id`: its router's id."""
 
     tenant: TenantId
     segments: tuple[Segment, ...] = ()
@@ -94,6 +96,7 @@ class _Terms:
     cacheable_tokens: int = -1
     no_store: bool = False
     no_read: bool = False
+    told_id: str = ""
 
 
 def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
@@ -116,6 +119,10 @@ def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
         no_read=terms.no_read or opted_out,
     )
     caller.services.store.open_request(caller.session.id, message.request_id, grant)
+    if terms.told_id:
+        caller.services.lookups.opened(
+            caller.session.id, message.request_id, terms.told_id, terms.tenant
+        )
     return HandleOpened(
         namespace_key=key,
         public_key=public_key,
@@ -131,7 +138,15 @@ def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
 
 def match(caller: Caller, message: Match) -> Matched:
     _check_keys(message.keys)
-    return caller.services.store.match(caller.session.id, message.request_id, message.keys)
+    matched = caller.services.store.match(caller.session.id, message.request_id, message.keys)
+    caller.services.lookups.matched(
+        caller.session.id,
+        message.request_id,
+        len(message.keys) // KEY_BYTES,
+        matched.tiers,
+        matched.reason,
+    )
+    return matched
 
 
 async def load(caller: Caller, message: Load) -> Located:
@@ -195,6 +210,7 @@ def abort(caller: Caller, message: Abort) -> Done:
 
 def release(caller: Caller, message: Release) -> Done:
     caller.services.store.release(caller.session.id, message.request_ids)
+    caller.services.lookups.released(caller.session.id, message.request_ids)
     return Done()
 
 
@@ -247,6 +263,7 @@ def _terms_of(caller: Caller, message: OpenHandle) -> _Terms:
     if state is not None:
         reason = state.fence_reason(opened.epochs, opened.to_segments())
         if reason is not MissReason.NONE:
+            services.lookups.refused(opened.request_id, TenantId(opened.tenant), reason)
             raise Fenced(f"what the handle was made under has changed since: {reason.value}")
     return _Terms(
         tenant=TenantId(opened.tenant),
@@ -256,6 +273,7 @@ def _terms_of(caller: Caller, message: OpenHandle) -> _Terms:
         cacheable_tokens=opened.cacheable_tokens,
         no_store=opened.no_store,
         no_read=opened.no_read,
+        told_id=opened.request_id,
     )
 
 

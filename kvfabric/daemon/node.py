@@ -23,6 +23,7 @@ from kvfabric.daemon import garbage
 from kvfabric.daemon.admin import AdminServer, AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.handlers import Services
+from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.peers import tcp_listener
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
@@ -80,6 +81,7 @@ class Node:
         self.boot_id = secrets.token_bytes(16)
         self.http_address = ""
         self.events = EventStream(boot_id=self.boot_id)
+        self.lookups = Lookups()
         self.ssd: SegmentTier | None = None
         # Of what these tiers need to be there at all; once there, SSD has breakers of its own.
         self.host_breaker = Breaker("the host tier", time.monotonic)
@@ -233,6 +235,7 @@ class Node:
             events=self.events,
             require_handle=config.require_handle,
             wall_clock=time.time,
+            lookups=self.lookups,
         )
         return EngineServer(options, services, self.sessions)
 
@@ -246,6 +249,7 @@ class Node:
             turn=self.store.turns.wait,
             purge=self.store.purge,
             scrub=self.store.scrub_all,
+            lookups=self.lookups,
         )
         return AdminServer(
             self.config.admin_socket_path,

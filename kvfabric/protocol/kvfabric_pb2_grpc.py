@@ -50,6 +50,11 @@ class NodeEventsStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.EventBatch.FromString,
                 _registered_method=True)
+        self.FindLookup = channel.unary_unary(
+                '/kvfabric.v1.NodeEvents/FindLookup',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.FindLookupRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Lookup.FromString,
+                _registered_method=True)
 
 
 class NodeEventsServicer:
@@ -78,6 +83,13 @@ class NodeEventsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindLookup(self, request, context):
+        """What the node answered to the lookup of a recent request, for whoever knows its id and tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeEventsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_NodeEventsServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SnapshotRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.EventBatch.SerializeToString,
+            ),
+            'FindLookup': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindLookup,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.FindLookupRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Lookup.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class NodeEvents:
             '/kvfabric.v1.NodeEvents/Snapshot',
             kvfabric_dot_protocol_dot_kvfabric__pb2.SnapshotRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.EventBatch.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindLookup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeEvents/FindLookup',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.FindLookupRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Lookup.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,9 +19,6 @@ from kvfabric.types import PUBLIC_TENANT, MissReason
 
 Flags = npt.NDArray[np.bool_]
 
-NO_STORE = "no_store"
-"""Reason of a refused store: the request or its tenant opted out."""
-
 
 class Access:
     """`registry` returns None while the node holds no epoch lease: then nothing may be done."""
@@ -59,7 +56,7 @@ class Access:
         if reason is not MissReason.NONE:
             return reason.value
         if grant.no_store or self._opted_out(grant):
-            return NO_STORE
+            return MissReason.NO_STORE.value
         return MissReason.TIER_DOWN.value if self._residency.arena is None else ""
 
     def _fence(self, grant: RequestGrant) -> MissReason:

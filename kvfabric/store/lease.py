@@ -88,11 +88,12 @@ class RequestGrant:
 
 @dataclass(slots=True)
 class Request:
-    """`rows`: blocks held for it, ascending and distinct. `deadline`: of the right, in clock seconds.
-    `due`: whether the sweep will come by."""
+    """`rows`: blocks held for it, ascending and distinct; `lost`: those of them that could not be had.
+    `deadline`: of the right, in clock seconds. `due`: whether the sweep will come by."""
 
     grant: RequestGrant
     rows: Rows = field(default_factory=lambda: _NO_ROWS)
+    lost: Rows = field(default_factory=lambda: _NO_ROWS)
     deadline: float = 0.0
     lapsed: bool = False
     due: bool = False

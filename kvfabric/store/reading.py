@@ -26,14 +26,14 @@ _HOST_TIER, _SSD_TIER = 0, 1
 
 
 class Reader:
-    """`ssd` is set when the tier has been indexed; `hits` and `misses` count blocks of matches."""
+    """`ssd` is set when the tier has been indexed; `hits` counts blocks of matches."""
 
     def __init__(
         self, residency: Residency, leases: LeaseBook, access: Access, *, lease_s: float
     ) -> None:
         self.ssd: SsdTraffic | None = None
         self.hits: Counter[TierName] = Counter()
-        self.misses: Counter[MissReason] = Counter()
+        self._misses = residency.misses
         self._residency = residency
         self._index = residency.index
         self._leases = leases
@@ -72,7 +72,7 @@ class Reader:
         )
 
     def _missed(self, num_keys: int, reason: MissReason) -> Matched:
-        self.misses[reason] += num_keys
+        self._misses.counts[reason] += num_keys
         return Matched(num_blocks=0, tiers=b"", lease_s=0.0, reason=reason.value)
 
     def _count(self, in_host: Flags, num_keys: int, reason: MissReason) -> None:
@@ -80,7 +80,15 @@ class Reader:
         self.hits[TierName.HOST] += num_host
         self.hits[TierName.SSD] += len(in_host) - num_host
         if num_keys > len(in_host):
-            self.misses[reason] += num_keys - len(in_host)
+            self._misses.counts[reason] += num_keys - len(in_host)
+
+    def _lost(self, request: Request, rows: Rows, reason: MissReason) -> None:
+        """Blocks that a match found are not to be had after all: each counts once, whatever the number of
+        its parts and of those that ask for them."""
+        rows = rows[np.isin(rows, request.rows)]
+        lost = np.setdiff1d(rows, request.lost)
+        request.lost = np.union1d(request.lost, lost)
+        self._misses.counts[reason] += len(lost)
 
     def _readable(self, rows: Rows, expected: Rows, session: Session, grant: RequestGrant) -> Flags:
         """Which blocks are READY in a tier that works, and stored under the expected lineage.
@@ -117,8 +125,10 @@ class Reader:
             return MissReason.TIER_DOWN if ssd_down and only_there else MissReason.EXPIRED
         if own and any(index.part_state.cell[part] & RESERVED for part in index.parts_of(row)):
             return MissReason.PENDING
-        evicted = self._residency.policy.was_evicted(int(words[position, 0]))
-        return MissReason.EVICTED if evicted else MissReason.ABSENT
+        word = int(words[position, 0])
+        if self._residency.policy.was_evicted(word):
+            return MissReason.EVICTED
+        return self._misses.why_absent(word)
 
     def _use(self, fresh: Rows) -> None:
         """A request leased these for the first time: their second use, if it is not a later one."""
@@ -142,6 +152,7 @@ class Reader:
         ordinal = ordinal_of(holder, group, shard)
         reason = self._access.to_read(request)
         if reason is not MissReason.NONE:
+            self._lost(request, self._index.lookup(words[:MAX_KEYS]), reason)
             return _not_located(reason)
         rows = self._index.lookup(words[:MAX_KEYS])
         rows = rows[: leading(np.isin(rows, request.rows))]
@@ -149,11 +160,13 @@ class Reader:
             await self.ssd.promote(rows, ordinal)
             reason = self._after_await(session, request_id, request)
             if reason is not MissReason.NONE:
+                self._lost(request, rows, reason)
                 return _not_located(reason)
         parts = self._index.parts(rows, ordinal)
         num_blocks = leading(self._here(parts))
         if num_blocks < len(words):
             reason = self._why_not_here(parts, num_blocks)
+            self._lost(request, rows[num_blocks:], reason)
         return self._located(parts[:num_blocks], holder.layout.specs[ordinal].num_bytes, reason)
 
     def _after_await(self, session: SessionId, request_id: str, request: Request) -> MissReason:
@@ -208,9 +221,10 @@ class Reader:
             return Confirmed(num_blocks=0, reason=MissReason.NO_HANDLE.value)
         holder, request = found
         reason = self._access.to_read(request)
-        if reason is not MissReason.NONE:
-            return Confirmed(num_blocks=0, reason=reason.value)
         rows = self._index.lookup(words[:MAX_KEYS])
+        if reason is not MissReason.NONE:
+            self._lost(request, rows, reason)
+            return Confirmed(num_blocks=0, reason=reason.value)
         parts = self._index.parts(rows, ordinal_of(holder, *part))
         good = np.isin(rows, request.rows) & self._here(parts)
         asked = np.frombuffer(generations, "<u4")[:MAX_KEYS]
@@ -218,6 +232,7 @@ class Reader:
         num_blocks = leading(good)
         if num_blocks < len(words):
             reason = MissReason.TOO_MANY if num_blocks == MAX_KEYS else MissReason.CORRUPT
+            self._lost(request, rows[num_blocks:], reason)
         return Confirmed(num_blocks=num_blocks, reason=reason.value)
 
     # -- recheck -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from kvfabric.failpoints import failpoint
 from kvfabric.registry.state import Tenant
 from kvfabric.store.index import HIT, HOST, LOADING, QUEUED, RESERVED, SSD, BlockIndex, Rows
+from kvfabric.store.misses import Misses
 from kvfabric.store.policy import EvictionPolicy
 from kvfabric.store.quota import AHEAD_SHARE, TierAccounts
 from kvfabric.tiers.arena import PAGE_BYTES, Arena, Slots, slot_bytes
@@ -111,6 +112,7 @@ class Residency:
         self.host = host
         self.ssd = ssd
         self.policy = EvictionPolicy(index)
+        self.misses = Misses()
         self.arena: Arena | None = None
         self.save: Callable[[int], bool] = lambda _row: False
         self.room_is_low: Callable[[], None] = lambda: None

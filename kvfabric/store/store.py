@@ -97,7 +97,7 @@ class TenantUsage:
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """Counters run from the start of the process. `hits` and `misses` count blocks of matches."""
+    """Counters run from the start of the process. `hits` and `misses` count blocks of lookups."""
 
     capacity_bytes: dict[TierName, int]
     used_bytes: dict[TierName, int]
@@ -486,7 +486,7 @@ class BlockStore:
             num_requests=sum(len(session.requests) for session in leases.sessions.values()),
             tenants=self._tenant_usage(),
             hits=dict(self._reader.hits),
-            misses=dict(self._reader.misses),
+            misses=dict(self._residency.misses.counts),
             stored_blocks=self._writer.stored_blocks,
             stored_bytes=self._writer.stored_bytes,
             refusals=dict(+self._writer.refusals),

@@ -163,7 +163,10 @@ class Writer:
         granted = bool(reservation.open.any())
         if not granted:
             self._leases.end_reservation(reservation)
-        self.refusals[reason] += int(np.count_nonzero(states == _REFUSED))
+        refused = np.flatnonzero(states == _REFUSED)
+        self.refusals[reason] += len(refused)
+        if reason == OVER_QUOTA:
+            self._residency.misses.refused(int(chain.words[refused[0], 0]), MissReason.OVER_QUOTA)
         return Reserved(
             reservation=reservation.number if granted else 0,
             states=states.tobytes(),

@@ -86,7 +86,8 @@ def test_another_process_is_warm(tmp_path: Path) -> None:
         with engine(settings) as base:
             second, details = complete(base, prompt)
     assert second == first
-    assert details["kvfabric"] == {"hbm_tokens": 0, "host_tokens": 64, "ssd_tokens": 0}
+    reused = {"hbm_tokens": 0, "host_tokens": 64, "ssd_tokens": 0, "miss_reason": "none"}
+    assert details["kvfabric"] == reused
 
 
 def test_a_folders_model_is_warm_in_another_process(tmp_path: Path) -> None:

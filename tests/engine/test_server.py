@@ -78,7 +78,12 @@ async def test_completion_of_text_and_of_its_tokens(http: ClientSession, engine:
         "total_tokens": 50,
         "prompt_tokens_details": {
             "cached_tokens": 32,
-            "kvfabric": {"hbm_tokens": 32, "host_tokens": 0, "ssd_tokens": 0},
+            "kvfabric": {
+                "hbm_tokens": 32,
+                "host_tokens": 0,
+                "ssd_tokens": 0,
+                "miss_reason": "none",
+            },
         },
     }
 

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self, TypeVar
 
@@ -295,6 +295,7 @@ class Engine:
     def _opened(self, sequence: Sequence, opened: Opened) -> None:
         if sequence.phase is Phase.OPENING:
             sequence.keys, sequence.in_fabric = opened.keys, opened.in_fabric
+            sequence.reused = Reused(miss=opened.reason)
             self._scheduler.add(sequence)
 
     def _abort(self, name: str) -> None:
@@ -336,6 +337,7 @@ class Engine:
     def _matched(self, sequence: Sequence, match: PrefixMatch) -> None:
         if sequence.phase is not Phase.FETCHING:
             return  # the engine stopped
+        assert self.connector is not None
         sequence.unsaved = self._missing(sequence, sequence.cached, match)
         self._blocks.reference(sequence.unsaved)
         keys = sequence.usable_keys()
@@ -352,10 +354,15 @@ class Engine:
         sequence.offered = max(0, min(match.num_blocks, len(keys)) - len(sequence.cached))
         sequence.chosen_at = time.monotonic()
         plan = sequence.choice.plan
+        is_cut = plan.num_blocks < sequence.offered
+        if is_cut:
+            self.connector.count(MissReason.TOO_SLOW)
+        if not sequence.was_started:
+            miss = MissReason.TOO_SLOW if is_cut else match.reason
+            sequence.reused = replace(sequence.reused, miss=miss)
         if plan.num_blocks == 0 or sequence.is_aborted:
             self._start(sequence, 0)
             return
-        assert self.connector is not None
         k = self.shape.pages_per_block
         blocks = range(plan.first, plan.first + plan.num_blocks)
         in_host = all(match.tiers[block] is TierName.HOST for block in blocks)
@@ -398,6 +405,9 @@ class Engine:
                 hbm=sequence.reused.hbm,
                 host=size * tiers.count(TierName.HOST),
                 ssd=size * tiers.count(TierName.SSD),
+                miss=sequence.reused.miss
+                if loaded.num_blocks == plan.num_blocks
+                else loaded.reason,
             )
         ahead, sequence.ahead = sequence.ahead, []
         counts = loaded.num_blocks == plan.num_blocks and not sequence.is_aborted

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Vector
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvfabric_engine.layout import PoolShape
 from kvfabric_engine.reference.block_manager import BlockManager
 from kvfabric_engine.reference.model import Span
-from kvfabric_engine.reference.sequence import Phase, Reused, Sequence
+from kvfabric_engine.reference.sequence import Phase, Sequence
 
 PREFILL_TOKENS_A_STEP = 256
 """Prompt tokens computed between two tokens of the sequences that decode."""
@@ -174,7 +174,7 @@ class Scheduler:
         sequence.pages = [page for hit in hits for page in hit.pages] + pages
         sequence.num_computed = len(hits) * self._shape.block_tokens
         if not sequence.was_started:
-            sequence.reused = Reused(hbm=sequence.num_computed)
+            sequence.reused = replace(sequence.reused, hbm=sequence.num_computed)
         return True
 
     def _take_pages(self, sequence: Sequence) -> None:

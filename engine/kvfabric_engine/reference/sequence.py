@@ -11,7 +11,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvfabric.types import BlockKey
+from kvfabric.types import BlockKey, MissReason
 from kvfabric_engine.plan import Choice
 from kvfabric_engine.reference.block_manager import CachedBlock
 from kvfabric_engine.reference.model import Span
@@ -39,11 +39,15 @@ class Finish(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reused:
-    """Prompt tokens that were not computed, by where their KV came from."""
+    """Prompt tokens that were not computed, by where their KV came from.
+
+    `miss`: why the first block that could have come from the fabric did not.
+    """
 
     hbm: int = 0
     host: int = 0
     ssd: int = 0
+    miss: MissReason = MissReason.NONE
 
     @property
     def total(self) -> int:

@@ -23,6 +23,7 @@ from aiohttp import web
 from kvfabric.errors import CapacityError, ClosedError
 from kvfabric.handle import SESSION_HEADER
 from kvfabric.hashing import layout_fingerprint
+from kvfabric.types import MissReason
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.reference.openai import AnswerText, BadRequest, Call, error_body, parse, usage
 from kvfabric_engine.reference.sequence import Finish, GenerationRequest, Output, Reused
@@ -287,6 +288,9 @@ class _Answer:
                 hbm=sum(r.hbm for r in reused),
                 host=sum(r.host for r in reused),
                 ssd=sum(r.ssd for r in reused),
+                miss=next(
+                    (r.miss for r in reused if r.miss is not MissReason.NONE), MissReason.NONE
+                ),
             ),
         )
 
