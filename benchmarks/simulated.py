@@ -152,7 +152,7 @@ class SimulatedEngine:
             await asyncio.sleep(max(free_at - time.monotonic(), 0.0))
             new, removed = self._cache.keep(ask.keys, ask.namespace.tag)
             ask.first_token.set()
-            if self.client is not None and (new or removed):
+            if self.client is not None and ask.namespace.tag and (new or removed):
                 await self.client.publish(_events(ask, new, removed), deadline_s=_DEADLINE_S)
 
     # ------------------------------------------------------------------ its HTTP API
@@ -263,7 +263,8 @@ def _events(
     gone: dict[bytes, list[bytes]] = {}
     for key, tag in removed:
         assert isinstance(key, bytes)
-        gone.setdefault(tag, []).append(key[:_PREFIX_BYTES])
+        if tag:  # of a request without a handle: nobody was told of it
+            gone.setdefault(tag, []).append(key[:_PREFIX_BYTES])
     return EngineEvents(
         stored=(_run(ask.namespace.tag, stored),) if stored else (),
         removed=tuple(BlockRun(tag, b"", b"".join(keys)) for tag, keys in gone.items()),
