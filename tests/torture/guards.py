@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvfabric.daemon import handlers
 from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
 from kvfabric.store.lease import LeaseBook, Request
+from kvfabric.store.reading import Reader
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES
 from kvfabric.tiers.segments import SegmentTier
+from kvfabric.types import DEFAULT_TENANT
 
 
 def volatile() -> None:
@@ -124,8 +127,25 @@ def forgets_nothing() -> None:
     Sessions._settle = lambda *_: None  # type: ignore[method-assign]
 
 
+def no_salt() -> None:
+    """Guard out: nothing of the tenant enters keys. All have the secret and the name of one."""
+    key = handlers._namespace_key
+    handlers._namespace_key = lambda caller, tenant: key(caller, DEFAULT_TENANT)
+
+
+def no_lineage() -> None:
+    """Guard out: a key alone decides who may have a block."""
+    readable = Reader._readable
+
+    def by_key_alone(reader: Reader, rows: Any, _: Any, *rest: Any) -> Any:
+        return readable(reader, rows, reader._index.lineage.array[rows], *rest)
+
+    Reader._readable = by_key_alone  # type: ignore[method-assign, assignment]
+
+
 _OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
 _OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
+_OF_TENANTS = (no_salt, no_lineage)
 CHANGES: dict[str, Callable[[], None]] = {
-    change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS)
+    change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS)
 }
