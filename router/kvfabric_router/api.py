@@ -14,6 +14,7 @@ import msgspec
 
 from kvfabric import tokenizer
 from kvfabric.errors import KVFabricError
+from kvfabric.types import MissReason
 from kvfabric_router.rates import Work
 
 COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
@@ -201,6 +202,7 @@ class Usage:
     hbm_tokens: int
     host_tokens: int
     ssd_tokens: int
+    miss: MissReason = MissReason.NONE
 
     @property
     def work(self) -> Work:
@@ -230,7 +232,15 @@ def parse_usage(answer: object) -> Usage | None:
         hbm_tokens=_count(tiers, "hbm_tokens"),
         host_tokens=_count(tiers, "host_tokens"),
         ssd_tokens=_count(tiers, "ssd_tokens"),
+        miss=_reason(tiers.get("miss_reason")),
     )
+
+
+def _reason(value: object) -> MissReason:
+    try:
+        return MissReason(str(value))
+    except ValueError:  # an engine of another version, or none of ours
+        return MissReason.NONE
 
 
 def _count(values: Mapping[str, Any], name: str) -> int:

@@ -29,8 +29,8 @@ from kvfabric.tls import Security
 from kvfabric_router import api
 from kvfabric_router.admission import Admission
 from kvfabric_router.api import ApiError
-from kvfabric_router.decision import explain
 from kvfabric_router.dispatch import Call, Planner
+from kvfabric_router.explain import explain
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.links import Links
 from kvfabric_router.metrics import RouterMetrics
@@ -96,7 +96,7 @@ class Router:
                 web.post(api.COMPLETIONS, self.complete),
                 web.post(api.CHAT_COMPLETIONS, self.complete),
                 web.get("/v1/models", self.models),
-                web.get("/v1/kvfabric/decisions/{request_id}", self.decision),
+                web.get("/v1/explain/{request_id}", self.explain),
                 web.get("/healthz", self.healthz),
                 web.get("/readyz", self.readyz),
                 web.get("/metrics", self.metrics_text),
@@ -156,13 +156,16 @@ class Router:
         ]
         return _json({"object": "list", "data": data})
 
-    async def decision(self, request: web.Request) -> web.Response:
-        """Why a recent request of this tenant went where it went."""
+    async def explain(self, request: web.Request) -> web.Response:
+        """Why a recent request of this tenant went where it went, and reused what it reused."""
         tenant = self.registry.authenticate(request.headers.get("Authorization"))
-        found = self.planner.decision(request.match_info["request_id"], tenant.tenant_id)
+        request_id = request.match_info["request_id"]
+        found = self.planner.decision(request_id, tenant.tenant_id)
         if found is None:
             raise ApiError(404, "No recent request of yours has this id.", code="unknown_request")
-        return _json(explain(found))
+        node = found.ranked[0].candidate.engine.node_id
+        told = await self.links.lookup(node, request_id, tenant.tenant_id)
+        return _json(explain(request_id, found, told))
 
     # ------------------------------------------------------------------ for operators
 

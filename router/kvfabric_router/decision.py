@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from kvfabric.types import TenantId
+from kvfabric.types import MissReason, TenantId
+from kvfabric_router.drift import Drift
 from kvfabric_router.policy import Ranked
 from kvfabric_router.rates import Work
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the engine reported afterwards. `ttft_ms` from arrival; None if the answer came in one piece."""
+    """What the engine reported afterwards. `ttft_ms` from arrival; None if the answer came in one piece.
+
+    `miss`: why its first missing block came from nowhere; NONE too if it does not say.
+    """
 
     prompt_tokens: int
     reused: Work
     ttft_ms: float | None
+    miss: MissReason = MissReason.NONE
+    completion_tokens: int = 0
+
+    @property
+    def reused_tokens(self) -> int:
+        return self.reused.hbm + self.reused.host + self.reused.ssd
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Where a call goes and why: `ranked[0]` is the choice. Holds nothing of the prompt.
 
-    `reason`: why nothing may be reused; empty if it may.
+    `reason`: why nothing may be reused; empty if it may. `policy` with its `draw` (the seed of its ties, or
+    whose turn it was) makes the same choice again. `reusable_tokens` in whole blocks; `is_cut`: the text of
+    a withdrawn template ends them. `left_out`: engines that were no candidates, and why.
     """
 
     tenant: TenantId
     ranked: tuple[Ranked, ...]
     reason: str
+    policy: str = "cost"
+    draw: int = 0
+    made_at: float = 0.0  # Unix seconds
+    waited_ms: float = 0.0  # at the router, for an engine with room
+    reusable_tokens: int = 0
+    is_cut: bool = False
+    no_read: bool = False
+    left_out: tuple[tuple[str, str], ...] = ()
     outcome: Outcome | None = None
+    drift: Drift | None = None
 
     @property
     def selected_tokens(self) -> int:
@@ -51,46 +71,3 @@ class Decision:
         """How much sooner its first token was expected elsewhere: given up for others."""
         soonest = min(ranked.terms.first_token for ranked in self.ranked)
         return self.ranked[0].terms.first_token - soonest
-
-
-def explain(decision: Decision) -> dict[str, Any]:
-    """A decision as JSON: each candidate with its reuse in tokens and its cost terms in milliseconds."""
-    outcome = decision.outcome
-    return {
-        "reason": decision.reason,
-        "reachable_tokens": decision.reachable_tokens,
-        "selected_tokens": decision.selected_tokens,
-        "regret_tokens": decision.regret_tokens,
-        "regret_ms": round(decision.regret_ms, 3),
-        "actual": outcome
-        and {
-            "prompt_tokens": outcome.prompt_tokens,
-            "reuse_tokens": {
-                "hbm": outcome.reused.hbm,
-                "host": outcome.reused.host,
-                "ssd": outcome.reused.ssd,
-            },
-            "ttft_ms": outcome.ttft_ms and round(outcome.ttft_ms, 3),
-        },
-        "candidates": [
-            {
-                "engine": ranked.candidate.engine.engine_id,
-                "prompt_tokens": ranked.candidate.prompt_tokens,
-                "reuse_tokens": {
-                    "hbm": ranked.candidate.reuse.hbm_tokens,
-                    "host": ranked.candidate.reuse.host_tokens,
-                    "ssd": ranked.candidate.reuse.ssd_tokens,
-                    "is_approximate": ranked.candidate.reuse.is_approximate,
-                },
-                "cost_ms": {
-                    "wait": round(ranked.terms.wait, 3),
-                    "fetch": round(ranked.terms.fetch, 3),
-                    "prefill": round(ranked.terms.prefill, 3),
-                    "decode": round(ranked.terms.decode, 3),
-                    "others": round(ranked.terms.others, 3),
-                    "total": round(ranked.terms.total, 3),
-                },
-            }
-            for ranked in decision.ranked
-        ],
-    }

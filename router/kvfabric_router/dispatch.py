@@ -23,19 +23,21 @@ from kvfabric.events.index import FleetIndex, Holder, Present
 from kvfabric.handle import PARAMS_FIELD
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RegistryState, Tenant
-from kvfabric.types import BlockKey, TenantId
+from kvfabric.types import BlockKey, MissReason, TenantId
 from kvfabric_router import policy
 from kvfabric_router.api import ApiError, ModelRequest
-from kvfabric_router.decision import Decision, Outcome, explain
+from kvfabric_router.decision import Decision, Outcome
+from kvfabric_router.drift import Drift, DriftWatch, Seen
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.flight import Sent
 from kvfabric_router.hold import DemandOf
 from kvfabric_router.identity import PromptKeys, RequestIdentity, one_time_salt
 from kvfabric_router.keyring_reader import KeyringReader
 from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.missed import why_missed
 from kvfabric_router.policy import Candidate, EngineView, Ranked, Reuse
 from kvfabric_router.predicted import Predicted
-from kvfabric_router.prompt import TOKENIZERS, tokenise
+from kvfabric_router.prompt import NO_LIMIT, TOKENIZERS, tokenise
 from kvfabric_router.registry_view import RegistryView
 
 KEPT_DECISIONS = 1024
@@ -74,6 +76,7 @@ class Ranking:
     call: Call
     ranked: tuple[Ranked, ...]
     identities: _Identities
+    draw: int = 0
 
     @property
     def best(self) -> Ranked:
@@ -128,6 +131,10 @@ class Planner:
         self._keyring = KeyringReader(config.keyring_path)
         self._rng = rng or random.Random()
         self._turn = 0
+        # Without the fabric there is nothing to weigh.
+        weighs = config.fabric or config.policy != "cost"
+        self._policy = config.policy if weighs else "round_robin"
+        self._drifts = DriftWatch()
         self._decisions: OrderedDict[str, Decision] = OrderedDict()
 
     @property
@@ -153,9 +160,10 @@ class Planner:
         if call.matches is None or now - call.matches.made_at > REUSE_FRESH_S:
             call.matches = _Matches(self._index, self._fleet.predicted, now)
         candidates = [self._candidate(call, engine) for engine in engines]
-        ranked = self._rank(call, candidates)
+        draw = self._draw(call)
+        ranked = policy.choose(self._policy, candidates, draw)
         self._metrics.decision.observe(time.perf_counter() - began)
-        return Ranking(call, ranked, call.identities)
+        return Ranking(call, ranked, call.identities, draw)
 
     def plan(self, ranking: Ranking) -> Plan:
         """What the best engine of a ranking made just now needs."""
@@ -164,7 +172,7 @@ class Planner:
         alone = reason or call.no_store or call.no_read
         keys = None if alone else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
-            Decision(call.tenant.tenant_id, ranked, reason),
+            self._decision(ranking, reason),
             body,
             identities.state.version if identities.state else 0,
             keys.keys if keys is not None and not call.tenant.opted_out else (),
@@ -182,8 +190,14 @@ class Planner:
     def outcome(self, call: Call, outcome: Outcome) -> None:
         """What became of the last decision on a call."""
         decision = self._decisions.get(call.request_id)
-        if decision is not None:
-            self._decisions[call.request_id] = replace(decision, outcome=outcome)
+        if decision is None:
+            return
+        drift = self._drift(call, decision, outcome)
+        decision = replace(decision, outcome=outcome, drift=drift)
+        self._decisions[call.request_id] = decision
+        reason = why_missed(decision)
+        if reason is not MissReason.NONE:
+            self._metrics.misses.labels(reason=reason.value).inc()
 
     # ------------------------------------------------------------------ who could
 
@@ -235,13 +249,12 @@ class Planner:
         length = len(tokens) if tokens is not None else _guess_tokens(call.request)
         return Candidate(engine, length, reuse)
 
-    def _rank(self, call: Call, candidates: Sequence[Candidate]) -> tuple[Ranked, ...]:
-        if self._config.fabric and self._config.policy == "cost":
-            return policy.by_cost(candidates, self._rng)
-        if self._config.policy == "least_loaded":
-            return policy.least_loaded(candidates, self._rng)
-        self._turn += not call.tried  # another attempt is no turn of its own
-        return policy.round_robin(candidates, self._turn)
+    def _draw(self, call: Call) -> int:
+        """What decides between equals, or whose turn it is; another attempt is no turn of its own."""
+        if self._policy != "round_robin":
+            return self._rng.getrandbits(32)
+        self._turn += not call.tried
+        return self._turn
 
     # ------------------------------------------------------------------ what it gets
 
@@ -286,12 +299,50 @@ class Planner:
 
     # ------------------------------------------------------------------ what is told of it
 
+    def _decision(self, ranking: Ranking, reason: str) -> Decision:
+        call, engine = ranking.call, ranking.best.candidate.engine
+        keys = None if reason else ranking.identities.keys(engine)
+        identity = ranking.identities.of(engine.tokenizer)
+        named = {ranked.candidate.engine.endpoint for ranked in ranking.ranked}
+        tried = tuple((one, "tried before") for one in sorted(call.tried) if one not in named)
+        return Decision(
+            tenant=call.tenant.tenant_id,
+            ranked=ranking.ranked,
+            reason=reason,
+            policy=self._policy,
+            draw=ranking.draw,
+            made_at=time.time(),
+            waited_ms=(time.monotonic() - call.arrived) * 1e3,
+            reusable_tokens=len(keys.keys) * keys.block_tokens if keys is not None else 0,
+            is_cut=identity is not None and identity.recognised.cacheable_tokens != NO_LIMIT,
+            no_read=call.no_read or call.tenant.opted_out,
+            left_out=(*self._fleet.not_taking(call.request.model), *tried),
+        )
+
+    def _drift(self, call: Call, decision: Decision, outcome: Outcome) -> Drift | None:
+        engine = decision.ranked[0].candidate.engine
+        templates = self._registry.templates(engine.tokenizer)
+        identity = call.identities.of(engine.tokenizer) if call.identities is not None else None
+        tokens = call.tokens.get(engine.tokenizer)
+        if identity is None or tokens is None or templates is None or engine.model is None:
+            return None
+        segments = [one for one in identity.recognised.segments if templates.knows(one)]
+        return self._drifts.judge(
+            call.tenant.tenant_id,
+            Seen(
+                tokens=tokens,
+                segments=tuple(segments),
+                ends=tuple(one.first_token + templates.length(one) for one in segments),
+                block_tokens=engine.model.block_tokens,
+                reused_tokens=outcome.reused_tokens,
+            ),
+        )
+
     def _remember(self, request_id: str, decision: Decision) -> None:
         self._decisions[request_id] = decision
         while len(self._decisions) > KEPT_DECISIONS:
             self._decisions.popitem(last=False)
-        if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("request %s of %s: %s", request_id, decision.tenant, explain(decision))
+        _log.debug("request %s of %s: %s", request_id, decision.tenant, decision)
 
     def _count(self, plan: Plan, identities: _Identities) -> None:
         decision = plan.decision

@@ -283,6 +283,14 @@ class Fleet:
         taking = sum(engine.takes_requests for engine in self._engines.values())
         return {"taking": taking, "excluded": len(self._engines) - taking}
 
+    def not_taking(self, name: str) -> tuple[tuple[str, str], ...]:
+        """(endpoint, why) of those of a model's engines that take no requests now."""
+        return tuple(
+            (engine.endpoint, "excluded: it failed" if engine.excluded else "not probed yet")
+            for engine in self._engines.values()
+            if not engine.takes_requests and name in engine.model_names
+        )
+
     def knows_model(self, name: str) -> bool:
         """Whether an engine serves it or, not having said yet what it serves, may do so."""
         names = [engine.model_names for engine in self._engines.values()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from kvfabric_router.nodes import NodeLink
+from kvfabric.types import NodeId, TenantId
+from kvfabric_router.nodes import NodeLink, Told
 
 LOOK_EVERY_S = 0.5
 GONE_AFTER_S = 10.0
@@ -28,6 +29,13 @@ class Links:
     @property
     def num_connected(self) -> int:
         return sum(link.connected for link, _ in self._links.values())
+
+    async def lookup(self, node: NodeId | None, request_id: str, tenant: TenantId) -> Told | None:
+        """What a node answered to the lookup of a tenant's request; None if nobody can tell."""
+        for link, _ in self._links.values():
+            if node and link.node_id == node:
+                return await link.lookup(request_id, tenant)
+        return None
 
     async def run(self, found: Callable[[], Iterable[str]]) -> None:
         """Serve all links until cancelled."""

@@ -23,6 +23,11 @@ class RouterMetrics:
         self.one_time_salts = self._counter(
             "one_time_salts", "Requests that could reuse nothing, by why.", "reason"
         )
+        self.misses = self._counter(
+            "misses",
+            "Requests that reused less than they may, by why the first block missed.",
+            "reason",
+        )
         self.prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens, as engines count.", "tenant"
         )

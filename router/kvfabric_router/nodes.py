@@ -13,6 +13,7 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -24,7 +25,7 @@ from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.lease import RENEW_EVERY_S
 from kvfabric.registry.wire import state_from_pb
 from kvfabric.tls import Security, diagnose, open_channel
-from kvfabric.types import NodeId
+from kvfabric.types import MissReason, NodeId, TenantId
 from kvfabric_router.fleet import Fleet, SessionReport
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.metrics import RouterMetrics
@@ -61,6 +62,17 @@ def session_report(engine: pb.Engine) -> SessionReport:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a node answered to the lookup of a request: of `num_asked` leading blocks so many from each tier,
+    and why not the next."""
+
+    num_asked: int
+    num_host: int
+    num_ssd: int
+    reason: MissReason
+
+
 class NodeLink:
     """One node. `target`: `unix:PATH` or `HOST:PORT`. `registry` is None for one that only sends events."""
 
@@ -83,6 +95,7 @@ class NodeLink:
         self._node_id = NodeId("")
         self._snapshot_needed = asyncio.Event()
         self._told = ""
+        self._events: Any = None
         self.connected = False
 
     async def run(self) -> None:
@@ -122,6 +135,7 @@ class NodeLink:
         self._node_id = NodeId(description.node_id)
         feed = NodeFeed(self._index, self._node_id)
         self._fleet.announce(self._node_id, map(session_report, description.engines))
+        self._events = events
         self.connected = True
         self._snapshot_needed.clear()
         try:
@@ -136,6 +150,25 @@ class NodeLink:
         finally:
             feed.lost()
             self._fleet.node_lost(self._node_id)
+
+    @property
+    def node_id(self) -> NodeId:
+        """Empty before the first contact."""
+        return self._node_id
+
+    async def lookup(self, request_id: str, tenant: TenantId) -> Told | None:
+        """None if the node does not know, or does not answer."""
+        if not self.connected:
+            return None
+        asked = pb.FindLookupRequest(request_id=request_id, tenant_id=tenant)
+        try:
+            found = await self._events.FindLookup(asked, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as exc:
+            _log.info("node %s: no lookup: %s", self.target, exc.code().name)
+            return None
+        if not found.known:
+            return None
+        return Told(found.num_asked, found.num_host, found.num_ssd, MissReason(found.reason))
 
     # ------------------------------------------------------------------ events
 

@@ -168,6 +168,19 @@ def costs(candidates: Sequence[Candidate]) -> list[Ranked]:
     return [Ranked(c, cost(c, mean_queue=mean_queue, least=least)) for c in candidates]
 
 
+def choose(policy: str, candidates: Sequence[Candidate], draw: int) -> tuple[Ranked, ...]:
+    """Best first. `policy`: as configured; `draw`: seed of its ties, or for round robin whose turn it is.
+
+    Live, recorded and simulated requests all come here: the same arguments give the same choice.
+    """
+    ordered = sorted(candidates, key=lambda c: c.engine.endpoint)
+    if policy == "cost":
+        return by_cost(ordered, Random(draw))
+    if policy == "least_loaded":
+        return least_loaded(ordered, Random(draw))
+    return round_robin(ordered, draw)
+
+
 def by_cost(candidates: Sequence[Candidate], rng: Random) -> tuple[Ranked, ...]:
     """Cheapest first; equals in random order, so that equal routers do not all choose the same."""
     ranked = sorted(costs(candidates), key=lambda r: r.terms.total)

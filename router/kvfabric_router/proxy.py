@@ -290,7 +290,14 @@ class _Attempt:
             return
         tenant = self._call.tenant.tenant_id
         self._proxy.admission.outcome(
-            self._call, Outcome(usage.prompt_tokens, usage.work, self._ttft_ms)
+            self._call,
+            Outcome(
+                usage.prompt_tokens,
+                usage.work,
+                self._ttft_ms,
+                usage.miss,
+                usage.completion_tokens,
+            ),
         )
         self._proxy.metrics.prompt_tokens.labels(tenant=tenant).inc(usage.prompt_tokens)
         told = usage.hbm_tokens + usage.host_tokens + usage.ssd_tokens

@@ -228,7 +228,7 @@ async def test_a_decision_is_explained_to_its_own_tenant_only(tmp_path: Path) ->
         client_of(config_for(tmp_path, [e.url for e in found]), state) as client,
     ):
         _, _, headers = await client.post(ASK, key=KEY)
-        path = f"/v1/kvfabric/decisions/{headers['X-Request-Id']}"
+        path = f"/v1/explain/{headers['X-Request-Id']}"
         status, told, _ = await client.get(path, KEY)
         assert status == 200
         assert told["candidates"][0]["engine"] == headers["x-kvfabric-engine"]

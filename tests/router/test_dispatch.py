@@ -341,7 +341,7 @@ async def test_a_request_goes_where_its_prompt_is(
         hold(client, keyring, "t-1", pair[1], 6)
         asked = [(await client.post(ASK, key=KEYS["t-1"]))[2] for _ in range(6)]
         assert {headers["x-kvfabric-engine"] for headers in asked} == {"e1"}
-        path = f"/v1/kvfabric/decisions/{asked[0]['X-Request-Id']}"
+        path = f"/v1/explain/{asked[0]['X-Request-Id']}"
         _, told, _ = await client.get(path, KEYS["t-1"])
         assert told["candidates"][0]["reuse_tokens"]["hbm"] == 6 * BLOCK_TOKENS
         assert told["selected_tokens"] == told["reachable_tokens"] == 6 * BLOCK_TOKENS
@@ -358,7 +358,7 @@ async def test_what_one_tenant_has_cached_does_not_draw_another(
         hold(client, keyring, "t-1", pair[1], 6)
         for _ in range(24):
             _, _, headers = await client.post(ASK, key=KEYS["t-2"], headers=NO_STORE)
-            path = f"/v1/kvfabric/decisions/{headers['X-Request-Id']}"
+            path = f"/v1/explain/{headers['X-Request-Id']}"
             _, told, _ = await client.get(path, KEYS["t-2"])
             assert all(c["reuse_tokens"]["hbm"] == 0 for c in told["candidates"])
         assert all(len(engine.requests) > 2 for engine in pair)

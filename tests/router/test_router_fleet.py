@@ -14,7 +14,7 @@ import aiohttp
 import grpc
 import pytest
 
-from kvfabric.demo.processes import Child, Children, free_addresses
+from kvfabric.demo.processes import Child, Children, free_addresses, run_command
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 
@@ -102,6 +102,52 @@ async def settled(fleet: Deployment, prompt: str, tokens: int) -> bool:
     return False
 
 
+async def explain(fleet: Deployment, who: str, request_id: str) -> tuple[int, Any]:
+    headers = {"Authorization": f"Bearer {fleet.keys[who]}"}
+    async with fleet.http.get(f"{fleet.url}/v1/explain/{request_id}", headers=headers) as answer:
+        return answer.status, await answer.json()
+
+
+async def miss_of(fleet: Deployment, prompt: str) -> tuple[str, Any]:
+    """Ask once; why it missed, and where it drifted."""
+    _, _, headers = await fleet.ask("one", prompt=prompt)
+    status, told = await explain(fleet, "one", headers["X-Request-Id"])
+    assert status == 200
+    return told["miss"]["reason"], told["miss"]["drift"]
+
+
+async def explained(fleet: Deployment, key_file: Path) -> None:
+    """A miss and a hit, told by router, engine and node, to their tenant and nobody else."""
+    _, body, headers = await fleet.ask("one", prompt="Something that nobody asked before? " * 4)
+    request_id = headers["X-Request-Id"]
+    status, told = await explain(fleet, "one", request_id)
+    assert status == 200
+    assert (told["miss"]["reason"], told["miss"]["first_missing_token"]) == ("absent", 0)
+    assert told["node"] == {
+        "asked_blocks": 8,
+        "host_blocks": 0,
+        "ssd_blocks": 0,
+        "reason": "absent",
+    }
+    assert {one["engine"] for one in told["candidates"]} == {"e1", "e2"}
+    assert told["actual"]["prompt_tokens"] == body["usage"]["prompt_tokens"]
+
+    foreign = await explain(fleet, "two", request_id)
+    assert foreign == await explain(fleet, "two", "req-" + "0" * 32)
+    assert foreign[0] == 404
+
+    _, _, headers = await fleet.ask("one")
+    _, told = await explain(fleet, "one", headers["X-Request-Id"])
+    assert told["miss"]["reason"] == "none"
+    reused = sum(told["actual"]["reuse_tokens"].values())
+    assert reused == told["reusable_tokens"] == told["selected_tokens"] > 0
+
+    await asyncio.to_thread(key_file.write_text, fleet.keys["one"])
+    command = ["explain", headers["X-Request-Id"], "--router", fleet.url]
+    out = await run_command([*command, "--key-file", str(key_file)])
+    assert f"reused {reused} of" in out
+
+
 async def streamed(fleet: Deployment) -> int:
     """Completion tokens of a streamed chat, as its usage has them."""
     body = {
@@ -133,6 +179,7 @@ async def test_reuse_is_found_and_kept_apart(tmp_path: Path) -> None:
         assert await fleet.cached("one") == 0
         assert await settled(fleet, PROMPT, (len(PROMPT) - 1) // 16 * 16)
         assert await fleet.cached("two") == 0
+        await explained(fleet, tmp_path / "key")
 
         # A registered template has keys of its own; withdrawn, only what stands before it is reused.
         await fleet.registry.RegisterTemplate(
@@ -143,8 +190,12 @@ async def test_reuse_is_found_and_kept_apart(tmp_path: Path) -> None:
         assert await settled(fleet, ahead + PROMPT, 100)
         await fleet.registry.Invalidate(pb.InvalidateRequest(scope="template", name="careful"))
         assert await fleet.cached("one", prompt=ahead + PROMPT) == 32
+        assert await miss_of(fleet, ahead + PROMPT) == ("withdrawn", None)
         await fleet.registry.PromoteTemplate(pb.PromoteTemplateRequest(name="careful", version="1"))
         assert await fleet.cached("one", prompt=ahead + PROMPT) > 100
+        changed = TEMPLATE.replace("careful", "reckless")
+        drift = {"template": "careful", "version": "1", "segment": "careful", "token": 50}
+        assert await miss_of(fleet, ahead + changed + PROMPT) == ("drifted", drift)
 
         # An engine dies: nobody notices, and what it computed is still there.
         _, _, headers = await fleet.ask("one", prompt=ahead + PROMPT)
