@@ -72,6 +72,9 @@ class NodeConfig:
         "shared",
         "shared, or strict: each tenant has a fixed part of each tier and never moves another's blocks",
     )
+    ssd_encryption: bool = _key(
+        False, "encrypt blocks on SSD under each tenant's data key; switching empties the tier"
+    )
     max_blocks: int = _key(1 << 20, "most blocks that the index holds, all tiers together")
     window_bytes: int = _key(256 << 20, "largest window that an engine worker gets")
     lease_s: float = _key(30.0, "how long a match may be used without being renewed")

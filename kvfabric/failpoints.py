@@ -45,6 +45,8 @@ POINTS = (
     "registry.committed",
     "keyring.written",
     "keyring.renamed",
+    "keyring.root.next",
+    "keyring.root.sealed",
     "arena.recorded",
     "arena.replaced",
     "arena.adopted",

@@ -1,10 +1,13 @@
-"""Keyring: tenant secrets and handle keys, wrapped by a root key, in one 0600 file.
+"""Keyring: tenant secrets, data keys and handle keys, wrapped by a root key, in one 0600 file.
 
 Held by nodes and routers only: never by engines, Redis, events or logs. Nodes write, one at a time where they
 share it; whoever meets a tenant or key id that it does not know reads again.
 
 File: magic, version, 12-byte nonce, AES-256-GCM(root key) over MessagePack. The header is the associated
 data. It is replaced by write, fsync, rename, fsync of the directory: a reader sees the old or the new one.
+
+A new root key lies beside the old one as `root.key.next` while the keyring is sealed under it, and takes its
+name then: at every moment one of the two opens the file. Writers end what a crash left in between.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -33,11 +36,13 @@ _PR_SET_DUMPABLE = 4
 _MAGIC = b"KVFKEYS1"
 _NONCE_BYTES = 12
 SECRET_BYTES = 32
+_READ_TRIES = 3
 
 
 class _Contents(msgspec.Struct):
     generation: int = 0
     tenant_secrets: dict[str, bytes] = {}
+    data_keys: dict[str, bytes] = {}
     handle_keys: dict[int, bytes] = {}
     current_handle_key: int = 0
 
@@ -68,18 +73,26 @@ class Keyring:
             _write_private(self._root_key_path, secrets.token_bytes(SECRET_BYTES))
         if self._path.exists():
             self.reload()
+            self._add_data_keys()
             return
+        first = (DEFAULT_TENANT, PUBLIC_TENANT)
         self._save(
             _Contents(
                 generation=1,
-                tenant_secrets={
-                    DEFAULT_TENANT: secrets.token_bytes(SECRET_BYTES),
-                    PUBLIC_TENANT: secrets.token_bytes(SECRET_BYTES),
-                },
+                tenant_secrets={name: secrets.token_bytes(SECRET_BYTES) for name in first},
+                data_keys={name: secrets.token_bytes(SECRET_BYTES) for name in first},
                 handle_keys={1: secrets.token_bytes(SECRET_BYTES)},
                 current_handle_key=1,
             )
         )
+
+    def _add_data_keys(self) -> None:
+        """Of tenants that an earlier release made."""
+        known = self._contents
+        lacking = known.tenant_secrets.keys() - known.data_keys.keys()
+        if lacking:
+            fresh = {name: secrets.token_bytes(SECRET_BYTES) for name in lacking}
+            self._save(msgspec.structs.replace(known, data_keys={**known.data_keys, **fresh}))
 
     @classmethod
     def open(cls, directory: Path) -> Keyring:
@@ -101,17 +114,20 @@ class Keyring:
 
     def reload(self) -> None:
         """Read the file again. Raises ConfigError if it is missing, exposed or not ours."""
-        root = self._root_key()
-        self._read_file = self._file_now()
-        raw = _read_private(self._path)
-        head = len(_MAGIC) + _NONCE_BYTES
-        if raw[: len(_MAGIC)] != _MAGIC or len(raw) < head:
-            raise ConfigError(f"{self._path} is not a keyring of this version")
-        nonce = raw[len(_MAGIC) : head]
-        try:
-            plain = AESGCM(root).decrypt(nonce, raw[head:], _MAGIC)
-        except InvalidTag as exc:
-            raise ConfigError(f"{self._path} does not open with {self._root_key_path}") from exc
+        for _ in range(_READ_TRIES):
+            _root_key(self._root_key_path)
+            self._read_file = self._file_now()
+            raw = _read_private(self._path)
+            if raw[: len(_MAGIC)] != _MAGIC or len(raw) < len(_MAGIC) + _NONCE_BYTES:
+                raise ConfigError(f"{self._path} is not a keyring of this version")
+            plain = self._opened(raw, self._root_key_path)
+            if plain is None and self._next_root_path.exists():
+                with contextlib.suppress(ConfigError):  # it has taken its name meanwhile
+                    plain = self._opened(raw, self._next_root_path)
+            if plain is not None:
+                break  # else a rotation may have passed between two reads
+        else:
+            raise ConfigError(f"{self._path} does not open with {self._root_key_path}")
         try:
             contents = msgspec.msgpack.decode(plain, type=_Contents)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -119,6 +135,23 @@ class Keyring:
         if contents.current_handle_key not in contents.handle_keys:
             raise ConfigError(f"{self._path} is damaged: it lacks its current handle key")
         self._contents = contents
+
+    def _opened(self, raw: bytes, root_key_path: Path) -> bytes | None:
+        head = len(_MAGIC) + _NONCE_BYTES
+        try:
+            root = _root_key(root_key_path)
+            return AESGCM(root).decrypt(raw[len(_MAGIC) : head], raw[head:], _MAGIC)
+        except InvalidTag:
+            return None
+
+    def data_key(self, tenant: TenantId) -> bytes:
+        """32 bytes, under which the tenant's blocks on SSD are encrypted. Raises UnknownTenant."""
+        if tenant not in self._contents.data_keys:
+            self._refresh()
+        try:
+            return self._contents.data_keys[tenant]
+        except KeyError:
+            raise UnknownTenant(f"no data key for tenant {tenant}") from None
 
     def tenant_secret(self, tenant: TenantId) -> bytes:
         """32 bytes. Raises UnknownTenant."""
@@ -139,13 +172,44 @@ class Keyring:
         return key_id, self._contents.handle_keys[key_id]
 
     def add_tenant(self, tenant: TenantId) -> None:
-        """Give a tenant a random secret, durably. A tenant that has one keeps it."""
+        """Give a tenant a random secret and data key, durably. A tenant that has them keeps them."""
         with self._locked():
             self.reload()
-            known = self._contents.tenant_secrets
-            if tenant not in known:
-                added = {**known, tenant: secrets.token_bytes(SECRET_BYTES)}
-                self._save(msgspec.structs.replace(self._contents, tenant_secrets=added))
+            known = self._contents
+            if tenant not in known.tenant_secrets:
+                secret, data_key = (secrets.token_bytes(SECRET_BYTES) for _ in range(2))
+                self._save(
+                    msgspec.structs.replace(
+                        known,
+                        tenant_secrets={**known.tenant_secrets, tenant: secret},
+                        data_keys={**known.data_keys, tenant: data_key},
+                    )
+                )
+
+    def remove_tenants(self, tenants: Collection[TenantId]) -> frozenset[TenantId]:
+        """Forget their secrets and data keys, durably, and rotate the root key, so that a copy of an earlier
+        keyring does not open with what lies here. Those that had any; without one nothing changes."""
+        with self._locked():
+            self.reload()
+            known = self._contents
+            held = known.tenant_secrets.keys() | known.data_keys.keys()
+            gone = frozenset(tenant for tenant in tenants if tenant in held)
+            if gone:
+                self._save_under_new_root(
+                    msgspec.structs.replace(
+                        known,
+                        tenant_secrets=_without(known.tenant_secrets, gone),
+                        data_keys=_without(known.data_keys, gone),
+                    )
+                )
+        return gone
+
+    def rotate_root_key(self) -> int:
+        """Seal the keyring under a new root key; the old one is gone. Returns the new generation."""
+        with self._locked():
+            self.reload()
+            self._save_under_new_root(msgspec.structs.replace(self._contents))
+        return self._contents.generation
 
     def rotate_handle_key(self) -> int:
         """A new current handle key; the one before stays valid, older ones end. Returns its id."""
@@ -185,23 +249,55 @@ class Keyring:
             raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._end_rotation()
             yield
         finally:
             os.close(descriptor)
 
-    def _root_key(self) -> bytes:
-        root = _read_private(self._root_key_path)
-        if len(root) != SECRET_BYTES:
-            raise ConfigError(f"{self._root_key_path} is no root key: it has {len(root)} bytes")
-        return root
+    @property
+    def _next_root_path(self) -> Path:
+        return self._root_key_path.with_name(self._root_key_path.name + ".next")
 
-    def _save(self, contents: _Contents) -> None:
+    def _save_under_new_root(self, contents: _Contents) -> None:
+        _write_private(self._next_root_path, secrets.token_bytes(SECRET_BYTES))
+        failpoint("keyring.root.next")
+        self._save(contents, self._next_root_path)
+        failpoint("keyring.root.sealed")
+        self._end_rotation()
+
+    def _end_rotation(self) -> None:
+        """Of the two root keys of a rotation, also of one that died, keep the one that opens the file."""
+        if not self._next_root_path.exists():
+            return
+        raw = _read_private(self._path)
+        try:
+            if self._opened(raw, self._next_root_path) is None:
+                self._next_root_path.unlink()
+            else:
+                self._next_root_path.rename(self._root_key_path)
+            _sync_directory(self._root_key_path.parent)
+        except OSError as exc:
+            raise ConfigError(f"cannot replace {self._root_key_path}: {exc.strerror}") from exc
+
+    def _save(self, contents: _Contents, root_key_path: Path | None = None) -> None:
         """Durable first, in force then: nobody gets a secret that a restart would lose."""
         contents.generation += 1
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        sealed = AESGCM(self._root_key()).encrypt(nonce, msgspec.msgpack.encode(contents), _MAGIC)
+        root = _root_key(root_key_path or self._root_key_path)
+        sealed = AESGCM(root).encrypt(nonce, msgspec.msgpack.encode(contents), _MAGIC)
         _write_private(self._path, _MAGIC + nonce + sealed)
         self._contents, self._read_file = contents, self._file_now()
+
+
+def _without(keys: dict[str, bytes], gone: Collection[str]) -> dict[str, bytes]:
+    return {name: key for name, key in keys.items() if name not in gone}
+
+
+def _root_key(path: Path) -> bytes:
+    root = _read_private(path)
+    if len(root) != SECRET_BYTES:
+        raise ConfigError(f"{path} is no root key: it has {len(root)} bytes")
+    return root
 
 
 def _read_private(path: Path) -> bytes:
@@ -228,13 +324,17 @@ def _write_private(path: Path, data: bytes) -> None:
         failpoint("keyring.written")
         temporary.rename(path)
         failpoint("keyring.renamed")
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_directory(path.parent)
     except OSError as exc:
         raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def hide_memory() -> None:

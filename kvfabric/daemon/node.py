@@ -47,6 +47,7 @@ from kvfabric.registry.state import PURGED
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
+from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.segments import SegmentTier
 from kvfabric.tiers.write_budget import WriteBudget
 from kvfabric.types import TierName
@@ -206,6 +207,8 @@ class Node:
             clock=time.monotonic,
             budget=WriteBudget(config.ssd_write_bytes_per_day),
         )
+        if config.ssd_encryption:
+            tier.encrypt_with(RecordCipher(self.keyring.data_key))
         tier.inherit_lock(self._inherited_ssd_lock())
         try:
             await self._ssd_stack.enter_async_context(tier)

@@ -16,7 +16,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from kvfabric.errors import CorruptBlock, KVFabricError, NoSpace, QuotaExceeded
+from kvfabric.errors import (
+    CorruptBlock,
+    KVFabricError,
+    NoSpace,
+    QuotaExceeded,
+    UnknownTenant,
+)
 from kvfabric.failpoints import failpoint
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.index import (
@@ -144,9 +150,9 @@ class SsdTraffic:
         timer = asyncio.get_running_loop().call_later(
             self._deadline_s, self._read_is_late, part, late
         )
-        good = False
+        good, checksum = False, identity.checksum
         try:
-            await self._tier.read_into(location, identity, buffer)
+            checksum = await self._tier.read_into(location, identity, buffer)
             failpoint("store.promote.read")
             # Purged or reclaimed meanwhile: what was read must not bring it back.
             good = bool(index.part_state.cell[part] & SSD)
@@ -165,7 +171,7 @@ class SsdTraffic:
             buffer.release()
             if good:
                 self.counts["promotions"] += 1
-                residency.publish(_rows(row), _rows(part), size, slots, identity.checksum)
+                residency.publish(_rows(row), _rows(part), size, slots, checksum)
                 failpoint("store.promote.published")
             else:
                 residency.give_back(slots, size)
@@ -337,7 +343,8 @@ class SsdTraffic:
                 await self._write_part(row, part, ordinal)
                 unwritten -= record_bytes(index.layout_at(row).specs[ordinal].num_bytes)
                 self.write_breaker.succeed()
-        except QuotaExceeded:  # no fault of the medium: its write budget is spent
+        except (QuotaExceeded, UnknownTenant):
+            # No fault of the medium: its write budget is spent, or the tenant has no key to be written under.
             self.counts["refused"] += 1
             index.flags.cell[row] &= ~HIT
         except NoSpace as exc:

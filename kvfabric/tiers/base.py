@@ -214,8 +214,11 @@ class Tier(ABC):
     @abstractmethod
     async def read_into(
         self, location: Location, identity: PartIdentity, buffer: memoryview
-    ) -> None:
-        """Fill `buffer[:identity.num_bytes]` with the part at `location`, verified.
+    ) -> bytes:
+        """Fill `buffer[:identity.num_bytes]` with the part at `location`, verified; its XXH3-128 digest.
+
+        A medium that verifies otherwise may keep no checksum; then `records` have zeros for it, and so
+        may `identity`.
 
         Anything else than exactly this identity with exactly its bytes raises CorruptBlock, and the
         part is quarantined: gone from the tier, counted. TransferError: the medium failed, or no

@@ -10,7 +10,7 @@ it is and where it belongs, so an index can be rebuilt from the files alone. Lit
     12  u32  CRC            12  u32  CRC
     16 16 B  file id        16 16 B  file id
     32  u32  file number    32  u64  offset of this page in the file
-    36  u32  0              40  u64  sequence
+    36  u32  1: encrypted   40  u64  sequence
     40  u64  file bytes     48       identity
 
     identity
@@ -20,6 +20,9 @@ it is and where it belongs, so an index can be rebuilt from the files alone. Lit
     40  u64  payload bytes      134  u16  incarnations
     48 16 B  XXH3-128           136  8 B  namespace tag
     64 32 B  layout fingerprint 144       tenant's id, then incarnations of 16 B
+
+In a file of encrypted records the last 16 bytes of a record's header page are the tag of its payload, and
+its checksum is zero; see `record_cipher`.
 
 The CRC is CRC-32 (zlib) of the page with the CRC field zero. The file id is random and never used again:
 a record that another file, or a file's former life, left behind never passes for one of this file.
@@ -42,6 +45,9 @@ FORMAT_VERSION = 1
 FILE_ID_BYTES = 16
 MAX_TENANT_BYTES = 64
 INCARNATION_BYTES = 16
+TAG_BYTES = 16
+NO_CHECKSUM = bytes(16)
+"""Of an encrypted record: the tag says more."""
 
 _FILE_MAGIC = b"KVFSEG01"
 _RECORD_MAGIC = b"KVFREC01"
@@ -53,7 +59,7 @@ _CRC_AT = 12
 _IDENTITY_AT = _PREFIX.size + _RECORD.size
 
 MAX_INCARNATIONS = (
-    PAGE_BYTES - _IDENTITY_AT - _IDENTITY.size - MAX_TENANT_BYTES
+    PAGE_BYTES - _IDENTITY_AT - _IDENTITY.size - MAX_TENANT_BYTES - TAG_BYTES
 ) // INCARNATION_BYTES
 """Segments of a prompt that a record can name."""
 
@@ -63,6 +69,7 @@ class FileHeader(NamedTuple):
     number: int
     num_bytes: int
     """Length of the whole file."""
+    is_encrypted: bool = False
 
 
 class RecordHeader(NamedTuple):
@@ -70,6 +77,7 @@ class RecordHeader(NamedTuple):
     offset: int
     sequence: int
     identity: PartIdentity
+    tag: bytes = bytes(TAG_BYTES)
 
 
 def record_bytes(payload_bytes: int) -> int:
@@ -155,32 +163,43 @@ def decode_identity(data: bytes | memoryview) -> PartIdentity:
 
 def encode_file_header(header: FileHeader) -> bytes:
     """One page."""
-    return _page(_FILE_MAGIC, _FILE.pack(header.file_id, header.number, 0, header.num_bytes))
+    return _page(
+        _FILE_MAGIC,
+        _FILE.pack(header.file_id, header.number, header.is_encrypted, header.num_bytes),
+    )
 
 
 def decode_file_header(page: bytes | bytearray | memoryview) -> FileHeader:
     """Raises CorruptBlock."""
     _check_page(page, _FILE_MAGIC)
-    file_id, number, _, num_bytes = _FILE.unpack_from(page, _PREFIX.size)
-    return FileHeader(file_id, number, num_bytes)
+    file_id, number, flags, num_bytes = _FILE.unpack_from(page, _PREFIX.size)
+    if flags > 1:
+        raise CorruptBlock(f"file header with unknown flags {flags:x}")
+    return FileHeader(file_id, number, num_bytes, is_encrypted=bool(flags))
 
 
 def encode_header(header: RecordHeader) -> bytes:
     """One page. Raises LocalProtocolError if a field does not fit."""
+    return _page(_RECORD_MAGIC, associated_data(header), header.tag)
+
+
+def associated_data(header: RecordHeader) -> bytes:
+    """Where a record lies and whose it is: all of its header but the tag. Raises LocalProtocolError."""
     place = _RECORD.pack(header.file_id, header.offset, header.sequence)
-    return _page(_RECORD_MAGIC, place + encode_identity(header.identity))
+    return place + encode_identity(header.identity)
 
 
 def decode_header(page: bytes | bytearray | memoryview) -> RecordHeader:
     """Raises CorruptBlock. What it returns is intact, not yet what anybody asked for."""
     _check_page(page, _RECORD_MAGIC)
     file_id, offset, sequence = _RECORD.unpack_from(page, _PREFIX.size)
-    identity = decode_identity(memoryview(page)[_IDENTITY_AT:PAGE_BYTES])
-    return RecordHeader(file_id, offset, sequence, identity)
+    identity = decode_identity(memoryview(page)[_IDENTITY_AT : PAGE_BYTES - TAG_BYTES])
+    return RecordHeader(file_id, offset, sequence, identity, bytes(page[-TAG_BYTES:]))
 
 
-def _page(magic: bytes, body: bytes) -> bytes:
+def _page(magic: bytes, body: bytes, tag: bytes = b"") -> bytes:
     page = bytearray(PAGE_BYTES)
+    page[PAGE_BYTES - len(tag) :] = tag
     _PREFIX.pack_into(page, 0, magic, FORMAT_VERSION, 0, 0)
     page[_PREFIX.size : _PREFIX.size + len(body)] = body
     struct.pack_into("<I", page, _CRC_AT, _page_crc(page))
@@ -208,7 +227,7 @@ def _check_page(page: bytes | bytearray | memoryview, magic: bytes) -> None:
 
 def verify_header(
     page: bytes | bytearray | memoryview, file_id: bytes, location: Location, identity: PartIdentity
-) -> None:
+) -> RecordHeader:
     """Raises CorruptBlock unless `page` is the intact header of exactly this part at this place."""
     header = decode_header(page)
     if header.file_id != file_id or header.offset != location.offset:
@@ -225,6 +244,7 @@ def verify_header(
         raise CorruptBlock(
             f"record at {location} is of another part: {', '.join(differing)} differ"
         )
+    return header
 
 
 def verify_payload(payload: memoryview, identity: PartIdentity) -> None:

@@ -10,8 +10,9 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from kvfabric.errors import CorruptBlock, TransferError
 from kvfabric.failpoints import failpoint
@@ -20,6 +21,7 @@ from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import (
     FILE_ID_BYTES,
+    NO_CHECKSUM,
     PAGE_BYTES,
     FileHeader,
     RecordHeader,
@@ -31,6 +33,9 @@ from kvfabric.tiers.records import (
     verify_header,
     verify_payload,
 )
+
+if TYPE_CHECKING:
+    from kvfabric.tiers.record_cipher import RecordCipher
 
 _PREFIX, _SUFFIX = "seg-", ".kvf"
 
@@ -67,11 +72,20 @@ def numbers_in(ops: FileOps, directory: Path) -> list[int]:
 
 
 class SegmentFile:
-    """Every method but the last three blocks and raises NoSpace or TransferError."""
+    """Every method but the last three blocks and raises NoSpace or TransferError. Of a file of encrypted
+    records without its `cipher` no record is read or written."""
 
     def __init__(
-        self, ops: FileOps, path: Path, header: FileHeader, fd: int, *, direct: bool
+        self,
+        ops: FileOps,
+        path: Path,
+        header: FileHeader,
+        fd: int,
+        *,
+        direct: bool,
+        cipher: RecordCipher | None = None,
     ) -> None:
+        self._cipher = cipher
         self.path = path
         self.header = header
         self.direct = direct
@@ -86,11 +100,19 @@ class SegmentFile:
         )
 
     @classmethod
-    def create(cls, ops: FileOps, directory: Path, number: int, num_bytes: int) -> Self:
+    def create(
+        cls,
+        ops: FileOps,
+        directory: Path,
+        number: int,
+        num_bytes: int,
+        cipher: RecordCipher | None = None,
+    ) -> Self:
         """A new file with all its blocks allocated, durable by the time this returns. If it raises, the
         file is gone, or its removal failed too."""
         path = path_of(directory, number)
-        header = FileHeader(secrets.token_bytes(FILE_ID_BYTES), number, num_bytes)
+        file_id = secrets.token_bytes(FILE_ID_BYTES)
+        header = FileHeader(file_id, number, num_bytes, is_encrypted=cipher is not None)
         with direct_io.translated(f"create {path}"):
             flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
             fd, is_direct = direct_io.open_file(ops, path, flags)
@@ -115,18 +137,22 @@ class SegmentFile:
                 ops.close(fd)
                 ops.unlink(path)
                 raise
-        return cls(ops, path, header, fd, direct=is_direct)
+        return cls(ops, path, header, fd, direct=is_direct, cipher=cipher)
 
     @classmethod
-    def open(cls, ops: FileOps, directory: Path, header: FileHeader) -> Self:
+    def open(
+        cls, ops: FileOps, directory: Path, header: FileHeader, cipher: RecordCipher | None = None
+    ) -> Self:
         """An existing file, as the index describes it."""
         path = path_of(directory, header.number)
         with direct_io.translated(f"open {path}"):
             fd, is_direct = direct_io.open_file(ops, path, os.O_RDWR)
-        return cls(ops, path, header, fd, direct=is_direct)
+        return cls(ops, path, header, fd, direct=is_direct, cipher=cipher)
 
     @classmethod
-    def open_by_itself(cls, ops: FileOps, directory: Path, number: int) -> Self:
+    def open_by_itself(
+        cls, ops: FileOps, directory: Path, number: int, cipher: RecordCipher | None = None
+    ) -> Self:
         """An existing file, as its own header describes it. Raises CorruptBlock if it has none."""
         path = path_of(directory, number)
         with direct_io.translated(f"open {path}"):
@@ -138,7 +164,7 @@ class SegmentFile:
             except BaseException:
                 ops.close(fd)
                 raise
-        return cls(ops, path, header, fd, direct=is_direct)
+        return cls(ops, path, header, fd, direct=is_direct, cipher=cipher)
 
     def append(self, records: Sequence[Appended]) -> None:
         """Write neighbouring records in one call to the kernel. Not durable before `sync`."""
@@ -147,10 +173,16 @@ class SegmentFile:
         for index, record in enumerate(records):
             at = 2 * index * PAGE_BYTES
             head, tail = pages[at : at + PAGE_BYTES], pages[at + PAGE_BYTES : at + 2 * PAGE_BYTES]
-            head[:] = encode_header(
-                RecordHeader(self.header.file_id, record.offset, record.sequence, record.identity)
+            header = RecordHeader(
+                self.header.file_id, record.offset, record.sequence, record.identity
             )
-            buffers += [head, *_aligned_payload(record.payload, tail)]
+            payload = record.payload
+            if self.header.is_encrypted:
+                sealed = direct_io.aligned_buffer(len(payload))[: len(payload)]
+                header = header._replace(tag=self._require_cipher().seal(header, payload, sealed))
+                payload = sealed
+            head[:] = encode_header(header)
+            buffers += [head, *_aligned_payload(payload, tail)]
         with direct_io.translated(f"write {self.path}"):
             direct_io.write_all(self._ops, self._fd, buffers, records[0].offset)
             failpoint("segment.appended")
@@ -164,7 +196,8 @@ class SegmentFile:
         """Read the record's payload, straight into `buffer` where it is aligned and long enough.
 
         Returns a view of the payload, in `buffer` or in memory of its own, after the header was found
-        to be this part's. Raises CorruptBlock. The payload itself is not verified yet.
+        to be this part's. Raises CorruptBlock. The payload itself is not verified yet, but decrypted and
+        authenticated if the file is an encrypted one; whatever checksum is asked for then.
         """
         page = direct_io.scratch_page()
         padded = record_bytes(identity.num_bytes) - PAGE_BYTES
@@ -175,8 +208,19 @@ class SegmentFile:
             got = direct_io.read_all(self._ops, self._fd, [page, target], offset)
         if got < PAGE_BYTES + padded:
             raise CorruptBlock(f"{self.path} ends {got} bytes after {offset}")
-        verify_header(page, self.header.file_id, Location(self.header.number, offset), identity)
-        return target[: identity.num_bytes]
+        place, payload = Location(self.header.number, offset), target[: identity.num_bytes]
+        if self.header.is_encrypted:
+            written = replace(identity, checksum=NO_CHECKSUM)
+            header = verify_header(page, self.header.file_id, place, written)
+            self._require_cipher().open(header, payload)
+        else:
+            verify_header(page, self.header.file_id, place, identity)
+        return payload
+
+    def _require_cipher(self) -> RecordCipher:
+        if self._cipher is None:
+            raise CorruptBlock(f"{self.path} is encrypted, and nobody gave it keys")
+        return self._cipher
 
     def verify(self, offset: int, identity: PartIdentity) -> None:
         """Read the record as it is on the medium and check all of it. Raises CorruptBlock."""
@@ -185,7 +229,9 @@ class SegmentFile:
             with direct_io.translated(f"read {self.path} at {offset}"):
                 self._ops.forget_cached(self._fd, offset, num_bytes)
         buffer = direct_io.aligned_buffer(num_bytes - PAGE_BYTES)
-        verify_payload(self.read(offset, identity, buffer), identity)
+        payload = self.read(offset, identity, buffer)
+        if not self.header.is_encrypted:
+            verify_payload(payload, identity)
 
     def scan(self) -> Iterator[RecordHeader]:
         """Intact headers from the first record on, up to the first page that is not one.

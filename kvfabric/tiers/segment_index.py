@@ -39,11 +39,11 @@ from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import FileHeader, record_bytes
 from kvfabric.types import TenantId
 
-_FORMAT = b"2"
+_FORMAT = b"3"
 _FORMAT_KEY, _BUDGET_KEY = b"format", b"budget"
 _NUMBER = struct.Struct(">I")
 _OFFSET = struct.Struct(">Q")
-_SEGMENT_VALUE = struct.Struct("<16sQ")
+_SEGMENT_VALUE = struct.Struct("<16sQB")
 _LINEAGE = struct.Struct("<8s32sHH")
 _BUDGET = struct.Struct("<dd")
 _CRC = struct.Struct("<I")
@@ -190,7 +190,7 @@ class SegmentIndex:
 
     def add_segment(self, header: FileHeader) -> None:
         with self._transaction() as (txn, tables):
-            value = _SEGMENT_VALUE.pack(header.file_id, header.num_bytes)
+            value = _SEGMENT_VALUE.pack(header.file_id, header.num_bytes, header.is_encrypted)
             _put(txn, tables.segments, _NUMBER.pack(header.number), value)
             txn.put(b"number", header.number.to_bytes(4, "little"), db=tables.facts)
 
@@ -210,9 +210,9 @@ class SegmentIndex:
         """Registered files, in the order in which they were made."""
         with self._transaction(write=False) as (txn, tables):
             return [
-                FileHeader(file_id, _NUMBER.unpack(key)[0], num_bytes)
+                FileHeader(file_id, _NUMBER.unpack(key)[0], num_bytes, bool(is_encrypted))
                 for key, value in _entries(txn, tables.segments)
-                for file_id, num_bytes in [_SEGMENT_VALUE.unpack(value)]
+                for file_id, num_bytes, is_encrypted in [_SEGMENT_VALUE.unpack(value)]
             ]
 
     # -- records -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from kvfabric.errors import CorruptBlock, TransferError
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.base import Location, RecordBatch
 from kvfabric.tiers.file_ops import FileOps
+from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.records import PAGE_BYTES, RecordHeader
 from kvfabric.tiers.segment_accounts import Segment
 from kvfabric.tiers.segment_file import SegmentFile, numbers_in, path_of
@@ -46,8 +47,11 @@ class Recovered:
     unavailable: dict[int, int]
 
 
-def recover(directory: Path, capacity_bytes: int, ops: FileOps) -> Recovered:
-    """Raises NoSpace or TransferError, and then holds nothing open."""
+def recover(
+    directory: Path, capacity_bytes: int, ops: FileOps, cipher: RecordCipher | None = None
+) -> Recovered:
+    """Files of the other kind, plain or encrypted, are removed: nobody may find plain ones there who asked
+    for encryption. Raises NoSpace or TransferError, and then holds nothing open."""
     # Sparse, so generous: a row takes 136 bytes of the at least 8 KiB that its record has.
     map_bytes = (64 << 20) + capacity_bytes // 8
     segments: dict[int, Segment] = {}
@@ -57,15 +61,23 @@ def recover(directory: Path, capacity_bytes: int, ops: FileOps) -> Recovered:
     try:
         if index is not None:
             try:
-                unavailable = _load(directory, index, segments, ops)
+                unavailable = _load(directory, index, segments, ops, cipher)
             except CorruptBlock as exc:
                 _LOG.warning("index in %s: %s", directory, exc)
                 _close(index, segments)
                 index, is_rebuilt, unavailable = None, True, {}
         if index is None:
             index = SegmentIndex.create(directory, map_bytes, ops)
-            _rebuild(directory, index, segments, ops)
+            _rebuild(directory, index, segments, ops, cipher)
         index.trust()
+        others = [
+            segment
+            for segment in segments.values()
+            if segment.file.header.is_encrypted != (cipher is not None)
+        ]
+        if others:
+            _LOG.warning("ssd_encryption changed: %d files of %s go", len(others), directory)
+        _give_up(others, index, segments)
         _give_up(_excess(segments, capacity_bytes, is_rebuilt=is_rebuilt), index, segments)
     except BaseException:
         _close(index, segments)
@@ -94,6 +106,7 @@ def _load(
     index: SegmentIndex,
     segments: dict[int, Segment],
     ops: FileOps,
+    cipher: RecordCipher | None,
 ) -> dict[int, int]:
     """Open the files that the index knows, and read all of it; forget the ones that are missing. Returns
     the bytes of those that do not open."""
@@ -103,7 +116,7 @@ def _load(
     for header in index.segments():
         number = header.number
         try:
-            segment = Segment(SegmentFile.open(ops, directory, header))
+            segment = Segment(SegmentFile.open(ops, directory, header, cipher))
         except TransferError as exc:
             direct_io.raise_if_exhausted(exc)
             on_disk.discard(number)
@@ -131,6 +144,7 @@ def _rebuild(
     index: SegmentIndex,
     segments: dict[int, Segment],
     ops: FileOps,
+    cipher: RecordCipher | None,
 ) -> None:
     """Fill an empty index from the files themselves."""
     numbers = numbers_in(ops, directory)
@@ -138,7 +152,7 @@ def _rebuild(
         _LOG.warning("no sound index in %s: reading %d files", directory, len(numbers))
     for number in numbers:
         try:
-            file = SegmentFile.open_by_itself(ops, directory, number)
+            file = SegmentFile.open_by_itself(ops, directory, number, cipher)
         except (CorruptBlock, TransferError) as exc:
             if isinstance(exc, TransferError) and not direct_io.is_gone(exc):
                 raise  # not now; what is in it must not be lost by it

@@ -67,7 +67,8 @@ def read_slice(
         buffer = direct_io.aligned_buffer(identity.num_bytes)
         try:
             payload = file.read(offset, identity, buffer)
-            verify(payload, identity)
+            if not file.header.is_encrypted:
+                verify(payload, identity)
         except CorruptBlock:
             found.corrupt.append(at)
         except TransferError as exc:

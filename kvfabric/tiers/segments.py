@@ -24,13 +24,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import xxhash
 
 from kvfabric.errors import (
     ClosedError,
@@ -41,6 +42,7 @@ from kvfabric.errors import (
     NoSpace,
     QuotaExceeded,
     TransferError,
+    UnknownTenant,
 )
 from kvfabric.failpoints import failpoint
 from kvfabric.tiers import direct_io
@@ -55,7 +57,9 @@ from kvfabric.tiers.base import (
 )
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.pool import IoPool, finished
+from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.records import (
+    NO_CHECKSUM,
     PAGE_BYTES,
     encode_identity,
     record_bytes,
@@ -145,6 +149,7 @@ class SegmentTier(Tier):
         budget: WriteBudget | None = None,
         ops: FileOps | None = None,
     ) -> None:
+        self._cipher: RecordCipher | None = None
         self._directory = directory
         self._capacity_bytes = capacity_bytes
         self._segment_bytes = segment_bytes or default_segment_bytes(capacity_bytes)
@@ -241,6 +246,10 @@ class SegmentTier(Tier):
         except OSError as exc:
             raise ConfigError(f"SSD directory {self._directory}: {exc.strerror}") from exc
 
+    def encrypt_with(self, cipher: RecordCipher) -> None:
+        """Before entering: records are encrypted. Files of the other kind are removed at opening."""
+        self._cipher = cipher
+
     def inherit_lock(self, descriptor: int) -> None:
         """Before entering: a `lock_descriptor` of the daemon that had the directory, taken over; -1: none."""
         self._lock_fd = descriptor
@@ -253,7 +262,7 @@ class SegmentTier(Tier):
     def _recover(self) -> None:
         """Blocking: find out what is in the directory. Nothing else runs yet."""
         self._lock()
-        found = recover(self._directory, self._capacity_bytes, self._ops)
+        found = recover(self._directory, self._capacity_bytes, self._ops, self._cipher)
         self._index, self._segments = found.index, found.segments
         self._active, self._spare = found.active, found.spare
         self._unavailable = found.unavailable
@@ -276,6 +285,10 @@ class SegmentTier(Tier):
 
     async def write(self, identity: PartIdentity, payload: memoryview) -> Location:
         self._require_open()
+        if self._cipher is not None:
+            if not self._cipher.knows(identity.tenant):
+                raise UnknownTenant(f"no data key for {identity.tenant}")
+            identity = replace(identity, checksum=NO_CHECKSUM)
         encode_identity(identity)  # raises now rather than in the group of others
         if payload.nbytes != identity.num_bytes:
             raise LocalProtocolError(
@@ -308,7 +321,7 @@ class SegmentTier(Tier):
 
     async def read_into(
         self, location: Location, identity: PartIdentity, buffer: memoryview
-    ) -> None:
+    ) -> bytes:
         self._require_open()
         if buffer.nbytes < identity.num_bytes:
             raise LocalProtocolError(
@@ -321,7 +334,7 @@ class SegmentTier(Tier):
         segment.file.hold()
         try:
             with self._reading.moving(identity.num_bytes):
-                await self._pool.run(work)
+                return await self._pool.run(work)
         except CorruptBlock as exc:
             self._quarantine(location, exc)
             raise
@@ -330,11 +343,16 @@ class SegmentTier(Tier):
 
     def _read(
         self, file: SegmentFile, offset: int, identity: PartIdentity, buffer: memoryview
-    ) -> None:
+    ) -> bytes:
         payload = file.read(offset, identity, buffer)
-        self._verify(payload, identity)
+        if identity.checksum == NO_CHECKSUM and file.header.is_encrypted:
+            checksum = xxhash.xxh3_128_digest(payload)
+        else:
+            self._verify(payload, identity)
+            checksum = identity.checksum
         if payload.obj is not buffer.obj:
             buffer[: identity.num_bytes] = payload
+        return checksum
 
     def _verify(self, payload: memoryview, identity: PartIdentity) -> None:
         verify_payload(payload, identity)
@@ -581,7 +599,9 @@ class SegmentTier(Tier):
         on_disk = numbers_in(self._ops, self._directory)
         # A file that could not be removed keeps its number.
         number = max(self._index.next_number(), *(n + 1 for n in on_disk), 1)
-        file = SegmentFile.create(self._ops, self._directory, number, self._segment_bytes)
+        file = SegmentFile.create(
+            self._ops, self._directory, number, self._segment_bytes, self._cipher
+        )
         try:
             self._index.add_segment(file.header)
         except BaseException:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from kvfabric import failpoints
 from kvfabric.errors import ConfigError, UnknownTenant
 from kvfabric.keyring import Keyring
 from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, TenantId
@@ -138,3 +142,80 @@ def test_secret_that_was_not_written_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / "keyring.new").rmdir()
     keyring.add_tenant(ACME)
     assert Keyring.open(tmp_path).tenant_secret(ACME) == keyring.tenant_secret(ACME)
+
+
+def test_rotating_the_root_key_keeps_every_secret_and_closes_older_copies(tmp_path: Path) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    keyring.add_tenant(ACME)
+    reader = Keyring.open(tmp_path)
+    secrets = (keyring.tenant_secret(ACME), keyring.data_key(ACME), keyring.handle_keys())
+    backup, root = (tmp_path / "keyring").read_bytes(), (tmp_path / "root.key").read_bytes()
+    generation = keyring.generation
+    assert keyring.rotate_root_key() == generation + 1
+    assert (tmp_path / "root.key").read_bytes() != root
+    assert not (tmp_path / "root.key.next").exists()
+    assert stat.S_IMODE((tmp_path / "root.key").stat().st_mode) == 0o600
+    reader.reload()
+    for one in (keyring, reader, Keyring.open(tmp_path)):
+        assert (one.tenant_secret(ACME), one.data_key(ACME), one.handle_keys()) == secrets
+    (tmp_path / "keyring").write_bytes(backup)
+    with pytest.raises(ConfigError, match="does not open"):
+        Keyring.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "point",
+    ["keyring.written:1", "keyring.renamed:1", "keyring.root.next:1", "keyring.written:2",
+     "keyring.renamed:2", "keyring.root.sealed:1"],
+)  # fmt: skip
+def test_a_rotation_that_dies_anywhere_loses_nothing(tmp_path: Path, point: str) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    secret = keyring.tenant_secret(DEFAULT_TENANT)
+    code = (
+        "import sys, pathlib; from kvfabric.keyring import Keyring; "
+        "Keyring.create_or_open(pathlib.Path(sys.argv[1])).rotate_root_key()"
+    )
+    environment = {**os.environ, failpoints.VARIABLE: point}
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, check=False)
+    assert ended.returncode == -9
+    assert Keyring.open(tmp_path).tenant_secret(DEFAULT_TENANT) == secret
+    keyring.add_tenant(ACME)  # a writer ends what the crash left
+    assert not (tmp_path / "root.key.next").exists()
+    assert Keyring.open(tmp_path).tenant_secret(DEFAULT_TENANT) == secret
+    assert Keyring.open(tmp_path).tenant_secret(ACME) == keyring.tenant_secret(ACME)
+
+
+def test_readers_open_it_at_every_moment_of_a_rotation(tmp_path: Path) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        rotations = pool.submit(lambda: [keyring.rotate_root_key() for _ in range(50)])
+        reads = 0
+        while not rotations.done():
+            Keyring.open(tmp_path)
+            reads += 1
+        assert rotations.result()
+    assert reads > 10
+
+
+def test_a_removed_tenant_has_neither_secret_nor_data_key_anywhere(tmp_path: Path) -> None:
+    node, other = Keyring.create_or_open(tmp_path), Keyring.create_or_open(tmp_path)
+    node.add_tenant(ACME)
+    root = (tmp_path / "root.key").read_bytes()
+    assert other.remove_tenants([ACME, TenantId("t-never")]) == {ACME}
+    assert (tmp_path / "root.key").read_bytes() != root
+    node.reload()
+    for keyring in (node, other, Keyring.open(tmp_path)):
+        for secret_of in (keyring.tenant_secret, keyring.data_key):
+            with pytest.raises(UnknownTenant):
+                secret_of(ACME)
+    generation = other.generation
+    assert other.remove_tenants([ACME]) == frozenset()
+    assert other.generation == generation, "nothing to do is nothing done"
+
+
+def test_tenants_of_an_earlier_release_get_data_keys(tmp_path: Path) -> None:
+    old = Keyring.create_or_open(tmp_path)
+    old._save(msgspec.structs.replace(old._contents, data_keys={}))
+    again = Keyring.create_or_open(tmp_path)
+    assert len(again.data_key(DEFAULT_TENANT)) == 32
+    assert Keyring.open(tmp_path).data_key(PUBLIC_TENANT) == again.data_key(PUBLIC_TENANT)

@@ -50,12 +50,12 @@ class MoodyTier(SegmentTier):
 
     async def read_into(
         self, location: Location, identity: PartIdentity, buffer: memoryview
-    ) -> None:
+    ) -> bytes:
         self.reads += 1
         await self._pass_gate()
         if self.failing:
             raise TransferError("EIO")
-        await super().read_into(location, identity, buffer)
+        return await super().read_into(location, identity, buffer)
 
     async def write(self, identity: PartIdentity, payload: memoryview) -> Location:
         await self._pass_gate()
