@@ -157,6 +157,18 @@ def some_tokens(name: str, tier: str, answers: Sequence[Answer]) -> Check:
     return Check(name, tokens > 0, f"{tokens} tokens from {tier}")
 
 
+def miss_is_explained(name: str, told: Mapping[str, Any], token: int) -> Check:
+    """The router says that a request missed from `token` on, because of a withdrawal, and what each engine
+    would have cost."""
+    miss, candidates = told["miss"], told["candidates"]
+    seen = (
+        f"explain: {miss['reason']} from token {miss['first_missing_token']} on; of {len(candidates)} "
+        f"engines {told['engine']} was the cheapest, {candidates[0]['cost_ms']['total']:.0f} ms"
+    )
+    right = miss["reason"] == "withdrawn" and miss["first_missing_token"] == token
+    return Check(name, right and bool(candidates), seen)
+
+
 def receipt_is_complete(name: str, receipt: Mapping[str, Any], holders: Iterable[str]) -> Check:
     """The epoch rose, and a holder of each kind in `holders` acknowledged rather than was waited out."""
     acked = {ack["holder_kind"] for ack in receipt["acknowledgements"] if not ack.get("waited_out")}

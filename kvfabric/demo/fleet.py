@@ -192,6 +192,19 @@ class Fleet:
         """Put the same version back into service; returns the receipt."""
         return await self._admin("template", "promote", TEMPLATE, "--version", VERSION)
 
+    async def explain(self, tenant: str, request_id: str) -> dict[str, Any]:
+        """What the router says of a tenant's own request. Raises DemoError when it says nothing."""
+        url = f"{self.router_url}/v1/explain/{request_id}"
+        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
+        try:
+            async with self._http.get(url, headers=headers) as response:
+                told: dict[str, Any] = await response.json()
+                if response.status == 200:
+                    return told
+        except aiohttp.ClientError as exc:
+            raise DemoError(f"the router explains nothing: {exc}") from exc
+        raise DemoError(f"the router does not explain {request_id}: {told}")
+
     async def _admin(self, *arguments: str) -> dict[str, Any]:
         out = await run_command([*arguments, "--admin-socket", str(self.admin_socket), "--json"])
         answer = json.loads(out)

@@ -44,6 +44,7 @@ class Answer:
     ssd_tokens: int = 0
     ttft_s: float = 0.0
     total_s: float = 0.0
+    request_id: str = ""
 
     @property
     def succeeded(self) -> bool:
@@ -91,7 +92,8 @@ class Client:
             async with self._session.post(
                 f"{self._base_url}/v1/completions", json=body, headers=headers
             ) as response:
-                answer = replace(answer, status=response.status)
+                name = response.headers.get("X-Request-Id", "")
+                answer = replace(answer, status=response.status, request_id=name)
                 if response.status != 200:
                     return replace(answer, error=(await response.text())[:500])
                 async for chunk in _chunks(response):

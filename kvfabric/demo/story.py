@@ -294,6 +294,9 @@ class Story:
         answers = await self._closed_loop("the same, version withdrawn", jobs)
         before_template = [BLOCK_TOKENS] * len(jobs)
         self._check(step, checks.reused_exactly("only before it", answers, before_template))
+        told = await self._fleet.explain(answers[0].job.tenant, answers[0].request_id)
+        step.figures["explained_miss"] = told
+        self._check(step, checks.miss_is_explained("and it can say why", told, BLOCK_TOKENS))
         self._check_answers(step, answers)
 
         receipt = await self._fleet.promote_template()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,11 @@ LINES = [
     AuditLine("store", "bb", 0, 0, "02"),
     AuditLine("load", "aa", 0, 0, "01"),
 ]
+TOLD: dict[str, Any] = {
+    "engine": "engine-0",
+    "miss": {"reason": "withdrawn", "first_missing_token": 16},
+    "candidates": [{"cost_ms": {"total": 12.0}}],
+}
 RECEIPT = {
     "old_epoch": 1,
     "new_epoch": 2,
@@ -117,6 +123,12 @@ CASES: dict[str, Case] = {
         (RECEIPT, ["router"]),
         (RECEIPT | {"acknowledgements": RECEIPT["acknowledgements"][1:]}, ["router"]),  # type: ignore[index]
     ),
+    "a miss for another reason": (
+        checks.miss_is_explained,
+        (TOLD, 16),
+        (TOLD | {"miss": {"reason": "absent", "first_missing_token": 16}}, 16),
+    ),
+    "a miss at another place": (checks.miss_is_explained, (TOLD, 16), (TOLD, 0)),
     "a receipt of no change": (
         checks.receipt_is_complete,
         (RECEIPT, ["router"]),
