@@ -23,7 +23,8 @@ from kvfabric.testing.redis import RedisServer
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 
 READY_S = 60.0
-BOUND_S = 2.5  # of an invalidation: one lease and a grace
+LEASE_S = 1.0
+BOUND_S = LEASE_S + 0.5  # of an invalidation: one lease and a grace
 TEMPLATE = "You are a careful assistant. You answer in one word, and you never guess. "
 PROMPT = TEMPLATE + "Which of all the words that you know is the best one to end this with? " * 2
 
@@ -94,6 +95,7 @@ async def fleet(directory: Path, redis: RedisServer) -> AsyncIterator[Fleet]:
             home = directory / name
             flags = ["--state-dir", str(home), "--node-id", name, *shared, "--http", ""]
             flags += ["--host-bytes", "32MiB", "--ssd-bytes", "0", "--listen", grpc_address]
+            flags += ["--epoch-lease-s", str(LEASE_S)]
             flags += ["--tls-dir", str(pki.issue(directory / "pki", Identity("node", name)))]
             await children.start(name, ["node", *flags])
             channel = await stack.enter_async_context(

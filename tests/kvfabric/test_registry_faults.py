@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import shutil
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -38,6 +38,7 @@ PATIENCE_S = 15.0
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """What only makes these tests long: how long an answer is waited for that does not come."""
     monkeypatch.setattr(module, "FIRST_ANSWER_S", 0.5)
+    monkeypatch.setattr(module, "LEAVE_S", 0.3)
     monkeypatch.setattr(store_module, "MIN_TIMEOUT_S", 0.5)
 
 
@@ -174,10 +175,33 @@ class DeniedIsGranted(RedisRegistry):
         self.lease._ends = self.lease.now() + LEASE_S
 
 
+Kind = TypeVar("Kind")
+FaultTest = Callable[[Path, Kind], Coroutine[Any, Any, None]]
+
+
+def beside_its_twin(
+    kind: Kind, twin: Kind
+) -> Callable[[FaultTest[Kind]], Callable[[Path], Coroutine[Any, Any, None]]]:
+    """Run a test with the guard and without it, at the same time: both mostly wait."""
+
+    def decorate(test: FaultTest[Kind]) -> Callable[[Path], Coroutine[Any, Any, None]]:
+        async def both(tmp_path: Path) -> None:
+            async with asyncio.TaskGroup() as group:
+                for number, one in enumerate((kind, twin)):
+                    home = tmp_path / str(number)
+                    home.mkdir()
+                    group.create_task(test(home, one), name=f"{test.__name__}[{one}]")
+
+        both.__name__, both.__doc__ = test.__name__, test.__doc__
+        return both
+
+    return decorate
+
+
 # ---------------------------------------------------------------------- slow
 
 
-@pytest.mark.parametrize("kind", [RedisRegistry, FromTheAnswer])
+@beside_its_twin(RedisRegistry, FromTheAnswer)
 async def test_slow(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     """Answers take two thirds of a lease: it serves on while it may, and nothing stale, to the moment."""
     lease_s = 0.6
@@ -220,7 +244,7 @@ async def heard_from(other: RedisRegistry, holder: RedisRegistry) -> None:
 # ---------------------------------------------------------------------- restarted
 
 
-@pytest.mark.parametrize("copies_kept", [True, False])
+@beside_its_twin(True, False)
 async def test_restarted_empty_with_its_holders(tmp_path: Path, copies_kept: bool) -> None:
     """Everything was down at once, and Redis has lost all. Twin: the holders' copies are lost too."""
     server = RedisServer(tmp_path / "redis")
@@ -275,7 +299,7 @@ async def test_who_knows_less_comes_back_first(
                 assert watch.regressed == 0
 
 
-@pytest.mark.parametrize("kind", [RedisRegistry, TakesAnything])
+@beside_its_twin(RedisRegistry, TakesAnything)
 async def test_restarted_with_an_old_snapshot(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     server = RedisServer(tmp_path / "redis")
     with server:
@@ -310,7 +334,7 @@ async def test_restarted_with_an_old_snapshot(tmp_path: Path, kind: type[RedisRe
 # ---------------------------------------------------------------------- not there
 
 
-@pytest.mark.parametrize("kind", [RedisRegistry, NeverEnds])
+@beside_its_twin(RedisRegistry, NeverEnds)
 async def test_paused(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     with RedisServer(tmp_path / "redis") as server:
         async with holder_at(server.url, tmp_path, "a", kind) as a:
@@ -336,7 +360,7 @@ async def test_paused(tmp_path: Path, kind: type[RedisRegistry]) -> None:
             assert change.new_epoch == a.state.epoch(SCOPE)
 
 
-@pytest.mark.parametrize("kind", [RedisRegistry, NeverEnds])
+@beside_its_twin(RedisRegistry, NeverEnds)
 async def test_partitioned_from_one(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     with RedisServer(tmp_path / "redis") as server:
         way = Way(tmp_path / "way", server.socket)
@@ -370,7 +394,7 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize("kind", [RedisRegistry, TakesAnything])
+@beside_its_twin(RedisRegistry, TakesAnything)
 async def test_fail_over_with_lost_writes(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     """The replica that takes over lacks a change that everybody acted on; then it gets another one."""
     port = free_port()
@@ -411,7 +435,7 @@ async def test_fail_over_with_lost_writes(tmp_path: Path, kind: type[RedisRegist
                 assert await a.audit_log() == await new.audit_log()
 
 
-@pytest.mark.parametrize("replicas", [1, 0])
+@beside_its_twin(1, 0)
 async def test_a_primary_without_its_replicas_grants_nothing(tmp_path: Path, replicas: int) -> None:
     """It may have been replaced long ago. Twin: no replica has to have a renewal."""
     port = free_port()
@@ -434,7 +458,7 @@ async def test_a_primary_without_its_replicas_grants_nothing(tmp_path: Path, rep
 # ---------------------------------------------------------------------- full, closed
 
 
-@pytest.mark.parametrize("kind", [RedisRegistry, WritesEachTime])
+@beside_its_twin(RedisRegistry, WritesEachTime)
 async def test_out_of_memory(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     """Nothing can be changed, and leases are renewed all the same."""
     with RedisServer(tmp_path / "redis") as server:
@@ -451,7 +475,7 @@ async def test_out_of_memory(tmp_path: Path, kind: type[RedisRegistry]) -> None:
             assert change.new_epoch == 1
 
 
-@pytest.mark.parametrize("kind", [RedisRegistry, DeniedIsGranted])
+@beside_its_twin(RedisRegistry, DeniedIsGranted)
 async def test_acl(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     """A user with no more rights than needed; then with less."""
     with RedisServer(tmp_path / "redis") as server:
