@@ -112,6 +112,10 @@ class Keyring:
     def generation(self) -> int:
         return self._contents.generation
 
+    @property
+    def num_tenants(self) -> int:
+        return len(self._contents.tenant_secrets)
+
     def reload(self) -> None:
         """Read the file again. Raises ConfigError if it is missing, exposed or not ours."""
         for _ in range(_READ_TRIES):

@@ -21,7 +21,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -85,6 +85,15 @@ _STATUS = (
 )
 
 
+class Destroyed(NamedTuple):
+    """What of an offboarded tenant went from this node since it started."""
+
+    had_secrets: bool
+    keyring_generation: int
+    num_blocks: int
+    ssd_encrypted: bool
+
+
 @dataclass(frozen=True, slots=True)
 class AdminSources:
     """What the admin plane shows and changes.
@@ -102,6 +111,7 @@ class AdminSources:
     resident: Callable[[TierName], Runs]
     turn: Callable[[], Awaitable[None]]
     purge: Callable[[Collection[bytes]], Awaitable[int]] | None = None
+    destroy: Callable[[TenantId], Awaitable[Destroyed]] | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
     lookups: Lookups = field(default_factory=Lookups)
 
@@ -417,6 +427,26 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         )
         await self._reached(change.version)
         return pb.ApiKeyCreated(api_key=api_key)
+
+    @_unary
+    async def OffboardTenant(
+        self, request: pb.OffboardTenantRequest, context: Any
+    ) -> pb.OffboardReceipt:
+        """Keys end everywhere, then secrets and blocks here. Other nodes destroy theirs when they hear of
+        it, those that are away at their next start. Asked again, it is done again."""
+        if self._sources.destroy is None:
+            raise NotFound("this node has no tiers and no keyring to destroy a tenant in")
+        started, requested_at = self._clock(), time.time()
+        who = _requested_by(context)
+        tenant, change = await self._registry.offboard_tenant(request.name, requested_by=who)
+        receipt = await self._receipt(change, who, started, requested_at)
+        gone = await self._sources.destroy(tenant.tenant_id)
+        return pb.OffboardReceipt(
+            tenant_id=tenant.tenant_id,
+            receipt=receipt,
+            destroyed_at=time.time(),
+            **gone._asdict(),
+        )
 
     @_unary
     async def RegisterTemplate(

@@ -112,6 +112,11 @@ def _configure_tenant(parser: argparse.ArgumentParser) -> None:
         "--grace", type=float, default=0.0, metavar="S", help="the old ones stay valid so long"
     )
     _common(rotate, _key_rotate)
+    offboard = verbs.add_parser(
+        "offboard", help="end a tenant for good: API keys, secrets and blocks; prints a receipt"
+    )
+    offboard.add_argument("name", metavar="NAME")
+    _common(offboard, _tenant_offboard)
     _common(verbs.add_parser("usage", help="bytes that each tenant has here"), _tenant_usage)
 
 
@@ -286,6 +291,26 @@ def _key_revoke(args: argparse.Namespace) -> int:
         return _print_json(tenant)
     left = len(tenant.api_key_digests)
     return _print_lines([f"revoked; tenant {tenant.name} has {left} API keys left"])
+
+
+def _tenant_offboard(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with _client(args) as client:
+        gone = client.call(client.registry.OffboardTenant, pb.OffboardTenantRequest(name=args.name))
+    if args.json:
+        return _print_json(gone)
+    at = datetime.fromtimestamp(gone.destroyed_at, UTC).isoformat(timespec="milliseconds")
+    secrets = "removed" if gone.had_secrets else "gone before"
+    rest = "encrypted under keys that are gone" if gone.ssd_encrypted else "plain until overwritten"
+    _print_lines(
+        [
+            f"tenant {gone.tenant_id} is offboarded; on this node, at {at}:",
+            f"secrets {secrets}, keyring generation {gone.keyring_generation}, new root key",
+            f"{gone.num_blocks} blocks dropped; what SSD still has of them is {rest}",
+        ]
+    )
+    return _print_receipt(args, gone.receipt)
 
 
 def _tenant_usage(args: argparse.Namespace) -> int:
@@ -527,7 +552,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 STATUS = Command("what a node holds and serves", "node", _configure_status, _run)
-TENANT = Command("tenants: create, list, set, key, usage", "node", _configure_tenant, _run)
+TENANT = Command(
+    "tenants: create, list, set, key, usage, offboard", "node", _configure_tenant, _run
+)
 TEMPLATE = Command("templates: register, list, promote", "node", _configure_template, _run)
 INVALIDATE = Command(
     "take a template, tenant, model or adapter out of reach", "node", _configure_invalidate, _run

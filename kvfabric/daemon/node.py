@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kvfabric.config import NodeConfig, split_address
 from kvfabric.daemon import garbage
-from kvfabric.daemon.admin import AdminServer, AdminSources
+from kvfabric.daemon.admin import AdminServer, AdminSources, Destroyed
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups
@@ -50,7 +50,7 @@ from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.segments import SegmentTier
 from kvfabric.tiers.write_budget import WriteBudget
-from kvfabric.types import TierName
+from kvfabric.types import TenantId, TierName
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class Node:
         self._front_is_open = False
         self._changing = asyncio.Lock()  # for changes in the background; held while frozen
         self._is_frozen = False
+        self._destroyed: dict[TenantId, Destroyed] = {}
         self.boot_id = secrets.token_bytes(16)
         self.http_address = ""
         self.events = EventStream(boot_id=self.boot_id)
@@ -158,6 +159,7 @@ class Node:
             self._await_ssd(),
             garbage.collect(self.store.turns.wait),
             self._purge_struck_off(),
+            self._destroy_offboarded(),
         )
         for work in background:
             stack.callback(group.create_task(work).cancel)
@@ -251,6 +253,7 @@ class Node:
             resident=self._resident,
             turn=self.store.turns.wait,
             purge=self.store.purge,
+            destroy=self._destroy,
             scrub=self.store.scrub_all,
             lookups=self.lookups,
         )
@@ -376,6 +379,34 @@ class Node:
                     await self.store.purge(now - struck)
             struck = now
             state = await self.registry.wait_newer(state.version)
+
+    async def _destroy_offboarded(self) -> None:
+        """Secrets and blocks of tenants that were offboarded by whatever node, also while this was away."""
+        known: set[TenantId] = set()
+        state = self.registry.state
+        while True:
+            gone = {one.tenant_id for one in state.tenants.values() if one.is_offboarded}
+            for tenant in sorted(gone - known):
+                await self._destroy(tenant)
+            known = gone
+            state = await self.registry.wait_newer(state.version)
+
+    async def _destroy(self, tenant: TenantId) -> Destroyed:
+        """An offboarded tenant's secrets, and its blocks as far as the tiers are there; all that went of it
+        since this started."""
+        async with self._changing:
+            removed = await asyncio.to_thread(self.keyring.remove_tenants, [tenant])
+            num_blocks = await self.store.purge_tenant(tenant)
+            if removed or num_blocks:
+                log.info("tenant %s is destroyed: %d blocks", tenant, num_blocks)
+            before = self._destroyed.get(tenant)
+            self._destroyed[tenant] = found = Destroyed(
+                had_secrets=bool(removed) or (before is not None and before.had_secrets),
+                keyring_generation=self.keyring.generation,
+                num_blocks=num_blocks + (before.num_blocks if before is not None else 0),
+                ssd_encrypted=self.config.ssd_encryption,
+            )
+            return found
 
     # ------------------------------------------------------------------ takeover
 

@@ -57,6 +57,10 @@ class Child:
             self._process.kill()
         await self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def stop(self) -> None:
         """SIGTERM; SIGKILL when that takes too long."""
         if self.is_running:

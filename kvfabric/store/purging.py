@@ -1,4 +1,4 @@
-"""Purge: blocks of struck-off incarnations leave every tier, and their bytes are zeroed in the arena.
+"""Purge: blocks of struck-off lineages leave every tier, and their bytes are zeroed in the arena.
 
 A slot is zeroed before it is free, in the pool; until then it stays charged as draining. One that somebody
 still reads is zeroed when the last of them is done, so nobody's bytes change under a lease.
@@ -7,7 +7,7 @@ still reads is zeroed when the last of them is done, so nobody's bytes change un
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from kvfabric.failpoints import failpoint
 from kvfabric.store.copying import zero_slots
-from kvfabric.store.index import Rows
+from kvfabric.store.index import Lineage, Rows
 from kvfabric.store.residency import Residency
 from kvfabric.tiers.pool import IoPool
 
@@ -38,18 +38,18 @@ class Purger:
         self._drop = drop
         self._wiping = asyncio.Lock()
 
-    async def purge(self, incarnations: Collection[bytes]) -> int:
+    async def purge(self, is_struck: Callable[[Lineage], bool]) -> int:
         """How many blocks went. On cancellation: what was reached is gone, and will be zeroed."""
-        struck, num_blocks = set(incarnations), 0
+        num_blocks = 0
         for rows in self._slices():
             lineages = self._index.lineage.array[rows]
             doomed = [
                 number
                 for number in set(lineages.tolist())
-                if number and struck.intersection(self._index.lineage_of(number).incarnations)
+                if number and is_struck(self._index.lineage_of(number))
             ]
             for row in rows[np.isin(lineages, doomed)].tolist():
-                if struck.intersection(self._incarnations(row)):
+                if self._is_of(row, is_struck):
                     self._drop(row)
                     failpoint("store.purge.dropped")
                     num_blocks += 1
@@ -80,7 +80,7 @@ class Purger:
             yield np.arange(start, end, dtype=np.uint32)
             start = end
 
-    def _incarnations(self, row: int) -> tuple[bytes, ...]:
+    def _is_of(self, row: int, is_struck: Callable[[Lineage], bool]) -> bool:
         """Asked for each row again: while a purge paused, the row may have become another's."""
         number = self._index.lineage.cell[row]
-        return self._index.lineage_of(number).incarnations if number else ()
+        return bool(number) and is_struck(self._index.lineage_of(number))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kvfabric.store.index import HOST, NO_ROW, RESERVED, SSD, BlockIndex, Lineage, Rows
 from kvfabric.store.residency import Residency
 from kvfabric.tiers.base import Flags, Location, RecordBatch, Tier
-from kvfabric.types import PartSpec
+from kvfabric.types import PartSpec, TenantId
 
 _SLICE = 2048
 """Records indexed at once; a tier may come while the node serves."""
@@ -29,13 +29,18 @@ class Seeder:
         self._index = residency.index
         self._max_rows = max_rows
 
-    async def seed(self, tier: Tier, purged: Collection[bytes]) -> None:
+    async def seed(
+        self, tier: Tier, purged: Collection[bytes], offboarded: Collection[TenantId] = ()
+    ) -> None:
         """Index what the tier holds, file by file; blocks whose parents are missing too. What was made of
-        `purged` incarnations is deleted: an index that was rebuilt from the files brings it back."""
+        `purged` incarnations or belongs to `offboarded` tenants is deleted: an index that was rebuilt from
+        the files brings it back."""
         struck = set(purged)
         for batch in tier.batches():
             doomed = [
-                n for n, one in batch.lineages.items() if struck.intersection(one.incarnations)
+                n
+                for n, one in batch.lineages.items()
+                if struck.intersection(one.incarnations) or one.tenant in offboarded
             ]
             surplus = self._seed(batch, np.isin(batch.rows["lineage"], doomed))
             if surplus:

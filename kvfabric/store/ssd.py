@@ -42,7 +42,7 @@ from kvfabric.store.residency import Residency, record_bytes
 from kvfabric.store.seeding import Seeder, key_words
 from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
 from kvfabric.tiers.base import Flags, Location, Move, PartIdentity, RecordBatch, Scrubbed, Tier
-from kvfabric.types import Part
+from kvfabric.types import Part, TenantId
 
 MAX_QUEUED_BLOCKS = 65_536
 SSD_ROWS_SHARE = 0.75
@@ -86,9 +86,9 @@ class SsdTraffic:
         self._changed = asyncio.Event()
         self._max_rows = int(SSD_ROWS_SHARE * self._index.max_blocks)
 
-    async def seed(self, purged: Collection[bytes]) -> None:
+    async def seed(self, purged: Collection[bytes], offboarded: Collection[TenantId] = ()) -> None:
         """Index what the tier holds; see `Seeder`."""
-        await Seeder(self._residency, self._max_rows).seed(self._tier, purged)
+        await Seeder(self._residency, self._max_rows).seed(self._tier, purged, offboarded)
 
     # -- promotion -----------------------------------------------------------------------------------
 

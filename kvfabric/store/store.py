@@ -214,6 +214,11 @@ class BlockStore:
         templates = state.templates.values() if state is not None else ()
         return [template.incarnation for template in templates if template.state == PURGED]
 
+    def _offboarded(self) -> frozenset[TenantId]:
+        state = self._registry()
+        tenants = state.tenants.values() if state is not None else ()
+        return frozenset(tenant.tenant_id for tenant in tenants if tenant.is_offboarded)
+
     def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `work` in the background, anew after each `thaw`."""
         self._works.append(work)
@@ -241,7 +246,7 @@ class BlockStore:
             deadline_s=self.limits.ssd_deadline_s,
         )
         tier.owner = self._ssd
-        await self._ssd.seed(self._purged())
+        await self._ssd.seed(self._purged(), self._offboarded())
         self._residency.save = self._ssd.save
         self._start(self._ssd.run)
         self._reader.ssd = self._ssd
@@ -353,7 +358,12 @@ class BlockStore:
 
         On cancellation: what was reached is gone.
         """
-        return await self._purger.purge(incarnations)
+        struck = set(incarnations)
+        return await self._purger.purge(lambda one: bool(struck.intersection(one.incarnations)))
+
+    async def purge_tenant(self, tenant: TenantId) -> int:
+        """As `purge`, of everything that was stored for a tenant."""
+        return await self._purger.purge(lambda one: one.tenant == tenant)
 
     def _drop(self, row: int, *, wipe: bool = False) -> None:
         """Out of both tiers. The row stays while somebody holds it or a child hangs on it."""
