@@ -149,10 +149,14 @@ class RouterConfig:
     fabric: bool = _key(True, "use the nodes; false: a plain load balancer with API keys")
     request_timeout_s: float = _key(600.0, "how long an engine may take for one answer")
     handle_ttl_s: float = _key(600.0, "how long a handle is valid")
+    journal_dir: str = _key(
+        "", "where choices are recorded for `kvfabric replay` (default: nowhere)"
+    )
+    journal_bytes: int = _key(64 << 20, "size of the journal; the oldest choices go first")
     log_level: str = _key("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
-        _positive(self, "request_timeout_s", "handle_ttl_s")
+        _positive(self, "request_timeout_s", "handle_ttl_s", "journal_bytes")
         _one_of(self, "policy", "cost", "least_loaded", "round_robin")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 

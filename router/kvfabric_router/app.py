@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -32,6 +33,7 @@ from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner
 from kvfabric_router.explain import explain
 from kvfabric_router.fleet import Fleet
+from kvfabric_router.journal import Journal
 from kvfabric_router.links import Links
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
@@ -86,6 +88,7 @@ class Router:
     proxy: Proxy
     links: Links
     rates: RequestRates
+    journal: Journal | None = None
     url: str = ""
 
     def application(self) -> web.Application:
@@ -232,7 +235,16 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
     index = FleetIndex(capacity=1 << 16)
     registry = RegistryView(lease=EpochLease())
     metrics = RouterMetrics()
+    journal = None
+    if config.journal_dir:
+        journal = Journal(
+            Path(config.journal_dir).expanduser(),
+            state_dir=config.state_dir,
+            max_bytes=config.journal_bytes,
+            dropped=lambda lines: metrics.journal_dropped.inc(lines),
+        )
     planner = Planner(config, fleet=fleet, index=index, registry=registry, metrics=metrics)
+    planner.journal = journal
 
     security = Security("router", config.tls_path if config.tls_dir else None, config.insecure)
 
@@ -257,7 +269,7 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
         timeout_s=config.request_timeout_s,
     )
     rates = RequestRates(time.monotonic)
-    return Router(config, fleet, index, registry, metrics, planner, proxy, links, rates)
+    return Router(config, fleet, index, registry, metrics, planner, proxy, links, rates, journal)
 
 
 @contextlib.asynccontextmanager
@@ -274,6 +286,8 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
     ) as http:
         router = _build(config, http)
         async with contextlib.AsyncExitStack() as stack:
+            if router.journal is not None:
+                await stack.enter_async_context(router.journal.writing())
             found: Callable[[], tuple[str, ...]] = tuple
             work = [Prober(router.fleet, http).run()]
             if config.directory:

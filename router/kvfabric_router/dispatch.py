@@ -32,6 +32,7 @@ from kvfabric_router.fleet import Fleet
 from kvfabric_router.flight import Sent
 from kvfabric_router.hold import DemandOf
 from kvfabric_router.identity import PromptKeys, RequestIdentity, one_time_salt
+from kvfabric_router.journal import BLOCK_ID_BYTES, Journal
 from kvfabric_router.keyring_reader import KeyringReader
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.missed import why_missed
@@ -135,6 +136,7 @@ class Planner:
         weighs = config.fabric or config.policy != "cost"
         self._policy = config.policy if weighs else "round_robin"
         self._drifts = DriftWatch()
+        self.journal: Journal | None = None
         self._decisions: OrderedDict[str, Decision] = OrderedDict()
 
     @property
@@ -179,6 +181,12 @@ class Planner:
             call.request.stream,
         )
         self._remember(call.request_id, plan.decision)
+        if self.journal is not None:
+            made = None if reason else identities.keys(ranked[0].candidate.engine)
+            blocks = b"".join(key[:BLOCK_ID_BYTES] for key in made.keys) if made else b""
+            size = made.block_tokens if made else 0
+            name = call.request.model
+            self.journal.chosen(call.request_id, name, plan.decision, blocks, size)
         self._count(plan, identities)
         return plan
 
@@ -195,6 +203,8 @@ class Planner:
         drift = self._drift(call, decision, outcome)
         decision = replace(decision, outcome=outcome, drift=drift)
         self._decisions[call.request_id] = decision
+        if self.journal is not None:
+            self.journal.answered(call.request_id, outcome)
         reason = why_missed(decision)
         if reason is not MissReason.NONE:
             self._metrics.misses.labels(reason=reason.value).inc()

@@ -93,11 +93,14 @@ def _find(known: Mapping[str, _Hit], seen: Seen) -> Drift | None:
         if common == len(hit.tokens):
             continue
         is_same = template in used or common > hit.segments[-1].first_token
-        first_missing = seen.reused_tokens // seen.block_tokens
-        # Blocks before the place that miss too miss for another reason.
-        if is_same and first_missing == common // seen.block_tokens:
-            within = [one.template for one in hit.segments if one.first_token <= common]
-            drift = Drift(template, hit.version, within[-1] if within else "", common)
+        within = [one for one in hit.segments if one.first_token <= common]
+        # Text that is no template's any more changes the key of the block where the template began. Blocks
+        # before that one that miss too miss for another reason.
+        first = within[-1].first_token if within else common
+        size, missing = seen.block_tokens, seen.reused_tokens // seen.block_tokens
+        if is_same and first // size <= missing <= common // size:
+            segment = within[-1].template if within else ""
+            drift = Drift(template, hit.version, segment, common)
             found = drift if found is None or drift.token > found.token else found
     return found
 

@@ -23,6 +23,9 @@ class RouterMetrics:
         self.one_time_salts = self._counter(
             "one_time_salts", "Requests that could reuse nothing, by why.", "reason"
         )
+        self.journal_dropped = self._counter(
+            "journal_dropped_lines", "Lines of the journal that did not reach the disk."
+        )
         self.misses = self._counter(
             "misses",
             "Requests that reused less than they may, by why the first block missed.",

@@ -42,6 +42,12 @@ def test_a_change_in_its_text_is_found_though_it_is_no_template_any_more() -> No
     assert found == Drift("helper", "1", "helper", 72)
 
 
+def test_the_block_where_the_template_began_may_miss_already() -> None:
+    other = [*TEXT[:40], 7, *TEXT[41:]]
+    found = watch_with_a_hit().judge(ONE, seen(DATE + other + QUESTION, 32))
+    assert found == Drift("helper", "1", "helper", 72)
+
+
 def test_another_question_is_no_drift() -> None:
     watch = watch_with_a_hit()
     assert watch.judge(ONE, seen(DATE + TEXT + [1] * 40, 96, at=32)) is None

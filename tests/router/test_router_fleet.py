@@ -79,7 +79,8 @@ async def deployment(directory: Path) -> AsyncIterator[Deployment]:
             flags += ["--node-socket", str(directory / "node.sock"), "--max-model-tokens", "1024"]
             flags += ["--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64"]
             engines[name] = await children.start(name, ["engine", *flags])
-        router = await children.start("router", ["router", *state, "--listen", addresses[2]])
+        flags = ["--listen", addresses[2], "--journal-dir", str(directory / "journal")]
+        router = await children.start("router", ["router", *state, *flags])
         channel = await stack.enter_async_context(
             grpc.aio.insecure_channel(f"unix:{directory}/admin.sock")
         )
@@ -209,3 +210,15 @@ async def test_reuse_is_found_and_kept_apart(tmp_path: Path) -> None:
         await fleet.wait_metric("kvfabric_router_epoch_lease_valid 0.0")
         for _ in range(3):
             assert await fleet.cached("one", prompt=ahead + PROMPT) == 0
+
+        # Every choice of this story comes out again from what the router wrote.
+        await fleet.router.stop()
+        replayed = ["replay", str(tmp_path / "journal"), "--json", "--host-times", "2"]
+        told = json.loads(await run_command(replayed))
+        assert told["choices"] == told["reproduced"] > 20
+        assert told["damaged_lines"] == 0
+        assert [row["name"] for row in told["rows"]] == [
+            "happened",
+            "model, as it was",
+            "model, what if",
+        ]
