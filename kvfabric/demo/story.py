@@ -1,7 +1,7 @@
 """The demo's five steps, each a short story with the conditions that it must meet.
 
 1 compare    the same engines and load, with their own cache, then through the fabric
-2 survive    an engine is killed; the node is killed under load
+2 survive    engines are killed; the node is killed under load
 3 withdraw   a template version is taken out of service, and put back
 4 isolate    one tenant's prompts, sent by another
 5 judge      reuse against the slice's ideal
@@ -196,23 +196,27 @@ class Story:
     # --- 2 ---
 
     async def _survive(self) -> None:
-        step = self._step("2  An engine dies; the node dies under load")
+        step = self._step("2  Engines die; the node dies under load")
         await self._lose_an_engine(step)
         await self._lose_the_node(step)
 
     async def _lose_an_engine(self, step: Step) -> None:
         await self._fleet.settled()
         mark = self._fleet.audit_mark()
-        self._progress.stage("killing one engine and starting it again")
+        self._progress.stage("killing one engine and starting it again; then killing the other")
         await self._fleet.kill_engines([0])
         await self._fleet.start_engines([0], fabric=True)
         await self._fleet.wait_engines_known()
+        # The other one would answer from its own memory what it answered before.
+        await self._fleet.kill_engines(range(1, NUM_ENGINES))
         self._progress.end()
         answers = await self._closed_loop("the slice's first requests again", self._jobs[:16])
         self._check(step, checks.all_succeeded("answered after the engine's death", answers))
         self._check_answers(step, answers)
         lines = self._fleet.audit_lines(mark)
         self._check(step, checks.first_from_host("restarted engine hits host", lines, answers))
+        await self._fleet.start_engines(range(1, NUM_ENGINES), fabric=True)
+        await self._fleet.wait_engines_known()
 
     async def _lose_the_node(self, step: Step) -> None:
         sealed = {key.hex() for key in (await self._fleet.settled()).sealed_keys}
