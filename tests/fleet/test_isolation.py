@@ -30,6 +30,10 @@ BLOCK_TOKENS = 16
 LENGTH = 240
 SAMPLES = 250
 OF_CONTROL = 100
+TEMPLATES = {
+    "known": "Say what you would say to old friends. ",
+    "new": "Say what no one would say to anybody!! ",
+}
 TIERS = ("hbm", "host", "ssd")
 
 
@@ -71,7 +75,7 @@ class Deployment:
 
     async def explained(self, who: str, request_id: str) -> tuple[int, Any]:
         headers = {"Authorization": f"Bearer {self.keys[who]}"}
-        url = f"{self.urls['fabric']}/v1/kvfabric/decisions/{request_id}"
+        url = f"{self.urls['fabric']}/v1/explain/{request_id}"
         async with self.http.get(url, headers=headers) as answer:
             return answer.status, await answer.json()
 
@@ -138,6 +142,9 @@ async def deployment(directory: Path) -> AsyncIterator[Deployment]:
         for name in ("one", "two"):
             created = await registry.CreateTenant(pb.CreateTenantRequest(name=name))
             found.keys[name] = created.api_key
+        for name, text in TEMPLATES.items():
+            request = pb.RegisterTemplateRequest(name=name, version="1", text=text.encode())
+            await registry.RegisterTemplate(request)
         yield found
 
 
@@ -166,23 +173,35 @@ async def claims(fleet: Deployment) -> None:
         assert await fleet.reused("one", prompt(number), **claim)
 
 
+def without_times(explained: dict[str, Any]) -> dict[str, Any]:
+    """All that an explanation says of reuse and misses."""
+    kept = ("reason", "miss", "node", "reusable_tokens", "reachable_tokens", "selected_tokens")
+    actual = {
+        name: value for name, value in explained["actual"].items() if not name.endswith("_ms")
+    }
+    reuse = [candidate["reuse_tokens"] for candidate in explained["candidates"]]
+    return {name: explained[name] for name in kept} | {"actual": actual, "reuse": reuse}
+
+
 async def explanations(fleet: Deployment) -> None:
-    """What the router knew of a prompt, and to whom it says so."""
-    text = prompt(3)
-    await fleet.ask("one", text)
-    _, own = await fleet.ask("one", text)
-    _, other = await fleet.ask("two", text)
-    status, found = await fleet.explained("one", own)
+    """Of a prompt that the other tenant has cached, and whose template hit for it; and of one all new."""
+    known, new = TEMPLATES["known"] + prompt(3), TEMPLATES["new"] + prompt(4)
+    await fleet.ask("one", known)
+    _, own = await fleet.ask("one", known)
+    status, hit = await fleet.explained("one", own)
     assert status == 200
-    assert sum(found["actual"]["reuse_tokens"].values()) > 0
-    status, found = await fleet.explained("two", other)
-    assert status == 200
-    assert found["reachable_tokens"] == found["selected_tokens"] == 0
-    assert not sum(found["actual"]["reuse_tokens"].values())
+    assert sum(hit["actual"]["reuse_tokens"].values()) > 0
+    told = []
+    for text in (known, new):
+        _, other = await fleet.ask("two", text)
+        status, found = await fleet.explained("two", other)
+        assert status == 200
+        told.append(without_times(found))
+    assert told[0] == told[1] != without_times(hit)
     hidden = await fleet.explained("two", own)
     unknown = await fleet.explained("two", "req-" + "0" * 32)
-    assert hidden[0] == unknown[0] == 404
-    assert str(hidden[1]).replace(own, "") == str(unknown[1]).replace("req-" + "0" * 32, "")
+    assert hidden == unknown
+    assert hidden[0] == 404
 
 
 async def first_tokens(
@@ -223,6 +242,9 @@ async def test_what_one_tenant_has_cached_shows_to_the_other_nowhere(tmp_path: P
             again = await first_tokens(fleet, via="fabric", first=2000)
             assert compare(again)["first token"] >= ALPHA
 
-        # Control: without the fabric both share the engine's own cache, and it is seen.
+        # Twin and control: without the fabric both share the engine's own cache, and it is seen.
+        await fleet.ask("one", prompt(7), via="none")
+        details, _ = await fleet.ask("two", prompt(7), via="none")
+        assert details["cached_tokens"] > 0
         samples = await first_tokens(fleet, via="none", first=3000, samples=OF_CONTROL)
         assert compare(samples)["first token"] < 1e-6

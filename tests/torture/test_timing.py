@@ -30,6 +30,7 @@ from tests.torture.timing import ALPHA, Arms, audit, compare, holm, kolmogorov_s
 pytestmark = [pytest.mark.fleet, pytest.mark.slow]
 
 SAMPLES = count(250, 5000)
+OF_CONTROL = 100
 """Of each arm."""
 BLOCKS = 16
 Result = TypeVar("Result")
@@ -141,7 +142,7 @@ def test_no_call_takes_longer_or_shorter_for_what_another_stored(tmp_path: Path)
 def test_without_isolation_it_is_seen(tmp_path: Path) -> None:
     """The positive control: keys without the tenant, which alone decide."""
     with visits(tmp_path / "n", "no_salt", "no_lineage") as found:
-        samples = found.measure(250)
+        samples = found.measure(OF_CONTROL)
     p_values = compare({name: samples[name] for name in ("match", "load", "recheck", "reserve")})
     assert p_values["match"] < 1e-6
     assert min(p_values["load"], p_values["recheck"]) < 1e-6
