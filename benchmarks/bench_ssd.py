@@ -5,10 +5,12 @@ rates    records of 64 KiB, 256 KiB and 1 MiB through `SegmentTier`, headers inc
          one file, `fdatasync` every 64 MiB. Peers, just as durable and verified: one file a block (O_DIRECT),
          and values in LMDB. The sides take turns, each on files written in the same round
 open     from the start of a process (interpreter and imports) to the first hit that is loaded and verified,
-         with every block indexed and every byte accounted for. The index is in the page cache in one figure,
-         and dropped from it in the other. Payloads are holes but for what is read: nobody else looks at them
-rebuild  the same directory without its index: the headers of all records are read, at the distance that
-         64 KiB records have, and indexed. Peer: a walk over one file a block, by name, size and time
+         with every block indexed and every byte accounted for: a million records. The index is in the page
+         cache in one figure, and dropped from it in the other. Files are holes but for the record that is
+         read: opening looks at nothing else in them
+rebuild  200,000 records of 64 KiB, written in full, and no index: every header is read and indexed, to the
+         same first hit. Raw: the same pages read by as many threads, and nothing done with them. Peer: a walk
+         over one file a block, by name, size and time (50,000 of them)
 """
 
 from __future__ import annotations
@@ -32,15 +34,14 @@ from typing import Protocol
 
 import harness
 import lmdb
+import numpy as np
 import xxhash
 
-from kvfabric.events.stream import EventStream
 from kvfabric.hashing import ROOT_PARENT, layout_fingerprint
-from kvfabric.registry.state import RegistryState
-from kvfabric.store.store import BlockStore, StoreLimits
-from kvfabric.testing.store import GRANT, SESSION, TAG, make_keys, make_layout
-from kvfabric.tiers.arena import Arena
-from kvfabric.tiers.base import Location, PartIdentity
+from kvfabric.store.store import StoreLimits
+from kvfabric.testing.store import TAG, make_layout
+from kvfabric.tiers.base import ROW, Lineage, Location, PartIdentity, Rows
+from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import (
     PAGE_BYTES,
     FileHeader,
@@ -50,17 +51,22 @@ from kvfabric.tiers.records import (
     record_bytes,
 )
 from kvfabric.tiers.segment_file import path_of
+from kvfabric.tiers.segment_index import SegmentIndex
 from kvfabric.tiers.segments import SegmentTier
 from kvfabric.types import DEFAULT_TENANT, BlockKey, Part
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEPTH = 8
 SYNC_BYTES = 64 * MIB
+SPILL_BYTES = StoreLimits(host_bytes=0, ssd_bytes=0, max_blocks=1).spill_bytes
 SIZES = (64 * KIB, 256 * KIB, MIB)
 MAIN_SIZE = MIB
 """What the figures are of: of 36 layers of an 8B model a block of 64 tokens has 9 MiB."""
 SMALL = 64 * KIB
 SEGMENT = 256 * MIB
+RAW_SCANS = 16
+PEER_ROUNDS = 2
+FIRST_HIT = Path(__file__).with_name("first_hit.py")
 
 
 def identity_of(number: int, num_bytes: int, checksum: bytes) -> PartIdentity:
@@ -161,6 +167,10 @@ class Tier:
             clock=time.monotonic,
         )
         self._runner.run(self._tier.__aenter__())
+        # Its first segment is there before anything is timed, as the raw side's file is.
+        first = memoryview(mmap.mmap(-1, PAGE_BYTES))
+        identity = identity_of(count, len(first), xxhash.xxh3_128_digest(first))
+        self._runner.run(self._tier.write(identity, first))
         self._count = count
         self._places: dict[int, tuple[Location, PartIdentity]] = {}
 
@@ -168,8 +178,8 @@ class Tier:
         self._runner.run(self._write(payloads))
 
     async def _write(self, payloads: list[memoryview]) -> None:
-        """As the store does: everything that is to go is handed over, 64 MiB at most."""
-        room = asyncio.Semaphore(SYNC_BYTES // len(payloads[0]))
+        """As the store does: everything that is to go is handed over, so much at once at most."""
+        room = asyncio.Semaphore(SPILL_BYTES // len(payloads[0]))
         sums = sums_of(payloads)
 
         async def one(number: int) -> None:
@@ -301,7 +311,7 @@ def measure_rates(
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
         sides: list[Callable[[Path, int, int], Side]] = [Raw, Tier]
-        if size == MAIN_SIZE:
+        if size == MAIN_SIZE and number < PEER_ROUNDS:
             sides += [Files, Lmdb]
         for make in sides if number % 2 else reversed(sides):
             place = directory / "side"
@@ -321,7 +331,7 @@ def measure_rates(
     row: dict[str, float] = {"record_bytes": size, "records": count}
     for name, times in taken.items():
         row[f"{name}_gb_per_s"] = count * size / harness.median(times) / 1e9
-        raw = taken[f"raw_{name.split('_')[1]}"]
+        raw = taken[f"raw_{name.split('_')[1]}"][: len(times)]
         ratios = [theirs / ours for theirs, ours in zip(raw, times, strict=True)]
         row[f"{name}_over_raw"] = harness.median(ratios)
     return row
@@ -330,122 +340,193 @@ def measure_rates(
 # ------------------------------------------------------------------ open and rebuild
 
 
-def make_directory(directory: Path, num_records: int) -> tuple[BlockKey, int]:
-    """Segments of 64 KiB records as the tier writes them, with holes for all payloads but the last.
+LAYOUT = make_layout(part_bytes=SMALL)
+RECORD = record_bytes(SMALL)
+PER_FILE = (SEGMENT - PAGE_BYTES) // RECORD
+CHAIN = 64
+"""Blocks of a prompt."""
 
-    Returns the last key and the bytes that the tier must account for.
-    """
-    directory.mkdir(parents=True)
-    layout = make_layout(part_bytes=SMALL)
-    size = record_bytes(SMALL)
-    keys, used, per_file = make_keys(num_records), 0, (SEGMENT - PAGE_BYTES) // size
-    payload = memoryview(bytes(SMALL))
-    checksum = xxhash.xxh3_128_digest(payload)
-    for number, first in enumerate(range(0, num_records, per_file), 1):
-        header = FileHeader(os.urandom(16), number, SEGMENT)
-        own = range(first, min(first + per_file, num_records))
-        with path_of(directory, number).open("wb") as file:
+
+class Records:
+    """What two kinds of directory hold: blocks of prompts of 64, zeros for payload."""
+
+    def __init__(self, count: int, rng: random.Random) -> None:
+        self.count = count
+        self.keys = rng.randbytes(32 * count)
+        self.payload = memoryview(bytes(SMALL))
+        self.checksum = xxhash.xxh3_128_digest(self.payload)
+        self.used_bytes = -(-count // PER_FILE) * PAGE_BYTES + count * RECORD
+        self.capacity_bytes = (count // PER_FILE + 4) * SEGMENT
+        self.lineage = Lineage(DEFAULT_TENANT, TAG, layout_fingerprint(LAYOUT), ())
+
+    def key(self, number: int) -> BlockKey:
+        return BlockKey(self.keys[32 * number : 32 * number + 32])
+
+    def parent(self, number: int) -> BlockKey:
+        return self.key(number - 1) if number % CHAIN else ROOT_PARENT
+
+    @property
+    def asked(self) -> int:
+        """The first block of the last prompt: it hits without its parent."""
+        return (self.count - 1) // CHAIN * CHAIN
+
+    def files(self) -> Iterator[tuple[FileHeader, range]]:
+        for number, first in enumerate(range(0, self.count, PER_FILE), 1):
+            own = range(first, min(first + PER_FILE, self.count))
+            yield FileHeader(os.urandom(16), number, SEGMENT), own
+
+    def page(self, header: FileHeader, number: int) -> bytes:
+        """The header page of a record."""
+        identity = PartIdentity(
+            part=Part(self.key(number), 0, 0),
+            namespace_tag=TAG,
+            tenant=DEFAULT_TENANT,
+            layout_fingerprint=self.lineage.layout_fingerprint,
+            parent=self.parent(number),
+            block_index=number % CHAIN,
+            incarnations=(),
+            num_bytes=SMALL,
+            checksum=self.checksum,
+        )
+        offset = PAGE_BYTES + number % PER_FILE * RECORD
+        return encode_header(RecordHeader(header.file_id, offset, number + 1, identity))
+
+    def rows(self, own: range) -> Rows:
+        """Of the index."""
+        rows, places = np.zeros(len(own), ROW), np.arange(own.start, own.stop)
+        rows["offset"] = PAGE_BYTES + places % PER_FILE * RECORD
+        rows["sequence"] = places + 1
+        rows["num_bytes"] = SMALL
+        rows["block_index"] = places % CHAIN
+        rows["is_live"] = 1
+        rows["key"] = np.frombuffer(self.keys, "V32")[own.start : own.stop]
+        rows["parent"] = [np.void(self.parent(number)) for number in own]
+        rows["checksum"] = np.void(self.checksum)
+        return rows
+
+
+def make_indexed(directory: Path, records: Records) -> None:
+    """As a daemon leaves it; of the files only the record that is asked for is there."""
+    directory.mkdir()
+    index = SegmentIndex.create(directory, (64 * MIB) + records.capacity_bytes // 8, FileOps())
+    for header, own in records.files():
+        index.add_segment(header)
+        index.load_rows([index.adopted(header.number, records.rows(own), [records.lineage])])
+        with path_of(directory, header.number).open("wb") as file:
             os.ftruncate(file.fileno(), SEGMENT)
             os.pwrite(file.fileno(), encode_file_header(header), 0)
-            for at, index in enumerate(own):
-                identity = PartIdentity(
-                    part=Part(keys[index], 0, 0),
-                    namespace_tag=TAG,
-                    tenant=DEFAULT_TENANT,
-                    layout_fingerprint=layout_fingerprint(layout),
-                    parent=keys[index - 1] if index % 64 else ROOT_PARENT,
-                    block_index=index % 64,
-                    incarnations=(),
-                    num_bytes=SMALL,
-                    checksum=checksum,
-                )
-                offset = PAGE_BYTES + at * size
-                page = encode_header(RecordHeader(header.file_id, offset, index + 1, identity))
-                os.pwrite(file.fileno(), page, offset)
-            os.fdatasync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        used += PAGE_BYTES + len(own) * size
-    first_of_chain = num_records - 1 - (num_records - 1) % 64
-    return keys[first_of_chain], used
+            if records.asked in own:
+                page = records.page(header, records.asked)
+                os.pwrite(file.fileno(), page, PAGE_BYTES + records.asked % PER_FILE * RECORD)
+    index.raise_sequence(records.count)
+    index.trust()
+    index.close()
 
 
-async def first_hit(directory: Path, key: BlockKey, num_records: int, capacity: int) -> None:
-    """What a node does until an engine has a verified block in its hands; prints what is accounted for."""
-    events = EventStream(boot_id=bytes(16))
-    tier = SegmentTier(
-        directory, capacity_bytes=capacity, segment_bytes=SEGMENT, clock=time.monotonic
-    )
-    layout = make_layout(part_bytes=SMALL)
-    limits = StoreLimits(host_bytes=64 * MIB, ssd_bytes=capacity, max_blocks=2 * num_records)
-    arena = Arena.create(limits.host_bytes)
-    async with (
-        tier,
-        BlockStore(
-            limits=limits,
-            registry=RegistryState,
-            clock=time.monotonic,
-            events=events,
-            ssd=tier,
-        ) as store,
-    ):
-        store.attach_arena(arena)
-        store.open_session(SESSION, layout)
-        store.open_request(SESSION, "r", GRANT)
-        assert store.match(SESSION, "r", key).num_blocks == 1
-        located = await store.load(SESSION, "r", key, 0, 0)
-        offset = int.from_bytes(located.offsets[:8], "little")
-        data = arena.view[offset : offset + SMALL]
-        assert xxhash.xxh3_128_digest(data) == located.checksums[:16]
-        assert store.confirm(SESSION, "r", key, located.generations, 0, 0).num_blocks == 1
-        s = tier.statistics()
-        print(json.dumps([s.records, s.used_bytes, s.live_bytes]), flush=True)
-        data.release()
-    arena.close()
+def make_files(directory: Path, records: Records) -> None:
+    """Every record written in full, one after the other as the tier does; no index."""
+    directory.mkdir()
+    step = 4 * MIB // RECORD
+    buffer = memoryview(mmap.mmap(-1, step * RECORD))
+    for header, own in records.files():
+        with open_direct(path_of(directory, header.number)) as fd:
+            os.posix_fallocate(fd, 0, SEGMENT)
+            buffer[:PAGE_BYTES] = encode_file_header(header)
+            os.pwritev(fd, [buffer[:PAGE_BYTES]], 0)
+            for first in range(own.start, own.stop, step):
+                some = range(first, min(first + step, own.stop))
+                for at, number in enumerate(some):
+                    page = records.page(header, number)
+                    buffer[at * RECORD : at * RECORD + PAGE_BYTES] = page
+                    buffer[at * RECORD + PAGE_BYTES : (at + 1) * RECORD] = records.payload
+                at = PAGE_BYTES + (first - own.start) * RECORD
+                os.pwritev(fd, [buffer[: len(some) * RECORD]], at)
+            os.fdatasync(fd)
 
 
-def open_once(directory: Path, key: BlockKey, num_records: int, used: int) -> float:
+@contextmanager
+def open_direct(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_once(directory: Path, records: Records) -> float:
     """Seconds from the start of a process to its first verified hit."""
-    capacity = (num_records * record_bytes(SMALL) // SEGMENT + 3) * SEGMENT
-    arguments = [str(directory), key.hex(), str(num_records), str(capacity)]
+    key = records.key(records.asked).hex()
+    numbers = map(str, (records.count, records.capacity_bytes, SEGMENT, SMALL))
+    command = [sys.executable, str(FIRST_HIT), str(directory), key, *numbers]
+    # Modules are compiled once, as those of an installed package are.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(directory.parent / "compiled")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     started = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, __file__, "--open", *arguments], stdout=subprocess.PIPE, text=True
-    ) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
         took = time.perf_counter() - started
         child.wait(300)
-    records, accounted, live = json.loads(line)
-    files = -(-used // SEGMENT)
-    assert records == num_records, f"{records} of {num_records} records"
-    assert used <= accounted <= used + PAGE_BYTES  # an empty spare has its header
-    assert live == used - files * PAGE_BYTES
+    found, accounted, live = json.loads(line)
+    assert found == records.count, f"{found} of {records.count} records"
+    # An empty spare has its header.
+    assert records.used_bytes <= accounted <= records.used_bytes + PAGE_BYTES
+    assert live == records.count * RECORD
     return took
 
 
-def measure_open(directory: Path, num_records: int, rounds: int) -> dict[str, float]:
-    key, used = make_directory(directory / "tier", num_records)
-    rebuild = [open_once(directory / "tier", key, num_records, used)]
-    warm, cold = [], []
+def measure_open(directory: Path, count: int, rounds: int, rng: random.Random) -> dict[str, float]:
+    records, one = Records(count, rng), Records(1, rng)
+    make_indexed(directory / "many", records)
+    make_indexed(directory / "one", one)
+    data = directory / "many" / "index" / "data.mdb"
+    warm, cold, start = [], [], []
+    open_once(directory / "one", one)  # from now on modules are compiled, and in the page cache
     for _ in range(rounds):
-        warm.append(open_once(directory / "tier", key, num_records, used))
-        drop_cached(directory / "tier" / "index" / "data.mdb")
-        cold.append(open_once(directory / "tier", key, num_records, used))
-    empty = (directory / "empty", *make_directory(directory / "empty", 1))
-    start = harness.median([open_once(empty[0], empty[1], 1, empty[2]) for _ in range(3)])
-    for _ in range(rounds - 1):
-        shutil.rmtree(directory / "tier" / "index")
-        rebuild.append(open_once(directory / "tier", key, num_records, used))
-    index_bytes = (directory / "tier" / "index" / "data.mdb").stat().st_size
-    shutil.rmtree(directory / "tier")
-    return {
-        "records": num_records,
+        start.append(open_once(directory / "one", one))
+        warm.append(open_once(directory / "many", records))
+        drop_cached(data)
+        cold.append(open_once(directory / "many", records))
+    row = {
+        "open_records": count,
         "open_s": harness.median(warm),
         "open_cold_s": harness.median(cold),
-        "open_one_record_s": start,
-        "rebuild_s": harness.median(rebuild),
-        "index_bytes_per_record": index_bytes / num_records,
+        "open_one_record_s": harness.median(start),
+        "index_bytes_per_record": data.stat().st_size / count,
     }
+    shutil.rmtree(directory / "many")
+    return row
+
+
+def measure_rebuild(
+    directory: Path, count: int, rounds: int, rng: random.Random
+) -> dict[str, float]:
+    records = Records(count, rng)
+    make_files(directory / "tier", records)
+    raw, rebuild = [], []
+    for _ in range(rounds):
+        raw.append(seconds(partial(read_pages, directory / "tier", records)))
+        shutil.rmtree(directory / "tier" / "index", ignore_errors=True)
+        rebuild.append(open_once(directory / "tier", records))
+    shutil.rmtree(directory / "tier")
+    return {
+        "rebuild_records": count,
+        "rebuild_s": harness.median(rebuild),
+        "raw_headers_s": harness.median(raw),
+    }
+
+
+def read_pages(directory: Path, records: Records) -> None:
+    """The header of every record, as many at once as the tier reads."""
+
+    def lane(header: FileHeader, own: range) -> None:
+        page = mmap.mmap(-1, PAGE_BYTES)
+        with open_direct(path_of(directory, header.number)) as fd:
+            for number in own:
+                os.preadv(fd, [page], PAGE_BYTES + number % PER_FILE * RECORD)
+
+    with ThreadPoolExecutor(RAW_SCANS) as pool:
+        list(pool.map(lane, *zip(*records.files(), strict=True)))
 
 
 def measure_walk(directory: Path, num_files: int) -> float:
@@ -479,33 +560,29 @@ def scratch() -> Iterator[Path]:
 def main() -> None:
     args = harness.parse_arguments(__doc__)
     rng = random.Random(args.seed)
-    total, rounds = (64 * MIB, 1) if args.quick else (512 * MIB, 5)
-    num_records = 5_000 if args.quick else 250_000
+    total, rounds = (64 * MIB, 1) if args.quick else (GIB, 5)
+    many, written, walked = (5_000, 2_000, 5_000) if args.quick else (1_000_000, 200_000, 50_000)
     rows: list[dict[str, float]] = []
     with scratch() as directory:
         for size in SIZES:
-            row = measure_rates(directory, size, total, rounds, rng)
+            is_main = size == MAIN_SIZE
+            turns, num_bytes = (rounds, total) if is_main else (min(rounds, 3), total // 4)
+            row = measure_rates(directory, size, num_bytes, turns, rng)
             rows.append(row)
             print(json.dumps(row), flush=True)
-        opened = measure_open(directory, num_records, 1 if args.quick else 3)
-        opened["walk_files_s"] = measure_walk(directory / "walk", num_records)
+        opened = measure_open(directory, many, rounds, rng)
+        opened |= measure_rebuild(directory, written, min(rounds, 3), rng)
+        opened |= {"walk_files": walked, "walk_s": measure_walk(directory / "walk", walked)}
         print(json.dumps(opened), flush=True)
     [main_row] = [row for row in rows if row["record_bytes"] == MAIN_SIZE]
-    millions = num_records / 1e6
     figures = {
         "read_over_raw": main_row["tier_read_over_raw"],
         "write_over_raw": main_row["tier_write_over_raw"],
-        "open_s_per_million_records": opened["open_s"] / millions,
-        "rebuild_s_per_million_records": opened["rebuild_s"] / millions,
+        "open_s_per_million_records": opened["open_s"] * 1e6 / many,
+        "rebuild_s_per_million_records": opened["rebuild_s"] * 1e6 / written,
     }
     harness.report("ssd", args, figures, [*rows, opened])
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--open"]:
-        place, hex_key, count, capacity = sys.argv[2:]
-        asyncio.run(
-            first_hit(Path(place), BlockKey(bytes.fromhex(hex_key)), int(count), int(capacity))
-        )
-    else:
-        main()
+    main()

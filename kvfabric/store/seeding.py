@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,6 @@ from kvfabric.store.index import HOST, NO_ROW, RESERVED, SSD, BlockIndex, Lineag
 from kvfabric.store.residency import Residency
 from kvfabric.tiers.base import Flags, Location, RecordBatch, Tier
 from kvfabric.types import PartSpec, TenantId
-
-_SLICE = 2048
-"""Records indexed at once; a tier may come while the node serves."""
 
 
 class Seeder:
@@ -52,7 +50,7 @@ class Seeder:
         room = min(self._index.free_parts, self._index.free_rows // 2)
         room = max(0, min(room, self._max_rows - self._residency.num_ssd_blocks))
         wanted = np.flatnonzero(~gone)[:room]
-        fitting = batch.chosen(wanted)
+        fitting = batch if len(wanted) == len(batch) else batch.chosen(wanted)
         rows = self._place(fitting)
         refused = np.ones(len(batch), dtype=np.bool_)
         refused[wanted[self._seed_parts(fitting, rows)]] = False
@@ -61,14 +59,15 @@ class Seeder:
     def _place(self, batch: RecordBatch) -> Rows:
         """Rows of these blocks, made where they are new, below parents that may stay stubs."""
         index = self._index
-        keys, above = key_words(batch.rows["key"]), key_words(batch.rows["parent"])
-        self._make_stubs(np.concatenate([keys, above[above.any(axis=1)]]))
-        rows, parents = index.lookup(keys), index.lookup(above)
+        above = key_words(batch.rows["parent"])
+        rows = self._rows_of(key_words(batch.rows["key"]))
+        parents, has_parent = np.zeros_like(rows), above.any(axis=1)
+        parents[has_parent] = self._rows_of(above[has_parent])
         places = batch.rows["block_index"]
         unknown_parent = (parents != NO_ROW) & (index.lineage.array[parents] == 0)
         index.block_index.array[parents[unknown_parent]] = places[unknown_parent] - 1
         new = np.flatnonzero(index.lineage.array[rows] == 0)
-        new = new[np.unique(rows[new], return_index=True)[1]]
+        new = new[_distinct(rows[new])]
         if len(new):
             numbers = np.zeros(1 + max(batch.lineages), dtype=np.uint32)
             for number in np.unique(batch.rows["lineage"][new]).tolist():
@@ -80,32 +79,35 @@ class Seeder:
             index.adopt(rows[new], parents[new], lineages, places[new])
         return rows
 
-    def _make_stubs(self, words: npt.NDArray[np.uint64]) -> None:
-        while True:
-            missing = words[self._index.lookup(words) == NO_ROW]
-            if not len(missing):
-                return
+    def _rows_of(self, words: npt.NDArray[np.uint64]) -> Rows:
+        """Of keys, with stubs for those that are not there."""
+        rows = self._index.lookup(words)
+        missing = np.flatnonzero(rows == NO_ROW)
+        while len(missing):
             # Of keys that begin alike, which only somebody who tries makes, one a turn.
-            _, first = np.unique(missing[:, 0], return_index=True)
-            self._index.insert(missing[first])
+            new = missing[_distinct(words[missing, 0])]
+            rows[new] = self._index.insert(words[new])
+            missing = missing[rows[missing] == NO_ROW]
+            rows[missing] = self._index.lookup(words[missing])
+            missing = missing[rows[missing] == NO_ROW]
+        return rows
 
     def _seed_parts(self, batch: RecordBatch, rows: Rows) -> npt.NDArray[np.intp]:
         """Which of the batch are sealed now: one record a part, of a block that is what it says."""
         index, taken = self._index, []
         for ordinal, own in self._by_ordinal(batch, rows):
-            own = own[np.unique(rows[own], return_index=True)[1]]
+            own = own[_distinct(rows[own])]
             index.ensure_parts(rows[own], ordinal + 1)
             parts = index.parts(rows[own], ordinal)
             fresh = self._may_seal(parts, batch.rows["checksum"][own])
             own, parts = own[fresh], parts[fresh]
-            chosen = batch.rows[own]
-            index.part_checksum[parts] = chosen["checksum"]
+            index.part_checksum[parts] = batch.rows["checksum"][own]
             self._residency.sealed(
                 rows[own],
                 parts,
-                chosen["num_bytes"].astype(np.int64),
+                batch.rows["num_bytes"][own].astype(np.int64),
                 batch.file,
-                chosen["offset"].astype(np.int64),
+                batch.rows["offset"][own].astype(np.int64),
             )
             taken.append(own)
         return np.concatenate(taken) if taken else np.zeros(0, dtype=np.intp)
@@ -141,6 +143,15 @@ class Seeder:
 def key_words(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
     """A vector of 32-byte keys as (n, 4) words."""
     return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)
+
+
+def _distinct(values: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.intp]:
+    """Where the first of each value is. Nearly always all differ, which sorting alone tells fastest."""
+    ordered = np.sort(values)
+    if (ordered[1:] != ordered[:-1]).all():
+        return np.arange(len(values))
+    first: npt.NDArray[np.intp] = np.unique(values, return_index=True)[1]
+    return first
 
 
 def _lineage_is(index: BlockIndex, rows: Rows, lineage: Lineage) -> Flags:

@@ -63,9 +63,10 @@ _TOUCH_BYTES = 64 * 1024 * 1024
 class StoreLimits:
     """Sizes in bytes, times in seconds. `lease_share`: of the host tier, see `quota`.
 
-    `copy_threads` also scrub. `spill_bytes`: being written to SSD at once; `ssd_deadline_s`: how long one
-    read or write of it may take before it counts as failed. `scrub_bytes_per_s`: how
-    fast the arena is re-checked in the background; 0 for not at all. `strict_partition`: see `quota`.
+    `copy_threads` also scrub. `spill_bytes`: handed to SSD at once (a group that is written, and the next);
+    `ssd_deadline_s`: how long one read or write of it may take before it counts as failed.
+    `scrub_bytes_per_s`: how fast the arena is re-checked in the background; 0 for not at all.
+    `strict_partition`: see `quota`.
     """
 
     host_bytes: int
@@ -75,7 +76,7 @@ class StoreLimits:
     reservation_s: float = 30.0
     lease_share: float = 0.1
     copy_threads: int = 2
-    spill_bytes: int = 64 * 1024 * 1024
+    spill_bytes: int = 128 * 1024 * 1024
     ssd_deadline_s: float = 5.0
     scrub_bytes_per_s: int = 64 * 1024 * 1024
     ssd_scrub_bytes_per_s: int = 16 * 1024 * 1024

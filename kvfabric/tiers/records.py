@@ -32,8 +32,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from kvfabric.errors import CorruptBlock, LocalProtocolError
@@ -57,6 +59,36 @@ _RECORD = struct.Struct("<16sQQ")
 _IDENTITY = struct.Struct("<32sIIQ16s32s32sIHH8s")
 _CRC_AT = 12
 _IDENTITY_AT = _PREFIX.size + _RECORD.size
+
+_AT = {
+    "magic": (0, "V8"),
+    "version": (8, "<u2"),
+    "crc": (12, "<u4"),
+    "file_id": (16, "V16"),
+    "offset": (32, "<u8"),
+    "sequence": (40, "<u8"),
+    "key": (48, "V32"),
+    "group": (80, "<u4"),
+    "shard": (84, "<u4"),
+    "num_bytes": (88, "<u8"),
+    "checksum": (96, "V16"),
+    "layout": (112, "V32"),
+    "parent": (144, "V32"),
+    "block_index": (176, "<u4"),
+    "tenant_bytes": (180, "<u2"),
+    "incarnations": (182, "<u2"),
+}
+HEADER_PAGE = np.dtype(
+    {
+        "names": list(_AT),
+        "offsets": [at for at, _ in _AT.values()],
+        "formats": [kind for _, kind in _AT.values()],
+        "itemsize": PAGE_BYTES,
+    }
+)
+"""A record's header page as an element of a vector."""
+
+HeaderPages = npt.NDArray[Any]
 
 MAX_INCARNATIONS = (
     PAGE_BYTES - _IDENTITY_AT - _IDENTITY.size - MAX_TENANT_BYTES - TAG_BYTES
@@ -195,6 +227,39 @@ def decode_header(page: bytes | bytearray | memoryview) -> RecordHeader:
     file_id, offset, sequence = _RECORD.unpack_from(page, _PREFIX.size)
     identity = decode_identity(memoryview(page)[_IDENTITY_AT : PAGE_BYTES - TAG_BYTES])
     return RecordHeader(file_id, offset, sequence, identity, bytes(page[-TAG_BYTES:]))
+
+
+def num_intact(pages: HeaderPages) -> int:
+    """How many header pages of a vector are intact, from the first on; `decode_header` may yet refuse one."""
+    raw = _raw(pages)
+    good = (pages["magic"] == np.void(_RECORD_MAGIC)) & (pages["version"] == FORMAT_VERSION)
+    likely = len(pages) if good.all() else int(np.argmin(good))
+    for at in range(likely):
+        if _page_crc(raw[at].data) != pages["crc"][at]:
+            return at
+    return likely
+
+
+def lineage_words(pages: HeaderPages) -> npt.NDArray[np.uint8]:
+    """(pages, bytes): what of an identity says who owns a part and what it was made of, and nothing else."""
+    raw = _raw(pages)
+    counts = pages["incarnations"].astype(np.int64)
+    most = pages["tenant_bytes"] + counts * INCARNATION_BYTES
+    lengths_at = _AT["tenant_bytes"][0]
+    end = min(PAGE_BYTES, _IDENTITY_AT + _IDENTITY.size + int(most.max()))
+    layout_at, layout_bytes = _AT["layout"][0], 32
+    layouts = raw[:, layout_at : layout_at + layout_bytes]
+    return np.concatenate([layouts, raw[:, lengths_at:end]], axis=1)
+
+
+def _raw(pages: HeaderPages) -> npt.NDArray[np.uint8]:
+    return pages.view(np.uint8).reshape(len(pages), PAGE_BYTES)
+
+
+def page_of(pages: HeaderPages, at: int) -> memoryview:
+    """One of a vector, for `decode_header`."""
+    page: memoryview = _raw(pages)[at].data
+    return page
 
 
 def _page(magic: bytes, body: bytes, tag: bytes = b"") -> bytes:

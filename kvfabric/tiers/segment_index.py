@@ -245,7 +245,7 @@ class SegmentIndex:
         return buried
 
     def load_rows(self, batches: Sequence[RecordBatch]) -> None:
-        """Put whole files into an empty index; their lineages are numbered by `rows_of`."""
+        """Put whole files into an empty index; their lineages are numbered by `adopted`."""
         with self._transaction() as (txn, tables):
             for batch in batches:
                 self._put_rows(txn, tables, batch.file, batch.rows)
@@ -274,6 +274,13 @@ class SegmentIndex:
                 0,
             )
         return rows
+
+    def adopted(self, file: int, rows: Rows, lineages: Sequence[Lineage]) -> RecordBatch:
+        """Rows whose lineages are given by their place in `lineages`, as the index numbers them."""
+        numbers = np.array([self._number_of(one) for one in lineages], np.uint32)
+        if len(rows):
+            rows["lineage"] = numbers[rows["lineage"]]
+        return RecordBatch(file, rows, self._lineages)
 
     def batch(self, number: int) -> RecordBatch:
         """Every record of a file, dead ones too."""
@@ -325,9 +332,16 @@ class SegmentIndex:
         rows["check"] = _checks(rows, file)
         key, packed = _NUMBER.pack(file), rows.tobytes()
         with txn.cursor(db=tables.extents) as cursor:
-            cursor.putmulti(
-                (key, packed[at : at + ROW.itemsize]) for at in range(0, len(packed), ROW.itemsize)
+            # Appended, since their offsets are the file's highest: LMDB fills its pages then.
+            _, added = cursor.putmulti(
+                (
+                    (key, packed[at : at + ROW.itemsize])
+                    for at in range(0, len(packed), ROW.itemsize)
+                ),
+                append=True,
             )
+        if added != len(rows):
+            raise CorruptBlock(f"index rows of segment {file:08x} are not behind those before")
 
     def _bury(
         self, txn: lmdb.Transaction[bytes], tables: _Tables, location: Location
@@ -404,7 +418,7 @@ class SegmentIndex:
         with self._lock:
             try:
                 tables = self._opened()
-                with tables.env.begin(write=write) as txn:
+                with tables.env.begin(db=tables.extents, write=write) as txn:
                     yield _Open(txn, tables)
             except lmdb.MapFullError as exc:
                 raise NoSpace(f"index {self._path} is full at {self._map_bytes} bytes") from exc
@@ -418,7 +432,8 @@ class SegmentIndex:
 
 
 def _live(batch: RecordBatch) -> RecordBatch:
-    return batch.chosen(batch.rows["is_live"] != 0)
+    is_live = batch.rows["is_live"] != 0
+    return batch if is_live.all() else batch.chosen(is_live)
 
 
 def _checks(rows: Rows, file: int) -> npt.NDArray[np.uint64]:

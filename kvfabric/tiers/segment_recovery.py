@@ -18,17 +18,18 @@ import numpy as np
 
 from kvfabric.errors import CorruptBlock, TransferError
 from kvfabric.tiers import direct_io
-from kvfabric.tiers.base import Location, RecordBatch
+from kvfabric.tiers.base import RecordBatch
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.record_cipher import RecordCipher
-from kvfabric.tiers.records import PAGE_BYTES, RecordHeader
+from kvfabric.tiers.records import PAGE_BYTES
 from kvfabric.tiers.segment_accounts import Segment
 from kvfabric.tiers.segment_file import SegmentFile, numbers_in, path_of
-from kvfabric.tiers.segment_index import Put, SegmentIndex
+from kvfabric.tiers.segment_index import SegmentIndex
+from kvfabric.tiers.segment_scan import Scanned, scan
 
 _LOG = logging.getLogger(__name__)
-_SCANS = 8
-"""Files whose headers are read side by side."""
+_SCANS = 16
+"""Files whose headers are read side by side, since each is read one page after the other."""
 _COMMITTED = 64
 """Files that go into the index in one transaction."""
 
@@ -162,8 +163,8 @@ def _rebuild(
         segments[number] = Segment(file)
         index.add_segment(file.header)
     batches = [
-        RecordBatch(segment.file.header.number, index.rows_of(puts), index.lineages)
-        for segment, puts in zip(segments.values(), _scanned(segments.values()), strict=True)
+        index.adopted(segment.file.header.number, found.rows, found.lineages)
+        for segment, found in zip(segments.values(), _scanned(segments.values()), strict=True)
     ]
     bury_older(batches)
     for first in range(0, len(batches), _COMMITTED):
@@ -174,11 +175,11 @@ def _rebuild(
     index.raise_sequence(last)
 
 
-def _scanned(segments: Iterable[Segment]) -> Iterator[list[Put]]:
+def _scanned(segments: Iterable[Segment]) -> Iterator[Scanned]:
     """The records of each file, in the order of the files; a few are read ahead."""
-    works = (partial(_scan, segment.file) for segment in segments)
+    works = (partial(scan, segment.file) for segment in segments)
     with ThreadPoolExecutor(_SCANS, thread_name_prefix="kvfabric-rebuild") as pool:
-        ahead: list[Future[list[Put]]] = [pool.submit(work) for work in islice(works, 2 * _SCANS)]
+        ahead: list[Future[Scanned]] = [pool.submit(work) for work in islice(works, 2 * _SCANS)]
         try:
             while ahead:
                 yield ahead.pop(0).result()
@@ -186,23 +187,6 @@ def _scanned(segments: Iterable[Segment]) -> Iterator[list[Put]]:
         finally:
             for future in ahead:
                 future.cancel()
-
-
-def _scan(file: SegmentFile) -> list[Put]:
-    number = file.header.number
-    return [
-        Put(Location(number, header.offset), header.sequence, header.identity)
-        for header in _readable(file)
-    ]
-
-
-def _readable(file: SegmentFile) -> Iterator[RecordHeader]:
-    """The records up to the first place where the disk fails."""
-    try:
-        yield from file.scan()
-    except TransferError as exc:
-        direct_io.raise_if_exhausted(exc)
-        _LOG.warning("reading no further: %s", exc)
 
 
 def bury_older(batches: list[RecordBatch]) -> None:
