@@ -42,7 +42,9 @@ class Shell:
 
     async def run(self, *arguments: str, code: int = 0) -> tuple[str, str]:
         """Standard output and error of a command that must exit with `code`."""
-        command = [*arguments, "--admin-socket", str(self.path)]
+        command = list(arguments)
+        end = command.index("--") if "--" in command else len(command)
+        command[end:end] = ["--admin-socket", str(self.path)]
         found = await asyncio.to_thread(cli.main, command)
         out, err = self._output.readouterr()
         assert found == code, (out, err)
@@ -317,3 +319,26 @@ async def test_api_keys_are_rotated_with_and_without_grace(shell: Shell) -> None
     assert (len(acme().api_key_digests), acme().expiring_keys) == (1, ())
     _, err = await shell.run("tenant", "key", "rotate", "acme", "--grace", "-1", code=2)
     assert "grace" in err
+
+
+def files_in(directory: Path) -> list[Path]:
+    return sorted(directory.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc", ".", "-x", "a\nb", "a b", "ä", "", "a" * 129]
+)
+async def test_names_that_could_mean_something_else_are_refused(
+    shell: Shell, tmp_path: Path, name: str
+) -> None:
+    before = files_in(tmp_path)
+    text = tmp_path / "text"
+    text.write_text("Be kind.")
+    _, err = await shell.run("tenant", "create", "--", name, code=2)
+    assert err.count("\n") == 1
+    there = ("--version", "1", "--file", str(text))
+    await shell.run("template", "register", *there, "--", name, code=2)
+    text.unlink()
+    assert files_in(tmp_path) == before
+    assert len(shell.registry.state.tenants) == 2
+    assert not shell.registry.state.templates

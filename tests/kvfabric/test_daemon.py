@@ -24,6 +24,7 @@ from kvfabric.errors import (
     NotFound,
     PeerClosed,
     RemoteProtocolError,
+    UnknownTenant,
 )
 from kvfabric.handle import Handle, from_segments, mint
 from kvfabric.hashing import ROOT_PARENT, block_keys, layout_fingerprint
@@ -32,7 +33,7 @@ from kvfabric.protocol import messages as m
 from kvfabric.protocol.codec import HEADER, MAGIC, MAX_BODY_BYTES, FrameReader, decode_reply, encode
 from kvfabric.testing.engine import DEADLINE_S, TinyEngine, tiny_hello, wrong_blocks
 from kvfabric.testing.processes import NodeProcess
-from kvfabric.types import DEFAULT_TENANT, GrantState, Incarnation, Segment
+from kvfabric.types import DEFAULT_TENANT, GrantState, Incarnation, Segment, TenantId
 
 pytestmark = pytest.mark.fleet
 _names = itertools.count()
@@ -230,6 +231,51 @@ def test_forged_handle_is_refused(node: NodeProcess, engine: TinyEngine) -> None
     forged = good[:-3] + ("AAA" if good[-3:] != "AAA" else "BBB")
     with pytest.raises(BadHandle):
         engine.open("r", "prompt", 1, forged)
+
+
+def test_handle_keys_have_two_generations_on_a_running_node(
+    node: NodeProcess, engine: TinyEngine
+) -> None:
+    """Rotated beside it: what was signed before opens once more, and after another rotation no more."""
+    keyring = Keyring.open(node.state_dir)
+    before = handle_for(node, engine)
+    keyring.rotate_handle_key()
+    engine.open("r", "prompt", 1, before)
+    engine.open("r", "prompt", 1, handle_for(node, engine))
+    keyring.rotate_handle_key()
+    with pytest.raises(BadHandle):
+        engine.open("r", "prompt", 1, before)
+    engine.open("r", "prompt", 1, handle_for(node, engine))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 8, 40])
+def test_cut_or_replayed_handle_is_refused(node: NodeProcess, engine: TinyEngine, cut: int) -> None:
+    """Cut at either end, or used for another request than it was made for."""
+    good = handle_for(node, engine, request_id="req-1")
+    engine.open("req-1", "prompt", 1, good)
+    with pytest.raises(BadHandle):
+        engine.open("req-2", "prompt", 1, good)
+    for broken in (good[: len(good) - cut], good[cut:]) if cut else (good + "A", "A" + good):
+        with pytest.raises(BadHandle):
+            engine.open("req-1", "prompt", 1, broken)
+
+
+def test_another_tenants_handle_finds_that_tenants_blocks_alone(
+    node: NodeProcess, engine: TinyEngine
+) -> None:
+    """With the same tokens, and with the first one's own keys. A tenant without a secret is refused."""
+    keyring = Keyring.create_or_open(node.state_dir)
+    keyring.add_tenant(TenantId("t-other"))
+    mine = engine.open("r1", "prompt", 3, handle_for(node, engine, request_id="r1"))
+    assert engine.store("r1", mine) == 3
+    foreign = {"tenant": "t-other", "request_id": "r2"}
+    theirs = engine.open("r2", "prompt", 3, handle_for(node, engine, **foreign))
+    assert set(theirs).isdisjoint(mine)
+    for keys in (theirs, mine):
+        assert engine.client.match("r2", keys, deadline_s=DEADLINE_S).num_blocks == 0
+    assert engine.client.match("r1", mine, deadline_s=DEADLINE_S).num_blocks == 3
+    with pytest.raises(UnknownTenant):
+        engine.open("r3", "prompt", 1, handle_for(node, engine, tenant="t-gone", request_id="r3"))
 
 
 def test_no_store_and_no_read_are_kept(node: NodeProcess, engine: TinyEngine) -> None:
