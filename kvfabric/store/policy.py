@@ -5,7 +5,8 @@ evicted leaves a ghost, by which it is known when it returns. Unlike there, no f
 aside for either: each victim is the oldest block of one of the queues, and `reuse` says of which, from what
 blocks of that class and age have been worth to this tenant (a tenth for new blocks, as S3-FIFO has it, loses
 to LRU wherever users come back after more than a tenth of the turnover). Times what a block costs to
-compute again (`cost`).
+compute again (`cost`). Where that makes no difference beyond its statistical error, the least recently used
+block goes: without evidence this is leaf LRU.
 
 A queue holds exactly the blocks that could go now: with bytes in the arena, without a hold, and without
 a child in the arena (leaf first: a child is worthless without its parent). An inner block is in no queue;
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from kvfabric.store.cost import MAX_LEVEL
 from kvfabric.store.index import HIT, QUEUED, BlockIndex, Rows
 from kvfabric.store.quota import distinct_values
-from kvfabric.store.reuse import NUM_CLASSES, ReuseModel, age_bucket
+from kvfabric.store.reuse import NUM_CLASSES, ReuseModel, Worth
 
 MAX_STRETCHES = 128
 
@@ -210,7 +211,7 @@ class EvictionPolicy:
         lineages, sizes = index.lineage.cell, index.lineage_bytes.cell
         victims: list[int] = []
         while num_bytes > 0 and len(victims) < limit:
-            queue = self._least(queues)
+            queue = self._next_queue(queues)
             if queue is None:
                 break
             number = queue.order[0]
@@ -230,18 +231,25 @@ class EvictionPolicy:
         self._index.host_children.cell[parent] += 1
         self.withdraw([parent])
 
-    def _least(self, queues: _TenantQueues) -> _Queue | None:
-        """The queue whose oldest blocks are worth least."""
-        tick, worth = self._tick(queues), queues.model.worth
-        found, least = None, 0.0
+    def _next_queue(self, queues: _TenantQueues) -> _Queue | None:
+        """Whose oldest block goes: the least recently used one of all, unless another is surely worth less;
+        of those the one that is worth least."""
+        tick, model = self._tick(queues), queues.model
+        found, lru = None, Worth(0.0, 0.0, 0)
+        oldest_age = -1
+        others: list[tuple[Worth, _Queue]] = []
         for kind, queue in queues.queues.items():
-            if queue.order:
-                age = (tick - (queue.order[0] << queue.shift)) % _TICKS
-                value = (
-                    worth[kind & (NUM_CLASSES - 1)][age_bucket(age)] * _COSTS[kind >> _CLASS_BITS]
-                )
-                if found is None or value < least:
-                    found, least = queue, value
+            if not queue.order:
+                continue
+            age = (tick - (queue.order[0] << queue.shift)) % _TICKS
+            worth = model.worth(kind & (NUM_CLASSES - 1), age, _COSTS[kind >> _CLASS_BITS])
+            others.append((worth, queue))
+            if age > oldest_age or (age == oldest_age and worth.value < lru.value):
+                found, lru, oldest_age = queue, worth, age
+        least = lru.value
+        for worth, queue in others:
+            if worth.value < least and lru.surely_exceeds(worth):
+                found, least = queue, worth.value
         return found
 
     def _free_parent(self, row: int, number: int, shift: int) -> int:

@@ -11,10 +11,17 @@ best such ratio over all l:
 This is the Gittins index of a job that may be stopped at any time (Gittins, Glazebrook, Weber: Multi-armed
 Bandit Allocation Indices, 2011); Least Hit Density (Beckmann, Chen, Cidon, NSDI 2018) ranks by a relative
 of it. Where blocks come back late or never, as in chat logs, whose users type between two turns, it keeps
-old blocks that have proved themselves; where recency is all there is, it is LRU.
+old blocks that have proved themselves.
+
+A worth comes with its standard error. Blocks come back together, those of one request at a time, so what
+varies is requests: the variance of a count of uses is the sum of the squares of what each request added
+(uses that come in clusters, each its own weight). The longer the ages, the fewer requests speak of them.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +44,9 @@ _PRIOR_BLOCKS = 64
 _PRIOR_AGES = slice(16, 80)
 """Ages it is spread over, evenly in the logarithm: from 60 on. Below, class alone decides."""
 
+SURE = 2.0
+"""Standard errors: a larger difference is chance once in forty times."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -55,12 +65,30 @@ def _first_age(bucket: int) -> int:
 _EDGES: Floats = np.array([_first_age(bucket) for bucket in range(NUM_AGES + 1)], dtype=np.float64)
 
 
+class Worth(NamedTuple):
+    """Expected uses per unit of room and time, times cost; `error`: its standard error."""
+
+    value: float
+    error: float
+    number: int  # of the class
+
+    def surely_exceeds(self, other: Worth) -> bool:
+        """Of one class both come from the same uses, right or wrong by the same share."""
+        if self.number == other.number:
+            error = abs(self.error - other.error)
+        else:
+            error = math.hypot(self.error, other.error)
+        return self.value - other.value > SURE * error
+
+
 class ReuseModel:
-    """`worth[class][bucket]`: expected uses per unit of room and time."""
+    """What one tenant's blocks are worth by class and age."""
 
     def __init__(self) -> None:
-        self.worth: list[list[float]] = []
+        self._worth: list[list[float]] = []
+        self._error: list[list[float]] = []
         self._hits: Floats = np.zeros((NUM_CLASSES, NUM_AGES))
+        self._squares: Floats = np.zeros((NUM_CLASSES, NUM_AGES))
         self._seen: Floats = np.zeros(NUM_CLASSES)
         self._prior: Floats = np.zeros((NUM_CLASSES, NUM_AGES))
         width = _PRIOR_AGES.stop - _PRIOR_AGES.start
@@ -70,13 +98,18 @@ class ReuseModel:
         self._refit_after = FIRST_REFIT
         self._fit()
 
+    def worth(self, number: int, age: int, cost: float = 1.0) -> Worth:
+        """Of a block of class `number`, at an age in the tenant's ticks."""
+        bucket = age_bucket(age)
+        return Worth(self._worth[number][bucket] * cost, self._error[number][bucket] * cost, number)
+
     def stored(self, count: int) -> None:
         """So many blocks came that had not been seen before."""
         self._seen[0] += count
         self._count(count)
 
     def reused(self, classes: npt.NDArray[np.uint8], ages: npt.NDArray[np.uint32]) -> None:
-        """Blocks of these classes were used again at these ages, in the tenant's ticks."""
+        """One request used blocks of these classes again, at these ages in the tenant's ticks."""
         self._reused.append((classes, ages))
         self._count(len(classes))
 
@@ -89,6 +122,7 @@ class ReuseModel:
             self._fit()
             if self._refit_after == REFIT_EVERY:
                 self._hits *= KEPT_SHARE
+                self._squares *= KEPT_SHARE * KEPT_SHARE
                 self._seen *= KEPT_SHARE
 
     def _take_in(self) -> None:
@@ -96,11 +130,20 @@ class ReuseModel:
             return
         classes = np.concatenate([some for some, _ in self._reused]).astype(np.intp)
         ages = np.concatenate([some for _, some in self._reused]).astype(np.float64)
+        of_request = np.repeat(
+            np.arange(len(self._reused)), [len(some) for some, _ in self._reused]
+        )
         self._reused.clear()
         buckets = np.searchsorted(_EDGES, ages, side="right") - 1
         places = classes * NUM_AGES + np.minimum(buckets, NUM_AGES - 1)
         counts = np.bincount(places, minlength=NUM_CLASSES * NUM_AGES)
         self._hits += counts.reshape(NUM_CLASSES, NUM_AGES)
+        size = NUM_CLASSES * NUM_AGES
+        groups, together = np.unique(of_request * size + places, return_counts=True)
+        squares = np.bincount(
+            groups % size, weights=together.astype(np.float64) ** 2, minlength=size
+        )
+        self._squares += squares.reshape(NUM_CLASSES, NUM_AGES)
         after = np.minimum(classes + 1, NUM_CLASSES - 1)
         self._seen += np.bincount(after, minlength=NUM_CLASSES)
 
@@ -116,4 +159,11 @@ class ReuseModel:
         uses = back[:, None, :] - back[:, :, None]
         rooms = room[:, None, :] - room[:, :, None]
         ratios = np.divide(uses, rooms, out=np.zeros_like(uses), where=rooms > 0)
-        self.worth = ratios.max(axis=2).tolist()
+        best = ratios.argmax(axis=2)[:, :, None]
+        squares = np.zeros_like(back)
+        np.cumsum(self._squares, axis=1, out=squares[:, 1:])
+        spread = np.sqrt(np.maximum(squares[:, None, :] - squares[:, :, None], 0.0))
+        errors = np.divide(spread, rooms, out=np.zeros_like(uses), where=rooms > 0)
+        errors /= (self._seen + _PRIOR_BLOCKS)[:, None, None]
+        self._worth = np.take_along_axis(ratios, best, axis=2)[:, :, 0].tolist()
+        self._error = np.take_along_axis(errors, best, axis=2)[:, :, 0].tolist()
