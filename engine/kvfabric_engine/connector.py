@@ -147,6 +147,7 @@ class Connector:
             shard=o.shard,
             window_bytes=o.window_bytes,
             role=o.role,
+            recompute=o.recompute,
         )
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvfabric.protocol.messages import Role
+from kvfabric.types import UNKNOWN_COST, RecomputeCost
 
 GROUP = 0
 """The one KV group that the connector moves."""
@@ -35,4 +36,5 @@ class ConnectorOptions:
     role: Role = Role.SCHEDULER | Role.WORKER
     session: bytes = b""
     audit_parts: str = ""
+    recompute: RecomputeCost = UNKNOWN_COST
     deadlines: Deadlines = field(default_factory=Deadlines)

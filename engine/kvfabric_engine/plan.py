@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kvfabric.types import MissReason, TierName
+from kvfabric.types import UNKNOWN_COST, MissReason, RecomputeCost, TierName
 
 PROBE_BYTES = 64 << 20
 """At most this much is loaded from a tier whose rate nobody measured: it is learnt at a bounded price."""
@@ -61,6 +61,12 @@ class Rates:
         """Seconds to compute tokens [start, end) on top of `start` that are there."""
         pairs = (end - start) * (end + start) / 2
         return self.step_s + (end - start) * self.token_s + pairs * self.pair_s
+
+    def recompute_cost(self) -> RecomputeCost:
+        """For the node, which keeps longest what costs most: the launch of a forward left out."""
+        if not self.token_s:
+            return UNKNOWN_COST
+        return RecomputeCost(us_per_token=self.token_s * 1e6, growth=self.pair_s / self.token_s)
 
 
 @dataclass(frozen=True, slots=True)

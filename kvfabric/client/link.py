@@ -29,7 +29,7 @@ from kvfabric.protocol.messages import (
     WireLayout,
     WirePart,
 )
-from kvfabric.types import BlockLayout
+from kvfabric.types import UNKNOWN_COST, BlockLayout, RecomputeCost
 
 BYE_DEADLINE_S = 1.0
 R = TypeVar("R", bound=Reply)
@@ -49,6 +49,7 @@ class EngineHello:
     shard: int
     window_bytes: int
     role: Role
+    recompute: RecomputeCost = UNKNOWN_COST
 
     def to_wire(self, *, session: bytes, resumed: bool) -> Hello:
         layout = self.layout
@@ -79,6 +80,8 @@ class EngineHello:
             ),
             shard=self.shard,
             window_bytes=self.window_bytes,
+            us_per_token=self.recompute.us_per_token,
+            growth=self.recompute.growth,
         )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import socket
@@ -30,7 +31,7 @@ from kvfabric.daemon.adoption import ProcessId, start_time
 from kvfabric.errors import AccessError, NotFound, PeerClosed, RemoteProtocolError
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Hello, WireLayout
-from kvfabric.types import BlockLayout, PartSpec, SessionId
+from kvfabric.types import BlockLayout, PartSpec, RecomputeCost, SessionId
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ _CREDENTIALS = struct.Struct("=iII")
 class SessionSink(Protocol):
     """What the store is told (`BlockStore` is one)."""
 
-    def open_session(self, session: SessionId, layout: BlockLayout) -> None: ...
+    def open_session(
+        self, session: SessionId, layout: BlockLayout, recompute: RecomputeCost
+    ) -> None: ...
     def end_rights(self, session: SessionId) -> None: ...
     def quiet(self, session: SessionId) -> None: ...
 
@@ -137,6 +140,15 @@ def to_layout(wire: WireLayout) -> BlockLayout:
         rope=wire.rope,
         attention=wire.attention,
     )
+
+
+def to_recompute(hello: Hello) -> RecomputeCost:
+    """Raises RemoteProtocolError for what no engine can have measured."""
+    if not (0 <= hello.us_per_token < math.inf and 0 <= hello.growth < math.inf):
+        raise RemoteProtocolError(
+            f"recomputing takes {hello.us_per_token} us a token and {hello.growth} more with each"
+        )
+    return RecomputeCost(hello.us_per_token, hello.growth)
 
 
 def open_peer(sock: socket.socket) -> Process:
@@ -271,11 +283,12 @@ class Sessions:
         return session, process
 
     def _find(self, hello: Hello) -> Session:
-        layout = to_layout(hello.layout)
+        layout, recompute = to_layout(hello.layout), to_recompute(hello)
         if not hello.session:
             if hello.resumed:
                 raise RemoteProtocolError("a resumed session has an id")
-            return self._open(SessionId(secrets.token_bytes(SESSION_BYTES)), hello, layout)
+            name = SessionId(secrets.token_bytes(SESSION_BYTES))
+            return self._open(name, hello, layout, recompute)
         name = SessionId(hello.session)
         known = self._sessions.get(name)
         if known is not None and known.num_open:
@@ -286,17 +299,19 @@ class Sessions:
         if len(name) != SESSION_BYTES:
             raise RemoteProtocolError(f"a session id has {SESSION_BYTES} bytes")
         if known is None:
-            return self._open(name, hello, layout)
+            return self._open(name, hello, layout, recompute)
         _check_same(known, hello, layout)
         for process in known.processes.values():
             process.num_unclean = 0  # it says itself that nothing of it is under way
         self._sink.quiet(name)
-        self._sink.open_session(name, layout)
+        self._sink.open_session(name, layout, recompute)
         self._observer.session_opened(known)
         return known
 
-    def _open(self, name: SessionId, hello: Hello, layout: BlockLayout) -> Session:
-        self._sink.open_session(name, layout)
+    def _open(
+        self, name: SessionId, hello: Hello, layout: BlockLayout, recompute: RecomputeCost
+    ) -> Session:
+        self._sink.open_session(name, layout, recompute)
         session = Session(name, hello, layout, layout_fingerprint(layout))
         self._sessions[name] = session
         self._observer.session_opened(session)

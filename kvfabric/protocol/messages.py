@@ -70,6 +70,9 @@ class WireLayout(msgspec.Struct, array_like=True, frozen=True):
 class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1):
     """First frame of a connection. May carry one descriptor: the arena of an earlier daemon, returned.
 
+    `us_per_token` and `growth` are what computing blocks again costs, a `types.RecomputeCost`; older engines
+    leave them out.
+
     `session` is empty for the first connection of an engine instance (the node mints one) and names it
     for every further one. A client that lost its node and reconnects from the same processes sends the
     old session with `resumed` true: by that it states that no copy from the arena is under way in any
@@ -89,6 +92,8 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1):
     layout: WireLayout
     shard: int
     window_bytes: int
+    us_per_token: float = 0.0
+    growth: float = 0.0
 
 
 class OpenHandle(msgspec.Struct, array_like=True, frozen=True, tag=2):

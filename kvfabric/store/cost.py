@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from kvfabric.types import RecomputeCost
 
 NEUTRAL_NS_PER_BYTE = 0.24
 """Of a model whose engine says nothing: an 8B model on an H100 takes 33 us for a token's 144 KiB. Without
@@ -21,17 +22,8 @@ _STEPS = 8
 """Levels that depth adds at most: sixteen times the cost."""
 
 
-@dataclass(frozen=True, slots=True)
-class RecomputeCost:
-    """What an engine says of its own prefill. `us_per_token` 0: unknown.
-
-    `us_per_token`: microseconds for a token of a short prompt. `growth`: by which share of that the cost
-    rises with each token before (attention): 3.5e-5 for the 8B model above, which takes 33 us a token
-    around the 2,500th and 58 around the 24,000th.
-    """
-
-    us_per_token: float = 0.0
-    growth: float = 0.0
+MIN_GROWTH = 1e-9
+"""Less is none: no prompt is long enough to show it."""
 
 
 class CostLevels(NamedTuple):
@@ -53,7 +45,7 @@ def cost_levels(cost: RecomputeCost, block_tokens: int, block_bytes: int) -> Cos
     if cost.us_per_token > 0:
         ns_per_byte = cost.us_per_token * 1000 * block_tokens / block_bytes
         base = round(2 * math.log2(ns_per_byte / NEUTRAL_NS_PER_BYTE))
-    if cost.growth <= 0:
+    if cost.growth < MIN_GROWTH:
         return CostLevels(_within(base), ())
     tokens = [(2 ** (step / 2) - 1) / cost.growth for step in range(1, _STEPS + 1)]
     return CostLevels(_within(base), tuple(math.ceil(at / block_tokens) for at in tokens))

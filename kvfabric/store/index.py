@@ -32,12 +32,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.errors import LocalProtocolError, RemoteProtocolError
-from kvfabric.store.cost import NEUTRAL, CostLevels, RecomputeCost, cost_levels
+from kvfabric.store.cost import NEUTRAL, CostLevels, cost_levels
 from kvfabric.store.table import Rows as Rows
 from kvfabric.store.table import RowTable
 from kvfabric.tiers.arena import populate, slot_bytes
 from kvfabric.tiers.base import Lineage as Lineage
-from kvfabric.types import KEY_BYTES, BlockKey, BlockLayout, PartSpec
+from kvfabric.types import KEY_BYTES, UNKNOWN_COST, BlockKey, BlockLayout, PartSpec, RecomputeCost
 
 Array = npt.NDArray[Any]
 
@@ -305,16 +305,18 @@ class BlockIndex:
     # -- lineages and layouts ------------------------------------------------------------------------
 
     def declare(
-        self, fingerprint: bytes, layout: BlockLayout, cost: RecomputeCost | None = None
+        self, fingerprint: bytes, layout: BlockLayout, cost: RecomputeCost = UNKNOWN_COST
     ) -> StoredLayout:
-        """The layout that an engine's `hello` declares; the first to do so says what recomputing costs."""
+        """The layout that an engine's `hello` declares; the last to say what recomputing costs is right,
+        for what is queued from then on."""
         stored = self.layouts.setdefault(fingerprint, StoredLayout(fingerprint))
-        if not stored.declared:
+        levels = stored.levels
+        if cost != UNKNOWN_COST:
+            levels = cost_levels(cost, layout.block_tokens, layout.block_bytes)
+        if not stored.declared or levels != stored.levels:
             for spec in layout.parts:
                 stored.add(spec)
-            stored.levels = cost_levels(
-                cost or RecomputeCost(), layout.block_tokens, layout.block_bytes
-            )
+            stored.levels = levels
             stored.declared = True
             for lineage, number in self._lineage_ids.items():
                 if lineage.layout_fingerprint == fingerprint:

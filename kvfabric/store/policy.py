@@ -83,6 +83,8 @@ class EvictionPolicy:
         self._next = index.column(np.uint32)
         self._previous = index.column(np.uint32)
         self._used_at = index.column(np.uint32)
+        # In which queue a block is: what its layout costs may be told anew meanwhile.
+        self._kind = index.column(np.uint8)
         # Indexed by row number of the table's size, not by row: a direct map of key fingerprints, in
         # which a newer ghost overwrites an older one. From the top: fingerprint, tick, class.
         self._ghosts = index.column(np.uint32)
@@ -197,9 +199,10 @@ class EvictionPolicy:
 
     def withdraw(self, rows: Iterable[int]) -> None:
         """These queued blocks can not go for now: they got a hold or a child."""
+        index = self._index
         for row in rows:
-            if self._index.flags.cell[row] & QUEUED:
-                queue = self._queue_of(row)
+            if index.flags.cell[row] & QUEUED:
+                queue = self._queue(row, self._kind.cell[row])
                 self._unlink(row, queue, self._used_at.cell[row] >> queue.shift)
 
     def take_victims(self, tenant: int, num_bytes: int, limit: int) -> list[int]:
@@ -267,18 +270,24 @@ class EvictionPolicy:
             or index.flags.cell[parent] & QUEUED
         ):
             return 0
-        if self._used_at.cell[parent] >> shift == number and self._same_queue(row, parent):
-            return parent
+        if (
+            self._used_at.cell[parent] >> shift == number
+            and self._kind_of(parent) == (self._kind.cell[row])
+        ):
+            same_tenant = (
+                index.lineage_tenant.cell[index.lineage.cell[parent]]
+                == index.lineage_tenant.cell[index.lineage.cell[row]]
+            )
+            if same_tenant:
+                return parent
         self._enqueue(parent, first=True)
         return 0
 
-    def _same_queue(self, row: int, other: int) -> bool:
+    def _kind_of(self, row: int) -> int:
+        """Class and cost level of a block, in a byte: the number of its queue."""
         index = self._index
-        lineage = index.lineage.cell[row]
-        if index.lineage.cell[other] != lineage or index.freq.cell[other] != index.freq.cell[row]:
-            return False
-        levels, places = index.lineage_levels[lineage], index.block_index.cell
-        return not levels.bounds or levels.at(places[other]) == levels.at(places[row])
+        level = index.lineage_levels[index.lineage.cell[row]].at(index.block_index.cell[row])
+        return index.freq.cell[row] | (level + MAX_LEVEL) << _CLASS_BITS
 
     # -- links ---------------------------------------------------------------------------------------
 
@@ -287,19 +296,17 @@ class EvictionPolicy:
             self._tenants.append(_TenantQueues())
         return self._tenants[tenant]
 
-    def _queue_of(self, row: int) -> _Queue:
+    def _queue(self, row: int, kind: int) -> _Queue:
         index = self._index
-        lineage = index.lineage.cell[row]
-        level = index.lineage_levels[lineage].at(index.block_index.cell[row])
-        kind = index.freq.cell[row] | (level + MAX_LEVEL) << _CLASS_BITS
-        queues = self._queues(index.lineage_tenant.cell[lineage]).queues
+        queues = self._queues(index.lineage_tenant.cell[index.lineage.cell[row]]).queues
         queue = queues.get(kind)
         if queue is None:
             queue = queues[kind] = _Queue()
         return queue
 
     def _enqueue(self, row: int, *, first: bool) -> None:
-        queue = self._queue_of(row)
+        kind = self._kind.cell[row] = self._kind_of(row)
+        queue = self._queue(row, kind)
         number = self._used_at.cell[row] >> queue.shift
         stretch = queue.stretches.get(number)
         if stretch is None:

@@ -16,13 +16,12 @@ import numpy.typing as npt
 
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.registry.state import Tenant
-from kvfabric.store.cost import RecomputeCost
 from kvfabric.store.index import HIT, HOST, NO_ROW, RESERVED, BlockIndex, Lineage, Rows
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import leading
 from kvfabric.store.residency import Residency
 from kvfabric.tiers.arena import PAGE_BYTES, Arena
-from kvfabric.types import DEFAULT_TENANT, BlockLayout, PartSpec, TenantId, TierName
+from kvfabric.types import DEFAULT_TENANT, BlockLayout, PartSpec, RecomputeCost, TenantId, TierName
 
 Words = npt.NDArray[np.uint64]
 

@@ -44,7 +44,15 @@ from kvfabric.store.writing import Writer
 from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.base import Tier
 from kvfabric.tiers.pool import IoPool
-from kvfabric.types import BlockLayout, MissReason, SessionId, TenantId, TierName
+from kvfabric.types import (
+    UNKNOWN_COST,
+    BlockLayout,
+    MissReason,
+    RecomputeCost,
+    SessionId,
+    TenantId,
+    TierName,
+)
 
 __all__ = [
     "BlockStore",
@@ -254,7 +262,9 @@ class BlockStore:
 
     # -- sessions and requests -----------------------------------------------------------------------
 
-    def open_session(self, session: SessionId, layout: BlockLayout) -> None:
+    def open_session(
+        self, session: SessionId, layout: BlockLayout, recompute: RecomputeCost = UNKNOWN_COST
+    ) -> None:
         """Idempotent for further connections. Raises RemoteProtocolError for a layout that differs
         from the session's, or is none."""
         numbers = [(part.group, part.shard) for part in layout.parts]
@@ -262,7 +272,7 @@ class BlockStore:
             raise RemoteProtocolError(f"a layout of {len(numbers)} parts, or one declared twice")
         if min(part.num_bytes for part in layout.parts) <= 0 or layout.block_tokens <= 0:
             raise RemoteProtocolError("a layout with a part or a block of no size")
-        stored = self._index.declare(layout_fingerprint(layout), layout)
+        stored = self._index.declare(layout_fingerprint(layout), layout, recompute)
         self._leases.open_session(session, stored, layout.block_tokens)
 
     def end_rights(self, session: SessionId) -> None:

@@ -14,7 +14,7 @@ from kvfabric.daemon.sessions import Process, Session, Sessions, open_peer, to_l
 from kvfabric.errors import RemoteProtocolError
 from kvfabric.protocol import messages as m
 from kvfabric.testing.engine import tiny_hello
-from kvfabric.types import BlockLayout, SessionId
+from kvfabric.types import BlockLayout, RecomputeCost, SessionId
 
 
 class Recorder:
@@ -25,7 +25,9 @@ class Recorder:
         self.listed: list[int] = []
         self.sessions: Sessions | None = None
 
-    def open_session(self, session: SessionId, layout: BlockLayout) -> None:
+    def open_session(
+        self, session: SessionId, layout: BlockLayout, recompute: RecomputeCost
+    ) -> None:
         self.told.append("open")
 
     def end_rights(self, session: SessionId) -> None:

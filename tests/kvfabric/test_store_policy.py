@@ -10,12 +10,12 @@ import pytest
 
 from kvfabric.registry.state import RegistryState, Tenant, TierQuota
 from kvfabric.store import residency, reuse
-from kvfabric.store.cost import RecomputeCost, cost_levels
+from kvfabric.store.cost import cost_levels
 from kvfabric.store.replay import Replay
 from kvfabric.store.reuse import NUM_AGES, REFIT_EVERY, ReuseModel, age_bucket
 from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import PART_BYTES, SESSION, StoreRig, grant_of, make_keys
-from kvfabric.types import BlockKey, TenantId, TierName
+from kvfabric.types import BlockKey, RecomputeCost, TenantId, TierName
 
 
 def resident(rig: StoreRig, keys: list[BlockKey]) -> list[bool]:

@@ -171,6 +171,7 @@ class Engine:
                     model_revision=self.model.revision,
                     window_bytes=self.config.window_bytes,
                     audit_parts=self.config.audit_parts,
+                    recompute=self._planner.rates.recompute_cost(),
                 ),
                 layout=self.layout,
                 mover=self._mover,
