@@ -5,8 +5,8 @@ evicted leaves a ghost, by which it is known when it returns. Unlike there, no f
 aside for either: each victim is the oldest block of one of the queues, and `reuse` says of which, from what
 blocks of that class and age have been worth to this tenant (a tenth for new blocks, as S3-FIFO has it, loses
 to LRU wherever users come back after more than a tenth of the turnover). Times what a block costs to
-compute again (`cost`). Where that makes no difference beyond its statistical error, the least recently used
-block goes: without evidence this is leaf LRU.
+compute again (`cost`). Unless the least recently used block of all is worth more than that one even with its
+statistical error taken off, it goes itself: without evidence this is leaf LRU.
 
 A queue holds exactly the blocks that could go now: with bytes in the arena, without a hold, and without
 a child in the arena (leaf first: a child is worthless without its parent). An inner block is in no queue;
@@ -235,8 +235,8 @@ class EvictionPolicy:
         self.withdraw([parent])
 
     def _next_queue(self, queues: _TenantQueues) -> _Queue | None:
-        """Whose oldest block goes: the least recently used one of all, unless another is surely worth less;
-        of those the one that is worth least."""
+        """Whose oldest block goes: the least recently used one of all, unless it is surely worth more than
+        others; of those the one that is worth least."""
         tick, model = self._tick(queues), queues.model
         found, lru = None, Worth(0.0, 0.0, 0)
         oldest_age = -1

@@ -13,14 +13,14 @@ Bandit Allocation Indices, 2011); Least Hit Density (Beckmann, Chen, Cidon, NSDI
 of it. Where blocks come back late or never, as in chat logs, whose users type between two turns, it keeps
 old blocks that have proved themselves.
 
-A worth comes with its standard error. Blocks come back together, those of one request at a time, so what
-varies is requests: the variance of a count of uses is the sum of the squares of what each request added
-(uses that come in clusters, each its own weight). The longer the ages, the fewer requests speak of them.
+Beside it stands what a block is worth surely: the best ratio that is left when each is taken for one standard
+error less. Blocks come back together, those of one request at a time, so what varies is requests: the
+variance of a count of uses is the sum of the squares of what each request added (clusters, each its own
+weight). The longer the ages, the fewer requests speak of them.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +44,9 @@ _PRIOR_BLOCKS = 64
 _PRIOR_AGES = slice(16, 80)
 """Ages it is spread over, evenly in the logarithm: from 60 on. Below, class alone decides."""
 
-SURE = 2.0
-"""Standard errors: a larger difference is chance once in forty times."""
+ERRORS = 1.0
+"""Standard errors by which a worth is taken for less before it keeps a block against its age: of two
+explanations within that of each other the simpler is kept (Breiman et al., CART, 1984), which is LRU."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -66,19 +67,16 @@ _EDGES: Floats = np.array([_first_age(bucket) for bucket in range(NUM_AGES + 1)]
 
 
 class Worth(NamedTuple):
-    """Expected uses per unit of room and time, times cost; `error`: its standard error."""
+    """Expected uses per unit of room and time, times cost; `surely`: with the error taken off."""
 
     value: float
-    error: float
+    surely: float
     number: int  # of the class
 
     def surely_exceeds(self, other: Worth) -> bool:
         """Of one class both come from the same uses, right or wrong by the same share."""
-        if self.number == other.number:
-            error = abs(self.error - other.error)
-        else:
-            error = math.hypot(self.error, other.error)
-        return self.value - other.value > SURE * error
+        mine = self.value if self.number == other.number else self.surely
+        return mine > other.value
 
 
 class ReuseModel:
@@ -86,7 +84,7 @@ class ReuseModel:
 
     def __init__(self) -> None:
         self._worth: list[list[float]] = []
-        self._error: list[list[float]] = []
+        self._surely: list[list[float]] = []
         self._hits: Floats = np.zeros((NUM_CLASSES, NUM_AGES))
         self._squares: Floats = np.zeros((NUM_CLASSES, NUM_AGES))
         self._seen: Floats = np.zeros(NUM_CLASSES)
@@ -101,7 +99,9 @@ class ReuseModel:
     def worth(self, number: int, age: int, cost: float = 1.0) -> Worth:
         """Of a block of class `number`, at an age in the tenant's ticks."""
         bucket = age_bucket(age)
-        return Worth(self._worth[number][bucket] * cost, self._error[number][bucket] * cost, number)
+        return Worth(
+            self._worth[number][bucket] * cost, self._surely[number][bucket] * cost, number
+        )
 
     def stored(self, count: int) -> None:
         """So many blocks came that had not been seen before."""
@@ -159,11 +159,10 @@ class ReuseModel:
         uses = back[:, None, :] - back[:, :, None]
         rooms = room[:, None, :] - room[:, :, None]
         ratios = np.divide(uses, rooms, out=np.zeros_like(uses), where=rooms > 0)
-        best = ratios.argmax(axis=2)[:, :, None]
         squares = np.zeros_like(back)
         np.cumsum(self._squares, axis=1, out=squares[:, 1:])
         spread = np.sqrt(np.maximum(squares[:, None, :] - squares[:, :, None], 0.0))
+        spread /= (self._seen + _PRIOR_BLOCKS)[:, None, None]
         errors = np.divide(spread, rooms, out=np.zeros_like(uses), where=rooms > 0)
-        errors /= (self._seen + _PRIOR_BLOCKS)[:, None, None]
-        self._worth = np.take_along_axis(ratios, best, axis=2)[:, :, 0].tolist()
-        self._error = np.take_along_axis(errors, best, axis=2)[:, :, 0].tolist()
+        self._worth = ratios.max(axis=2).tolist()
+        self._surely = (ratios - ERRORS * errors).max(axis=2).tolist()

@@ -172,23 +172,23 @@ def late_returns(node: Replay, *, users: int, blocks: int) -> float:
     return hits / returns
 
 
-@pytest.mark.parametrize("errors", [reuse.SURE, 1e9], ids=["learns", "guard removed"])
+@pytest.mark.parametrize("errors", [reuse.ERRORS, 1e9], ids=["learns", "guard removed"])
 def test_those_who_come_back_after_more_than_a_turnover_are_kept(
     monkeypatch: pytest.MonkeyPatch, errors: float
 ) -> None:
     """A loop of 160 blocks among as many used once, in room for 200: LRU has none of them in time."""
-    monkeypatch.setattr(reuse, "SURE", errors)
+    monkeypatch.setattr(reuse, "ERRORS", errors)
     with Replay(capacity_blocks=200, block_tokens=64, max_blocks=4096) as node:
         share = late_returns(node, users=20, blocks=8)
     assert (share > 0.5) == (errors < 1e9)
 
 
-@pytest.mark.parametrize("errors", [reuse.SURE, 0.0], ids=["within its error", "guard removed"])
+@pytest.mark.parametrize("errors", [reuse.ERRORS, 0.0], ids=["within its error", "guard removed"])
 def test_what_may_be_chance_leaves_it_to_the_age(
     monkeypatch: pytest.MonkeyPatch, errors: float
 ) -> None:
     """Of 2,000 blocks 400 came back, of those 40: of few requests that says little, of many a lot."""
-    monkeypatch.setattr(reuse, "SURE", errors)
+    monkeypatch.setattr(reuse, "ERRORS", errors)
     for num_requests, is_proven in ((2, False), (40, True)):
         model = ReuseModel()
         model.stored(2000)
