@@ -191,7 +191,7 @@ def offboard_tenant(state: RegistryState, name: str) -> Draft[Tenant]:
     old = tenant_named(state, name)
     if old.tenant_id in (DEFAULT_TENANT, PUBLIC_TENANT):
         raise Conflict(f"tenant {name!r} is of every registry and stays")
-    new = Tenant(old.tenant_id, old.name, is_offboarded=True)
+    new = Tenant(old.tenant_id, old.name, opted_out=True, is_offboarded=True)
     scope = tenant_scope(old.tenant_id)
     incarnations = {**state.scope_incarnations, scope: mint_incarnation()}
     after = replace(state, scope_incarnations=MappingProxyType(incarnations))

@@ -136,7 +136,7 @@ def _tenants(mine: RegistryState, theirs: RegistryState) -> dict[TenantId, Tenan
         # A key of one side is in its grace on the other, or gone there.
         both = _digests(ours) & _digests(other)
         both_stay = set(ours.api_key_digests) & set(other.api_key_digests)
-        expiring = {**dict(ours.expiring_keys), **dict(other.expiring_keys)}
+        expiring = dict(sorted((*ours.expiring_keys, *other.expiring_keys), key=_later_first))
         found[tenant_id] = replace(
             winner,
             api_key_digests=tuple(key for key in winner.api_key_digests if key in both_stay),
@@ -144,6 +144,11 @@ def _tenants(mine: RegistryState, theirs: RegistryState) -> dict[TenantId, Tenan
             opted_out=ours.opted_out or other.opted_out,
         )
     return found
+
+
+def _later_first(key: tuple[bytes, float]) -> float:
+    """So that of two ends of one key the earlier one is the last word."""
+    return -key[1]
 
 
 def _digests(tenant: Tenant) -> set[bytes]:

@@ -23,6 +23,7 @@ from kvfabric.registry.state import (
     SERVING,
     RegistryState,
     TemplateVersion,
+    TenantLimits,
     TierQuota,
     namespace_of,
 )
@@ -123,6 +124,46 @@ class RegistryTests(ABC):
             assert registry.state.fence_reason(epochs, ()) is MissReason.NONE
             await registry.set_tenant("acme", TenantChange(opted_out=True))
             assert registry.state.fence_reason(epochs, ()) is MissReason.FENCED
+
+    async def test_limits_and_rotated_keys_are_kept_also_after_reopening(
+        self, tmp_path: Path
+    ) -> None:
+        limits = TenantLimits(1 << 30, 3 << 30, 2.5)
+        async with self.open_registry(tmp_path) as registry:
+            await registry.create_tenant("acme", NO_QUOTA, NO_QUOTA)
+            await registry.set_tenant("acme", TenantChange(limits=limits))
+            await registry.rotate_api_keys("acme", grace_s=60.0)
+            before = registry.state.tenants
+        async with self.open_registry(tmp_path) as registry:
+            assert registry.state.tenants == before
+            (acme,) = [t for t in before.values() if t.name == "acme"]
+            assert (acme.limits, len(acme.expiring_keys)) == (limits, 1)
+            with pytest.raises(ConfigError, match="requests_per_s"):
+                await registry.set_tenant("acme", TenantChange(limits=TenantLimits(0, 0, -1.0)))
+
+    async def test_an_offboarded_tenant_is_gone_for_good(self, tmp_path: Path) -> None:
+        async with self.open_registry(tmp_path) as registry:
+            made, _ = await registry.create_tenant("acme", NO_QUOTA, NO_QUOTA)
+            scope = tenant_scope(made.tenant_id)
+            epochs = registry.state.epochs_of([scope])
+            await registry.offboard_tenant("acme")
+            assert registry.state.fence_reason(epochs, ()) is MissReason.FENCED
+            incarnation = registry.state.scope_incarnations[scope]
+        async with self.open_registry(tmp_path) as registry:
+            gone = registry.state.tenants[made.tenant_id]
+            assert (gone.is_offboarded, gone.api_key_digests) == (True, ())
+            assert registry.state.scope_incarnations[scope] == incarnation
+            for again in (
+                registry.create_api_key("acme"),
+                registry.rotate_api_keys("acme", grace_s=0.0),
+                registry.set_tenant("acme", TenantChange(opted_out=False)),
+                registry.create_tenant("acme", NO_QUOTA, NO_QUOTA),
+            ):
+                with pytest.raises(Conflict):
+                    await again
+            for name in ("default", "public"):
+                with pytest.raises(Conflict, match="stays"):
+                    await registry.offboard_tenant(name)
 
     # ------------------------------------------------------------------ templates
 

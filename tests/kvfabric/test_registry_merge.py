@@ -37,6 +37,13 @@ MAKE: dict[str, Change] = {
     "model": lambda state: changes.invalidate_scope(state, "model:m", "retire_model").state,
     "opt out": lambda state: changes.set_tenant(state, "acme", TenantChange(opted_out=True)).state,
     "key": lambda state: changes.create_api_key(state, "acme", KEYS[2]).state,
+    "rotate": lambda state: (
+        changes.rotate_api_keys(state, "acme", KEYS[2], now=0.0, grace_s=60.0).state
+    ),
+    "rotate later": lambda state: (
+        changes.rotate_api_keys(state, "acme", KEYS[1], now=9.0, grace_s=60.0).state
+    ),
+    "offboard": lambda state: changes.offboard_tenant(state, "acme").state,
     "revoke": lambda state: (
         changes.revoke_api_key(state, "acme", changes.api_key_digest(KEYS[0]).hex()[:8]).state
     ),
@@ -74,6 +81,8 @@ def test_nothing_that_either_side_withdrew_comes_back(
     [
         ("_templates", ["purge 1"]),
         ("_tenants", ["revoke"]),
+        ("_tenants", ["rotate"]),
+        ("_tenants", ["offboard"]),
         ("_incarnations", ["model"]),
         ("_epochs", ["model"]),
     ],
@@ -107,7 +116,12 @@ def check(common: list[str], ours: list[str], theirs: list[str]) -> None:
                 f"template:{key[0]}"
             ):
                 assert template == merged
-        assert set(found.tenants[ACME].api_key_digests) <= set(side.tenants[ACME].api_key_digests)
+        merged_tenant, tenant = found.tenants[ACME], side.tenants[ACME]
+        assert set(merged_tenant.api_key_digests) <= set(tenant.api_key_digests)
+        ends = dict(tenant.expiring_keys)
+        for digest, at in merged_tenant.expiring_keys:
+            assert digest in tenant.api_key_digests or at <= ends[digest]
+        assert merged_tenant.is_offboarded >= tenant.is_offboarded
         assert found.tenants[ACME].opted_out >= side.tenants[ACME].opted_out
     serving = [template for template in found.templates.values() if template.state == SERVING]
     assert len(serving) <= 1
