@@ -34,7 +34,7 @@ from kvfabric_engine.boundary import Boundary, reason_of
 from kvfabric_engine.direct_load import DirectLoads
 from kvfabric_engine.loads import Loaded as Loaded  # these are part of this interface
 from kvfabric_engine.loads import Loads, LoadTask
-from kvfabric_engine.node_link import LinkCalls, NodeLink
+from kvfabric_engine.node_link import PING_S, LinkCalls, NodeLink
 from kvfabric_engine.options import ConnectorOptions as ConnectorOptions
 from kvfabric_engine.pinning import Pinning
 from kvfabric_engine.plan import PrefixMatch as PrefixMatch
@@ -102,6 +102,9 @@ class Connector:
         self._mover = mover
         self._events = events
         self._clock = clock
+        # On the link's thread alone: up to which registry version HBM is clean, and what is on its way.
+        self._dropped = 0 if events.strike is not None or events.kept else -1
+        self._striking: tuple[int, Future[None]] | None = None
         self._boundary = Boundary()
         self._local = LocalNamespaces(options.model_revision, layout_fingerprint(layout))
         self._audit = PartAudit(options.audit_parts, mover) if options.audit_parts else None
@@ -110,7 +113,9 @@ class Connector:
             self._hello(),
             boundary=self._boundary,
             session=options.session,
-            calls=LinkCalls(connected=self._connected, gone=self._unpin, tick=self._tick),
+            calls=LinkCalls(
+                connected=self._connected, gone=self._unpin, tick=self._tick, ping=self._ping
+            ),
         )
         self._control = ThreadPoolExecutor(CONTROL_THREADS, "kvf-control")
         self._loading = ThreadPoolExecutor(1, "kvf-load", on_thread)
@@ -446,6 +451,24 @@ class Connector:
     def wait_pinned(self, timeout_s: float) -> bool:
         """Wait until all is page-locked that this connection will page-lock: for measuring."""
         return self._pinning is None or self._pinning.wait(timeout_s)
+
+    def _ping(self, client: NodeClient) -> None:
+        """Hear what was struck off since our pool last let go of all that was; say so when it did."""
+        if self._striking is not None and self._striking[1].done():
+            version, done = self._striking
+            self._striking = None
+            if done.exception() is None:
+                self._dropped = version
+        pong = client.ping(deadline_s=PING_S, dropped=self._dropped, kept=self._events.kept)
+        strike = self._events.strike
+        if strike is None or self._striking is not None or pong.version <= self._dropped:
+            return
+        if not pong.struck:
+            self._dropped = pong.version
+            return
+        done = strike(pong.struck)
+        self._striking = (pong.version, done)
+        done.add_done_callback(lambda _: self._link.wake())
 
     def _tick(self, client: NodeClient) -> None:
         self._send_releases(client)

@@ -43,6 +43,9 @@ class LinkCalls:
     tick: Callable[[NodeClient], None]
     """From time to time while UP, and soon after `wake`."""
 
+    ping: Callable[[NodeClient], object] = lambda client: client.ping(deadline_s=PING_S)
+    """Before each tick: ask whether the node is there, within `PING_S`."""
+
 
 class NodeLink:
     """`use()` gives the client to whoever calls the node."""
@@ -216,5 +219,5 @@ class NodeLink:
                 self._lose(client)
 
     def _ping(self, client: NodeClient) -> bool:
-        client.ping(deadline_s=PING_S)
+        self._calls.ping(client)
         return True

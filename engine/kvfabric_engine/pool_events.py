@@ -8,7 +8,8 @@ or a salt.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 
@@ -22,11 +23,17 @@ BLOCKS_PER_MESSAGE = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class CachedKey:
-    """A block in the HBM pool: its key, the key before it (32 zero bytes for none), its namespace's tag."""
+    """A block in the HBM pool: its key, the key before it (32 zero bytes for none), its namespace's tag, and
+    the incarnations (16 B each) of the segments that begin in it or before."""
 
     key: BlockKey
     parent: BlockKey
     namespace_tag: bytes
+    incarnations: tuple[bytes, ...] = ()
+
+    def is_struck(self, names: Collection[bytes]) -> bool:
+        """Whether one of these incarnations or namespace tags is its own."""
+        return self.namespace_tag in names or any(one in names for one in self.incarnations)
 
 
 class PoolEvents:
@@ -35,6 +42,11 @@ class PoolEvents:
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
         """Called after a change when none was pending, on the thread that reported it."""
+        self.strike: Callable[[tuple[bytes, ...]], Future[None]] | None = None
+        """Has the pool let go of blocks made of these incarnations (16 B) or in these namespaces (tags, 8 B),
+        which were struck off for good; done when nobody uses one any more. Any thread."""
+        self.kept = ""
+        """Why there is no such way, where there is a pool without one."""
         self._lock = threading.Lock()
         self._held: dict[BlockKey, CachedKey] = {}
         # Last change wins, so a block that came and went within a batch is published once.

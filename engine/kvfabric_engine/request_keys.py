@@ -29,6 +29,7 @@ class RequestKeys:
         "_num_tokens",
         "_public_blocks",
         "_public_tag",
+        "_segments",
         "_tag",
         "block_tokens",
         "is_limited",
@@ -68,6 +69,7 @@ class RequestKeys:
         if any(extra.first_token < opened.public_tokens for extra in extra_inputs):
             # Public blocks have no inputs but tokens, and the node takes the first ones for public.
             self._max_blocks = 0
+        self._segments = [(s.first_token // block_tokens, s.incarnation) for s in segments]
         self._tag = namespace_tag(opened.namespace_key)
         self._public_tag = namespace_tag(opened.public_key) if opened.public_key else b""
         self._public_blocks = opened.public_tokens // block_tokens
@@ -101,7 +103,8 @@ class RequestKeys:
         """Key, parent and namespace tag of block number `block`."""
         parent = self._keys[block - 1] if block else ROOT_PARENT
         tag = self._public_tag if block < self._public_blocks else self._tag
-        return CachedKey(self._keys[block], parent, tag)
+        incarnations = tuple(one for first, one in self._segments if first <= block)
+        return CachedKey(self._keys[block], parent, tag, incarnations)
 
 
 class LocalNamespaces:

@@ -52,6 +52,7 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Pong,
     Recheck,
     Rechecked,
     Release,
@@ -241,8 +242,9 @@ class AsyncNodeClient(Client):
     async def publish(self, events: EngineEvents, *, deadline_s: float) -> None:
         await self._call(events, Done, deadline_s)
 
-    async def ping(self, *, deadline_s: float) -> None:
-        await self._call(Ping(), Done, deadline_s)
+    async def ping(self, *, deadline_s: float, dropped: int = -1, kept: str = "") -> Pong:
+        """Is the node there? And what was struck off after version `dropped`: see `messages.Ping`."""
+        return await self._call(Ping(dropped, kept), Pong, deadline_s)
 
     async def close(self) -> None:
         """As NodeClient.close. Idempotent."""

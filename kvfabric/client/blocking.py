@@ -51,6 +51,7 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Pong,
     Recheck,
     Rechecked,
     Release,
@@ -217,8 +218,9 @@ class NodeClient(Client):
     def publish(self, events: EngineEvents, *, deadline_s: float) -> None:
         self._call(events, Done, deadline_s)
 
-    def ping(self, *, deadline_s: float) -> None:
-        self._call(Ping(), Done, deadline_s)
+    def ping(self, *, deadline_s: float, dropped: int = -1, kept: str = "") -> Pong:
+        """Is the node there? And what was struck off after version `dropped`: see `messages.Ping`."""
+        return self._call(Ping(dropped, kept), Pong, deadline_s)
 
     def close(self) -> None:
         """Say goodbye if there is anyone to say it to. Nothing may be in flight. Idempotent."""

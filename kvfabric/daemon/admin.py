@@ -18,12 +18,13 @@ import re
 import socket
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
+import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvfabric import __version__
@@ -48,7 +49,8 @@ from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.base import Change, Registry
 from kvfabric.registry.changes import TenantChange, mint_tenant_id, tenant_named
 from kvfabric.registry.holders import Ack, Holders
-from kvfabric.registry.state import PURGED, RegistryState, TierQuota
+from kvfabric.registry.receipts import MADE, AckRow, ChangeRow, assemble
+from kvfabric.registry.state import RegistryState, TierQuota
 from kvfabric.registry.wire import (
     limits_from_pb,
     quota_from_pb,
@@ -56,6 +58,7 @@ from kvfabric.registry.wire import (
     template_to_pb,
     tenant_to_pb,
 )
+from kvfabric.registry.withdrawn import receipt_id
 from kvfabric.store.scrub import ScrubReport
 from kvfabric.types import TenantId, TierName, model_scope
 
@@ -68,6 +71,10 @@ SERVICES = ("kvfabric.v1.NodeEvents", "kvfabric.v1.RegistryService", "kvfabric.v
 MAX_FLOOR_SHARE = 0.9
 MAX_REQUEST_BYTES = 1 << 20
 MAX_REPLY_BYTES = 16 << 20
+MAX_RECEIPT_WAIT_S = 25.0
+_REPORT_S, _DESTROY_S = 1.0, 2.0
+"""How long the answer to a change waits for what nodes report, and for what is to be destroyed."""
+_ROWS_POLL_S = 0.02
 _MAX_RPCS = 1024
 _STOP_S = 0.5
 _SOCKET_PATH_BYTES = 107
@@ -100,8 +107,8 @@ class AdminSources:
 
     `status(sealed_keys)` fills tiers, usage, counters, `arena_adopted` and, if asked, the sealed keys of a
     NodeStatus; the rest is filled in here. `resident(tier)` yields slices of (namespace tag, parent prefix,
-    packed key prefixes), each asked for in a `turn` of the event loop. `purge(incarnations)` takes every
-    block made of these out of this node's tiers; without it they stay, out of reach, until they are evicted.
+    packed key prefixes), each asked for in a `turn` of the event loop. `reports`: whether this node writes
+    rows of receipts (`withdrawals`), for which an answer waits a moment.
     """
 
     registry: Registry
@@ -110,7 +117,7 @@ class AdminSources:
     status: Callable[[bool], pb.NodeStatus]
     resident: Callable[[TierName], Runs]
     turn: Callable[[], Awaitable[None]]
-    purge: Callable[[Collection[bytes]], Awaitable[int]] | None = None
+    reports: bool = False
     destroy: Callable[[TenantId], Awaitable[Destroyed]] | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
     lookups: Lookups = field(default_factory=Lookups)
@@ -439,7 +446,7 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         started, requested_at = self._clock(), time.time()
         who = _requested_by(context)
         tenant, change = await self._registry.offboard_tenant(request.name, requested_by=who)
-        receipt = await self._receipt(change, who, started, requested_at)
+        receipt = await self._receipt(change, who, started, requested_at, for_good=False)
         gone = await self._sources.destroy(tenant.tenant_id)
         return pb.OffboardReceipt(
             tenant_id=tenant.tenant_id,
@@ -468,7 +475,17 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         change = await self._registry.promote_template(
             request.name, request.version, requested_by=who
         )
-        return await self._receipt(change, who, started, requested_at)
+        return await self._receipt(change, who, started, requested_at, for_good=False)
+
+    @_unary
+    async def GetReceipt(self, request: pb.GetReceiptRequest, context: Any) -> pb.Receipt:
+        wait_s = min(max(0.0, request.wait_s), MAX_RECEIPT_WAIT_S)
+        receipt = await self._receipt_of(request.receipt_id, {}, lambda r: r.is_final, wait_s)
+        if receipt is None:
+            raise NotFound(
+                f"there is no receipt {request.receipt_id!r}: its id is SCOPE@EPOCH, as it was printed"
+            )
+        return receipt
 
     @_unary
     async def Invalidate(self, request: pb.InvalidateRequest, context: Any) -> pb.Receipt:
@@ -480,24 +497,16 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         change = await self._registry.invalidate(
             request.scope, name, request.version, purge=request.purge, requested_by=who
         )
-        receipt = await self._receipt(change, who, started, requested_at)
-        if request.scope == "template" and request.purge:
-            await self._purge(name)
-        return receipt
-
-    async def _purge(self, template: str) -> None:
-        """Drop the blocks of its purged versions here, once nobody can reach or make them any more."""
-        versions = self._registry.state.templates.values()
-        struck = [t.incarnation for t in versions if t.name == template and t.state == PURGED]
-        if self._sources.purge is not None:
-            await self._sources.purge(struck)
+        for_good = request.purge or request.scope != "template"
+        return await self._receipt(change, who, started, requested_at, for_good=for_good)
 
     async def _receipt(
-        self, change: Change, who: str, started: float, requested_at: float
+        self, change: Change, who: str, started: float, requested_at: float, *, for_good: bool
     ) -> pb.Receipt:
-        """What happened and when it counted. Bytes are left out: nobody has counted them."""
+        """What happened and when it counted; and, as far as they say so within a moment, what became of the
+        bytes on each node. `GetReceipt` tells the rest."""
         acks = await self._reached(change.version)
-        return pb.Receipt(
+        row = ChangeRow(
             action=change.action,
             scope=change.scope,
             old_epoch=change.old_epoch,
@@ -505,17 +514,47 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
             requested_by=who,
             requested_at=requested_at,
             unreachable_at=requested_at + max(ack.at for ack in acks) - started,
-            acknowledgements=[
-                pb.Acknowledgement(
-                    holder_id=ack.holder_id,
-                    holder_kind=ack.kind,
-                    after_s=ack.at - started,
-                    waited_out=ack.waited_out,
-                )
-                for ack in acks
-            ],
+            acknowledgements=tuple(
+                AckRow(ack.holder_id, ack.kind, ack.at - started, ack.waited_out) for ack in acks
+            ),
             audit_head=change.audit_head,
+            for_good=for_good,
         )
+        name = receipt_id(change.scope, change.new_epoch)
+        made = {MADE: msgspec.msgpack.encode(row)}
+        with contextlib.suppress(KVFabricError):  # the change stands, and is told of
+            await self._registry.put_receipt_row(name, MADE, made[MADE])
+        wait_s = 0.0 if not self._sources.reports else _DESTROY_S if for_good else _REPORT_S
+        lost = {ack.holder_id for ack in acks if ack.waited_out}
+
+        def is_enough(receipt: pb.Receipt) -> bool:
+            heard = set(receipt.not_heard_from) <= lost
+            return heard and (not for_good or all(node.destroyed_at for node in receipt.nodes))
+
+        receipt = await self._receipt_of(name, made, is_enough, wait_s)
+        assert receipt is not None
+        return receipt
+
+    async def _receipt_of(
+        self,
+        name: str,
+        made: Mapping[str, bytes],
+        is_enough: Callable[[pb.Receipt], bool],
+        wait_s: float,
+    ) -> pb.Receipt | None:
+        """As it is once it is enough, or after `wait_s`. `made`: rows known without the registry."""
+        ends = self._clock() + wait_s
+        while True:
+            rows: Mapping[str, bytes] = {}
+            try:
+                rows = await self._registry.receipt_rows(name)
+            except KVFabricError:
+                if not made:
+                    raise
+            receipt = assemble(name, {**made, **rows})
+            if receipt is None or is_enough(receipt) or self._clock() >= ends:
+                return receipt
+            await asyncio.sleep(_ROWS_POLL_S)
 
     async def _reached(self, version: int) -> list[Ack]:
         """Wait until every holder of a lease has applied `version` or was waited out."""

@@ -32,7 +32,6 @@ ERROR_CODE = "kvfabric-code"
 LOCAL = Security("admin")
 """Only the Unix socket: without a certificate nobody is asked over TCP."""
 _TEXT_FIELDS = {"text"}
-_UNKNOWN_IF_ZERO = {"bytes_unreachable"}
 
 
 class AdminClient:
@@ -137,15 +136,10 @@ def _user() -> str:
 
 
 def to_plain(message: Message) -> dict[str, Any]:
-    """A message as JSON can carry it: bytes in hex, text as text, every field there.
-
-    A count that nobody has made is left out instead of being shown as 0.
-    """
+    """A message as JSON can carry it: bytes in hex, text as text, every field there."""
     plain = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
-        if field.name in _UNKNOWN_IF_ZERO and not value:
-            continue
         plain[field.name] = _plain(field, value)
     return plain
 

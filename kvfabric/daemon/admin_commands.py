@@ -464,10 +464,60 @@ def _print_receipt(args: argparse.Namespace, receipt: pb.Receipt) -> int:
             f"{receipt.action} {receipt.scope}, epoch {receipt.old_epoch} -> {receipt.new_epoch}",
             f"in force everywhere since {at}, {after_s:.3f} s after the request",
             *_table(("holder", "id", "after", ""), rows),
+            *_fate_lines(receipt),
+            f"receipt {receipt.receipt_id}"
+            + ("" if receipt.is_final else f"; the rest: `kvfabric receipt {receipt.receipt_id}`"),
             f"requested by {receipt.requested_by or 'unknown'}, "
             f"audit head {receipt.audit_head.hex()}",
         ]
     )
+
+
+def _fate_lines(receipt: pb.Receipt) -> list[str]:
+    """What became of the bytes and of the requests that ran."""
+
+    def since(at: float) -> str:
+        return f"after {at - receipt.requested_at:.3f} s" if at else "not yet"
+
+    nodes = [
+        (
+            node.node_id,
+            _size(node.bytes_unreachable),
+            _size(node.bytes_reclaimed),
+            since(node.drained_at),
+            since(node.destroyed_at) if node.destroyed_at or node.failure else "-",
+            node.failure,
+        )
+        for node in receipt.nodes
+    ]
+    engines = [
+        (node.node_id, engine.engine_id, engine.running, since(engine.drained_at), hbm)
+        for node in receipt.nodes
+        for engine in node.engines
+        for hbm in [f"{engine.hbm}: {engine.detail}" if engine.detail else engine.hbm]
+    ]
+    lines = _table(("node", "unreachable", "reclaimed", "drained", "destroyed", ""), nodes)
+    lines += _table(("node", "engine", "running", "drained", "its own cache"), engines)
+    if receipt.not_heard_from:
+        lines.append(f"not heard from: {', '.join(receipt.not_heard_from)}")
+    return lines
+
+
+def _configure_receipt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("receipt_id", metavar="ID", help="as it was printed: SCOPE@EPOCH")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="until it is final, at most 25"
+    )
+    _common(parser, _receipt)
+
+
+def _receipt(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    request = pb.GetReceiptRequest(receipt_id=args.receipt_id, wait_s=args.wait)
+    with _client(args) as client:
+        receipt = client.call(client.registry.GetReceipt, request)
+    return _print_receipt(args, receipt)
 
 
 # ---------------------------------------------------------------------- what they share
@@ -558,4 +608,10 @@ TENANT = Command(
 TEMPLATE = Command("templates: register, list, promote", "node", _configure_template, _run)
 INVALIDATE = Command(
     "take a template, tenant, model or adapter out of reach", "node", _configure_invalidate, _run
+)
+RECEIPT = Command(
+    "what became of a change: who applied it, what is drained and destroyed",
+    "node",
+    _configure_receipt,
+    _run,
 )

@@ -32,6 +32,7 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Pong,
     Recheck,
     Rechecked,
     Release,
@@ -74,6 +75,8 @@ class Services:
     require_handle: bool
     wall_clock: Callable[[], float]
     lookups: Lookups = field(default_factory=Lookups)
+    heard: Callable[[bytes, Ping], Pong] = lambda _session, _ping: Pong(0, ())
+    """A session says what its HBM let go of, and is told what to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +222,8 @@ def engine_events(caller: Caller, message: EngineEvents) -> Done:
     return Done()
 
 
-def ping(caller: Caller, message: Ping) -> Done:
-    return Done()
+def ping(caller: Caller, message: Ping) -> Pong:
+    return caller.services.heard(caller.session.id, message)
 
 
 IN_ORDER: Mapping[type[Request], Callable[[Caller, Any], Reply]] = {

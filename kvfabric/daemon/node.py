@@ -31,6 +31,7 @@ from kvfabric.daemon.stall import StallProbe
 from kvfabric.daemon.status import degraded, node_samples, node_status
 from kvfabric.daemon.takeover import Estate, TakeoverServer, take_over
 from kvfabric.daemon.takeover_wire import HbmEntry, NodeState
+from kvfabric.daemon.withdrawals import NodeParts, Withdrawals
 from kvfabric.errors import (
     CapacityError,
     ConfigError,
@@ -43,7 +44,6 @@ from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol.messages import BlockRun, EngineEvents
 from kvfabric.registry.home import open_registry
-from kvfabric.registry.state import PURGED
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
@@ -135,6 +135,18 @@ class Node:
         await stack.enter_async_context(self._ssd_stack)  # left after the store
         self.store = await stack.enter_async_context(self._make_store())
         self.sessions = Sessions(self.store, self)
+        self.withdrawals = Withdrawals(
+            NodeParts(
+                registry=self.registry,
+                store=self.store,
+                sessions=self.sessions,
+                keyring=self.keyring,
+                node_id=config.name,
+                changing=self._changing,
+                file=config.state_dir / "withdrawals",
+                wall_clock=time.time,
+            )
+        )
         self.engines = self._make_server()
         if estate is None:
             await self._open_ssd()
@@ -158,7 +170,7 @@ class Node:
             self._await_arena(),
             self._await_ssd(),
             garbage.collect(self.store.turns.wait),
-            self._purge_struck_off(),
+            self.withdrawals.run(),
             self._destroy_offboarded(),
         )
         for work in background:
@@ -241,6 +253,7 @@ class Node:
             require_handle=config.require_handle,
             wall_clock=time.time,
             lookups=self.lookups,
+            heard=self.withdrawals.heard,
         )
         return EngineServer(options, services, self.sessions)
 
@@ -252,7 +265,7 @@ class Node:
             status=lambda sealed_keys: node_status(self, sealed_keys=sealed_keys),
             resident=self._resident,
             turn=self.store.turns.wait,
-            purge=self.store.purge,
+            reports=True,
             destroy=self._destroy,
             scrub=self.store.scrub_all,
             lookups=self.lookups,
@@ -366,19 +379,6 @@ class Node:
                 log.warning("no host tier: processes %s keep the earlier arena", pids)
 
     # ------------------------------------------------------------------ the registry
-
-    async def _purge_struck_off(self) -> None:
-        """Drop what was purged from here or by another node. Its reach ended before that."""
-        struck: frozenset[bytes] = frozenset()
-        state = self.registry.state
-        while True:
-            templates = state.templates.values()
-            now = frozenset(bytes(t.incarnation) for t in templates if t.state == PURGED)
-            if now - struck:
-                async with self._changing:
-                    await self.store.purge(now - struck)
-            struck = now
-            state = await self.registry.wait_newer(state.version)
 
     async def _destroy_offboarded(self) -> None:
         """Secrets and blocks of tenants that were offboarded by whatever node, also while this was away."""
@@ -502,6 +502,7 @@ class Node:
     # ------------------------------------------------------------------ SessionObserver
 
     def session_opened(self, session: Session) -> None:
+        self.withdrawals.session_opened(session)
         self.events.engine_joined(describe(session))
 
     def session_ended(self, session: Session) -> None:

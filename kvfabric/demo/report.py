@@ -104,7 +104,19 @@ def receipt_lines(receipt: Mapping[str, Any]) -> list[str]:
     for ack in receipt["acknowledgements"]:
         how = "waited out" if ack["waited_out"] else f"applied after {1000 * ack['after_s']:.1f} ms"
         lines.append(f"{ack['holder_kind']} {ack['holder_id']}: {how}")
-    return [*lines, f"audit head {receipt['audit_head']}"]
+    for node in receipt["nodes"]:
+        line = f"node {node['node_id']}: {node['bytes_unreachable']} bytes out of reach"
+        if receipt["destroyed_at"]:
+            line += f", {node['bytes_reclaimed']} destroyed"
+        lines.append(line)
+        lines += [
+            f"engine {engine['engine_id']}: {engine['running']} requests still run with it, "
+            f"its own cache: {engine['hbm']}"
+            for engine in node["engines"]
+        ]
+    if receipt["not_heard_from"]:
+        lines.append(f"not heard from: {', '.join(receipt['not_heard_from'])}")
+    return [*lines, f"receipt {receipt['receipt_id']}, audit head {receipt['audit_head']}"]
 
 
 @dataclass(slots=True)

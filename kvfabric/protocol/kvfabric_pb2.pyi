@@ -390,7 +390,7 @@ class Acknowledgement(_message.Message):
     def __init__(self, holder_id: _Optional[str] = ..., holder_kind: _Optional[str] = ..., after_s: _Optional[float] = ..., waited_out: _Optional[bool] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("action", "scope", "old_epoch", "new_epoch", "requested_by", "requested_at", "unreachable_at", "acknowledgements", "bytes_unreachable", "audit_head")
+    __slots__ = ("action", "scope", "old_epoch", "new_epoch", "requested_by", "requested_at", "unreachable_at", "acknowledgements", "bytes_unreachable", "audit_head", "receipt_id", "nodes", "bytes_reclaimed", "drained_at", "destroyed_at", "not_heard_from", "is_final")
     ACTION_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     OLD_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -401,6 +401,13 @@ class Receipt(_message.Message):
     ACKNOWLEDGEMENTS_FIELD_NUMBER: _ClassVar[int]
     BYTES_UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     AUDIT_HEAD_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_ID_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECLAIMED_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_AT_FIELD_NUMBER: _ClassVar[int]
+    DESTROYED_AT_FIELD_NUMBER: _ClassVar[int]
+    NOT_HEARD_FROM_FIELD_NUMBER: _ClassVar[int]
+    IS_FINAL_FIELD_NUMBER: _ClassVar[int]
     action: str
     scope: str
     old_epoch: int
@@ -411,7 +418,56 @@ class Receipt(_message.Message):
     acknowledgements: _containers.RepeatedCompositeFieldContainer[Acknowledgement]
     bytes_unreachable: int
     audit_head: bytes
-    def __init__(self, action: _Optional[str] = ..., scope: _Optional[str] = ..., old_epoch: _Optional[int] = ..., new_epoch: _Optional[int] = ..., requested_by: _Optional[str] = ..., requested_at: _Optional[float] = ..., unreachable_at: _Optional[float] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., bytes_unreachable: _Optional[int] = ..., audit_head: _Optional[bytes] = ...) -> None: ...
+    receipt_id: str
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeReport]
+    bytes_reclaimed: int
+    drained_at: float
+    destroyed_at: float
+    not_heard_from: _containers.RepeatedScalarFieldContainer[str]
+    is_final: bool
+    def __init__(self, action: _Optional[str] = ..., scope: _Optional[str] = ..., old_epoch: _Optional[int] = ..., new_epoch: _Optional[int] = ..., requested_by: _Optional[str] = ..., requested_at: _Optional[float] = ..., unreachable_at: _Optional[float] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., bytes_unreachable: _Optional[int] = ..., audit_head: _Optional[bytes] = ..., receipt_id: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeReport, _Mapping]]] = ..., bytes_reclaimed: _Optional[int] = ..., drained_at: _Optional[float] = ..., destroyed_at: _Optional[float] = ..., not_heard_from: _Optional[_Iterable[str]] = ..., is_final: _Optional[bool] = ...) -> None: ...
+
+class NodeReport(_message.Message):
+    __slots__ = ("node_id", "bytes_unreachable", "bytes_reclaimed", "destroyed_at", "drained_at", "engines", "failure")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECLAIMED_FIELD_NUMBER: _ClassVar[int]
+    DESTROYED_AT_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_AT_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    bytes_unreachable: int
+    bytes_reclaimed: int
+    destroyed_at: float
+    drained_at: float
+    engines: _containers.RepeatedCompositeFieldContainer[EngineReport]
+    failure: str
+    def __init__(self, node_id: _Optional[str] = ..., bytes_unreachable: _Optional[int] = ..., bytes_reclaimed: _Optional[int] = ..., destroyed_at: _Optional[float] = ..., drained_at: _Optional[float] = ..., engines: _Optional[_Iterable[_Union[EngineReport, _Mapping]]] = ..., failure: _Optional[str] = ...) -> None: ...
+
+class EngineReport(_message.Message):
+    __slots__ = ("session", "engine_id", "running", "drained_at", "hbm", "detail")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_AT_FIELD_NUMBER: _ClassVar[int]
+    HBM_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    engine_id: str
+    running: int
+    drained_at: float
+    hbm: str
+    detail: str
+    def __init__(self, session: _Optional[str] = ..., engine_id: _Optional[str] = ..., running: _Optional[int] = ..., drained_at: _Optional[float] = ..., hbm: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class GetReceiptRequest(_message.Message):
+    __slots__ = ("receipt_id", "wait_s")
+    RECEIPT_ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    receipt_id: str
+    wait_s: float
+    def __init__(self, receipt_id: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class ScrubRequest(_message.Message):
     __slots__ = ()

@@ -299,6 +299,11 @@ class RegistryServiceStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.InvalidateRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
                 _registered_method=True)
+        self.GetReceipt = channel.unary_unary(
+                '/kvfabric.v1.RegistryService/GetReceipt',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.GetReceiptRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -374,6 +379,12 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReceipt(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -430,6 +441,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
             'Invalidate': grpc.unary_unary_rpc_method_handler(
                     servicer.Invalidate,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.InvalidateRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.SerializeToString,
+            ),
+            'GetReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReceipt,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.GetReceiptRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.SerializeToString,
             ),
     }
@@ -730,6 +746,33 @@ class RegistryService:
             target,
             '/kvfabric.v1.RegistryService/Invalidate',
             kvfabric_dot_protocol_dot_kvfabric__pb2.InvalidateRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.RegistryService/GetReceipt',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.GetReceiptRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
             options,
             channel_credentials,

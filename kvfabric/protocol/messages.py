@@ -179,7 +179,11 @@ class EngineEvents(msgspec.Struct, array_like=True, frozen=True, tag=10):
 
 
 class Ping(msgspec.Struct, array_like=True, frozen=True, tag=11):
-    pass
+    """`dropped`: up to which registry version this engine's HBM holds nothing that was struck off; -1 from
+    a process that does not keep the cache there. `kept`: why what was struck off stays, if it does."""
+
+    dropped: int = -1
+    kept: str = ""
 
 
 class Bye(msgspec.Struct, array_like=True, frozen=True, tag=12):
@@ -293,13 +297,21 @@ class Committed(msgspec.Struct, array_like=True, frozen=True, tag=70):
 
 
 class Done(msgspec.Struct, array_like=True, frozen=True, tag=71):
-    """Answer to Abort, Release, EngineEvents, Ping and Bye."""
+    """Answer to Abort, Release, EngineEvents and Bye."""
 
 
 class Rechecked(msgspec.Struct, array_like=True, frozen=True, tag=73):
     """How many of the parts were corrupt in the arena, and are gone."""
 
     num_corrupt: int
+
+
+class Pong(msgspec.Struct, array_like=True, frozen=True, tag=74):
+    """Answer to Ping. `struck`: what was struck off for good after `dropped`, up to registry version
+    `version`: incarnations (16 B) and namespace tags (8 B). An engine lets go of the blocks made of these."""
+
+    version: int
+    struck: tuple[bytes, ...]
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=72):
@@ -320,4 +332,5 @@ Reply = (
     | Done
     | Failed
     | Rechecked
+    | Pong
 )

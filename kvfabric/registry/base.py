@@ -121,6 +121,17 @@ class Registry(ABC):
     async def audit_log(self) -> list[AuditRecord]:
         """The whole log, oldest first. Raises Conflict if its chain does not hold."""
 
+    holder_id: str = ""
+    """Of this process, where `tracks_holders`."""
+
+    @abstractmethod
+    async def put_receipt_row(self, receipt_id: str, key: str, row: bytes) -> None:
+        """Keep a row of a receipt beside the audit log, in place of the one before."""
+
+    @abstractmethod
+    async def receipt_rows(self, receipt_id: str) -> dict[str, bytes]:
+        """All rows of a receipt, of all holders, by key."""
+
     # ------------------------------------------------------------------ tenants
 
     async def create_tenant(

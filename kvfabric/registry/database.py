@@ -9,11 +9,13 @@ called in one thread.
     tenants    tenant id -> MessagePack Tenant
     templates  SHA-256 of MessagePack (name, version) -> MessagePack TemplateVersion
     audit      sequence (u64, big-endian) -> head (32 B), MessagePack AuditRecord
+    receipts   SHA-256 of receipt id, of key -> MessagePack (receipt id, key, row of `receipts`)
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +35,22 @@ FORMAT = b"kvfabric-registry-1"
 _MAP_BYTES = 1 << 30  # of address space: the file grows as needed
 _U64 = struct.Struct(">Q")
 _TABLES = ("meta", "epochs", "tenants", "templates", "audit")
+_RECEIPTS = "receipts"
 
 FLEET = "fleet"
 """Note: which fleet's registry this is a copy of; empty or absent where it is a node's own."""
 
 Entry = tuple[bytes, bytes]
 """(encoded audit record, head after it)."""
+
+
+_RECEIPT = msgspec.msgpack.Decoder(tuple[str, str, bytes])
+
+
+def _receipt_key(receipt_id: str, key: str | None = None) -> bytes:
+    """LMDB keys have at most 511 bytes: digests of both, or of the receipt alone as a prefix."""
+    first = hashlib.sha256(receipt_id.encode()).digest()
+    return first if key is None else first + hashlib.sha256(key.encode()).digest()
 
 
 class Database:
@@ -63,7 +75,7 @@ class Database:
             self._env = lmdb.open(
                 str(self._directory), map_size=_MAP_BYTES, max_dbs=8, mode=0o600, lock=True
             )
-            for name in _TABLES:
+            for name in (*_TABLES, _RECEIPTS):
                 self._tables[name] = self._env.open_db(name.encode())
         except (OSError, lmdb.Error) as exc:
             self.close()
@@ -138,6 +150,22 @@ class Database:
                 (bytes(row[32:]), bytes(row[:32]))
                 for _, row in txn.cursor(db=self._tables["audit"])
             ]
+
+    def put_receipt_row(self, receipt_id: str, key: str, row: bytes) -> None:
+        with self._writing() as txn:
+            value = msgspec.msgpack.encode((receipt_id, key, row))
+            txn.put(_receipt_key(receipt_id, key), value, db=self._tables[_RECEIPTS])
+
+    def receipt_rows(self, receipt_id: str) -> dict[str, bytes]:
+        prefix = _receipt_key(receipt_id)
+        rows_: dict[str, bytes] = {}
+        with self._env.begin() as txn, txn.cursor(db=self._tables[_RECEIPTS]) as cursor:
+            found = cursor.set_range(prefix)
+            while found and cursor.key().startswith(prefix):
+                _, key, row = _RECEIPT.decode(cursor.value())
+                rows_[key] = row
+                found = cursor.next()
+        return rows_
 
     def verified_audit_log(self) -> list[AuditRecord]:
         entries = self.entries()

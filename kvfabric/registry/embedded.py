@@ -99,6 +99,18 @@ class EmbeddedRegistry(Registry):
             self._pool, self._database.verified_audit_log
         )
 
+    async def put_receipt_row(self, receipt_id: str, key: str, row: bytes) -> None:
+        await self._in_pool(self._database.put_receipt_row, receipt_id, key, row)
+
+    async def receipt_rows(self, receipt_id: str) -> dict[str, bytes]:
+        return await self._in_pool(self._database.receipt_rows, receipt_id)
+
+    async def _in_pool(self, work: Callable[..., Result], *arguments: object) -> Result:
+        if self._pool is None:
+            raise ClosedError("the registry is closed")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, work, *arguments)
+
     @property
     def status(self) -> RegistryStatus:
         return RegistryStatus("embedded", "serving")

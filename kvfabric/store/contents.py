@@ -323,6 +323,7 @@ def _restore_parts(
         index.available_parts.array[of_rows] += 1
         slot_sizes = -(-sizes[chosen] // slot_bytes(1)) * slot_bytes(1)
         residency.host.add("ready", index.tenants_of(of_rows), slot_sizes)
+        np.add.at(index.host_bytes, index.lineage.array[of_rows], slot_sizes)
 
 
 def _rows_of_layout(index: BlockIndex, rows: Rows, fingerprint: bytes) -> Rows:

@@ -25,7 +25,7 @@ used, so nothing is ever grown or rehashed. Row 0 means "none" everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,6 +151,10 @@ class BlockIndex:
         self.lineage_bytes = _column(np.int64, 64)
         self.lineage_parts = _column(np.uint8, 64)
         self.lineage_levels: list[CostLevels] = [NEUTRAL]
+        # READY bytes as charged, kept with every change: what a withdrawal takes is read, not counted.
+        self.host_bytes = np.zeros(64, dtype=np.int64)
+        self.ssd_bytes = np.zeros(64, dtype=np.int64)
+        self._named: dict[bytes, set[int]] = {}
         self._lineage_rows = np.zeros(64, dtype=np.int64)
         self._lineage_ids: dict[Lineage, int] = {}
         self._free_lineages: list[int] = []
@@ -340,12 +344,23 @@ class BlockIndex:
                 self._grow_lineages()
         self.lineages[number] = lineage
         self._lineage_ids[lineage] = number
+        for name in (lineage.namespace_tag, *lineage.incarnations):
+            self._named.setdefault(name, set()).add(number)
         self.lineage_tenant.cell[number] = tenant_slot
         stored = self.layouts.setdefault(
             lineage.layout_fingerprint, StoredLayout(lineage.layout_fingerprint)
         )
         self._describe(number, stored)
         return number
+
+    def named(self, names: Collection[bytes]) -> set[int]:
+        """Lineages made of one of these incarnations (16 B), or in one of these namespaces (tags, 8 B)."""
+        empty: set[int] = set()
+        return empty.union(*(self._named.get(name, empty) for name in names))
+
+    def known_lineages(self) -> Iterable[Lineage]:
+        """Those that rows have."""
+        return self._lineage_ids.keys()
 
     def lineage_of(self, number: int) -> Lineage:
         lineage = self.lineages[number]
@@ -379,13 +394,20 @@ class BlockIndex:
         self.lineage_tenant = _longer(self.lineage_tenant, size)
         self.lineage_bytes = _longer(self.lineage_bytes, size)
         self.lineage_parts = _longer(self.lineage_parts, size)
-        self._lineage_rows = np.append(self._lineage_rows, np.zeros(size // 2, dtype=np.int64))
+        more = np.zeros(size // 2, dtype=np.int64)
+        self._lineage_rows = np.append(self._lineage_rows, more)
+        self.host_bytes = np.append(self.host_bytes, more)
+        self.ssd_bytes = np.append(self.ssd_bytes, more)
 
     def _free_lineage_if_unused(self, number: int) -> None:
         if number and self._lineage_rows[number] == 0:
             lineage = self.lineages[number]
             assert lineage is not None
             del self._lineage_ids[lineage]
+            for name in (lineage.namespace_tag, *lineage.incarnations):
+                self._named[name].discard(number)
+                if not self._named[name]:
+                    del self._named[name]
             self.lineages[number] = None
             self._free_lineages.append(number)
 

@@ -7,7 +7,7 @@ still reads is zeroed when the last of them is done, so nobody's bytes change un
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import islice
 
@@ -38,9 +38,10 @@ class Purger:
         self._drop = drop
         self._wiping = asyncio.Lock()
 
-    async def purge(self, is_struck: Callable[[Lineage], bool]) -> int:
-        """How many blocks went. On cancellation: what was reached is gone, and will be zeroed."""
-        num_blocks = 0
+    async def purge(self, is_struck: Callable[[Lineage], bool]) -> tuple[int, int]:
+        """(blocks that went, blocks that somebody still reads, writes or brings). On cancellation: what was
+        reached is gone, and will be zeroed."""
+        num_blocks, num_busy = 0, 0
         for rows in self._slices():
             lineages = self._index.lineage.array[rows]
             doomed = [
@@ -53,11 +54,17 @@ class Purger:
                     self._drop(row)
                     failpoint("store.purge.dropped")
                     num_blocks += 1
+                    num_busy += self._index.holds.cell[row] > 0
                 if num_blocks % _DROPS == 0:
                     await asyncio.sleep(0)
             await asyncio.sleep(0)
         await self.wipe()
-        return num_blocks
+        return num_blocks, num_busy
+
+    @property
+    def is_wiped(self) -> bool:
+        """Nothing that was purged is left in the arena, not with a reader either."""
+        return not any(slot.wipe for _, slot in self._residency.detached_slots())
 
     async def wipe(self) -> None:
         """Zero and free what waits for it. On cancellation: the rest waits on."""
@@ -84,3 +91,8 @@ class Purger:
         """Asked for each row again: while a purge paused, the row may have become another's."""
         number = self._index.lineage.cell[row]
         return bool(number) and is_struck(self._index.lineage_of(number))
+
+
+def is_made_of(names: Collection[bytes], lineage: Lineage) -> bool:
+    """Whether it is made of one of these incarnations, or in one of these namespaces (tags)."""
+    return lineage.namespace_tag in names or any(one in names for one in lineage.incarnations)

@@ -356,6 +356,7 @@ class Residency:
         tenants = index.tenants_of(rows)
         self.host.add("reserved", tenants, -num_bytes)
         self.host.add("ready", tenants, num_bytes)
+        np.add.at(index.host_bytes, index.lineage.array[rows], num_bytes)
         if len(arrived):
             parents = index.parent.array[arrived]
             np.add.at(index.host_children.array, parents, 1)
@@ -439,8 +440,10 @@ class Residency:
         for lineage in set(index.lineage.array[rows].tolist()):
             specs = index.layouts[index.lineage_of(lineage).layout_fingerprint].specs
             own = rows[index.lineage.array[rows] == lineage]
+            before = freed
             for ordinal, spec in enumerate(specs):
                 freed += self._take_slots(own, ordinal, slot_bytes(spec.num_bytes), removal)
+            index.host_bytes[lineage] -= freed - before
         account = self.host.accounts[tenant]
         account.ready -= freed
         index.host_parts.array[rows] = 0
@@ -498,6 +501,7 @@ class Residency:
         index.ssd_parts.array[rows] += 1
         charges = slot_bytes_of(num_bytes) + PAGE_BYTES
         self.ssd.add("ready", index.tenants_of(rows), charges)
+        np.add.at(index.ssd_bytes, index.lineage.array[rows], charges)
 
     def moved(self, part: int, location: tuple[int, int]) -> None:
         """A sealed part is durable elsewhere now."""
@@ -523,6 +527,7 @@ class Residency:
             self.num_ssd_blocks -= 1
         tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         self.ssd.accounts[tenant].ready -= record_bytes(num_bytes)
+        index.ssd_bytes[index.lineage.cell[row]] -= record_bytes(num_bytes)
 
     # -- handing over ---------------------------------------------------------------------------------
 
@@ -557,11 +562,12 @@ class Residency:
 
         For tests: takes time in proportion to the index.
         """
-        index, ready, ssd_blocks = self.index, 0, 0
+        index, ssd_blocks = self.index, 0
+        by_lineage = np.zeros_like(index.host_bytes)
         rows = np.arange(1, index.highest_row + 1, dtype=np.uint32)
         live = rows[index.flags.array[rows] != 0]
         for row in live[index.lineage.array[live] != 0].tolist():
-            ready += self._host_bytes(row)
+            by_lineage[index.lineage.cell[row]] += self._host_bytes(row)
             ssd_blocks += index.ssd_parts.cell[row] > 0
             evictable = (
                 index.host_parts.cell[row] > 0
@@ -570,6 +576,9 @@ class Residency:
             )
             assert bool(index.flags.cell[row] & QUEUED) == evictable, f"queue of row {row}"
         host = self.host
+        ready = int(by_lineage.sum())
+        assert (by_lineage == index.host_bytes).all(), "bytes of a lineage"
+        assert int(index.ssd_bytes.sum()) == sum(account.ready for account in self.ssd.accounts)
         assert ready == sum(account.ready for account in host.accounts)
         slots = [slot for slots in self._detached.values() for slot in slots]
         detached = sum(slot.num_bytes for slot in (*slots, *self.unwiped)) + self.overdue_bytes

@@ -41,7 +41,16 @@ from kvfabric.store.quota import TierAccounts
 from kvfabric.store.residency import Residency, record_bytes
 from kvfabric.store.seeding import Seeder, key_words
 from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
-from kvfabric.tiers.base import Flags, Location, Move, PartIdentity, RecordBatch, Scrubbed, Tier
+from kvfabric.tiers.base import (
+    Flags,
+    Lineage,
+    Location,
+    Move,
+    PartIdentity,
+    RecordBatch,
+    Scrubbed,
+    Tier,
+)
 from kvfabric.types import Part, TenantId
 
 MAX_QUEUED_BLOCKS = 65_536
@@ -488,6 +497,10 @@ class SsdTraffic:
         index.drop_empty([row])
         if gone:
             self._tier.delete(gone)
+
+    async def destroy(self, is_struck: Callable[[Lineage], bool]) -> int:
+        """See `Tier.destroy`; what is of such a lineage is out of the index already."""
+        return await self._tier.destroy(is_struck)
 
     def refresh_charges(self) -> None:
         """Charge dead bytes that the tier has not reclaimed to those who wrote them."""

@@ -31,9 +31,9 @@ from kvfabric.registry.state import PURGED, RegistryState
 from kvfabric.store import contents
 from kvfabric.store.access import Access
 from kvfabric.store.contents import Contents
-from kvfabric.store.index import MAX_PARTS, BlockIndex
+from kvfabric.store.index import MAX_PARTS, BlockIndex, Lineage
 from kvfabric.store.lease import LeaseBook, RequestGrant
-from kvfabric.store.purging import Purger
+from kvfabric.store.purging import Purger, is_made_of
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import Reader
 from kvfabric.store.residency import EventSink, Residency, Run
@@ -129,6 +129,18 @@ class StoreStatistics:
     ssd_errors: int
     ssd_refused: int
     index_bytes_per_block: float
+
+
+def _made_of(names: Collection[bytes]) -> Callable[[Lineage], bool]:
+    return partial(is_made_of, frozenset(names))
+
+
+def _uses(grant: RequestGrant, names: Collection[bytes]) -> bool:
+    return (
+        grant.namespace_tag in names
+        or (grant.public_blocks > 0 and grant.public_tag in names)
+        or any(segment.incarnation in names for segment in grant.segments)
+    )
 
 
 class BlockStore:
@@ -363,18 +375,53 @@ class BlockStore:
 
     # -- administration ------------------------------------------------------------------------------
 
-    async def purge(self, incarnations: Collection[bytes]) -> int:
-        """Take every block that was made of these out of both tiers, for good, and zero its bytes in
-        the arena; how many there were. Held ones drain, and are zeroed when nobody reads them any more.
+    def bytes_of(self, names: Collection[bytes]) -> int:
+        """What is READY, in both tiers as charged, under these incarnations (16 B) or namespace tags (8 B).
+
+        Read from accounts, whatever the number of blocks."""
+        index = self._index
+        return sum(
+            int(index.host_bytes[number] + index.ssd_bytes[number]) for number in index.named(names)
+        )
+
+    def lineages(self) -> list[Lineage]:
+        """Under what anything is stored here."""
+        return list(self._index.known_lineages())
+
+    def running(self, names: Collection[bytes]) -> dict[SessionId, int]:
+        """How many requests of each session were opened with one of these and are not released yet."""
+        found = {}
+        for number, session in self._leases.sessions.items():
+            count = sum(_uses(request.grant, names) for request in session.requests.values())
+            if count:
+                found[number] = count
+        return found
+
+    async def purge(self, names: Collection[bytes]) -> int:
+        """Take every block that was made of these incarnations, or is in these namespaces, out of both
+        tiers, for good, and zero its bytes in the arena; how many there were. Held ones drain, and are
+        zeroed when nobody reads them any more.
 
         On cancellation: what was reached is gone.
         """
-        struck = set(incarnations)
-        return await self._purger.purge(lambda one: bool(struck.intersection(one.incarnations)))
+        return (await self._purger.purge(_made_of(names)))[0]
+
+    async def purge_more(self, names: Collection[bytes]) -> bool:
+        """As `purge`; whether somebody still reads, writes or brings something of it, or some slot that was
+        purged is not zeroed yet. Then call it again."""
+        _, num_busy = await self._purger.purge(_made_of(names))
+        return num_busy > 0 or not self._purger.is_wiped
+
+    async def destroy_sealed(self, names: Collection[bytes]) -> int:
+        """After `purge_more` has nothing left: unlink the SSD files that ever held any of it, deleted or not;
+        durable when this returns. Bytes of those files. Raises KVFabricError. On cancellation it goes on."""
+        if self._ssd is None:
+            return 0
+        return await self._ssd.destroy(_made_of(names))
 
     async def purge_tenant(self, tenant: TenantId) -> int:
         """As `purge`, of everything that was stored for a tenant."""
-        return await self._purger.purge(lambda one: one.tenant == tenant)
+        return (await self._purger.purge(lambda one: one.tenant == tenant))[0]
 
     def _drop(self, row: int, *, wipe: bool = False) -> None:
         """Out of both tiers. The row stays while somebody holds it or a child hangs on it."""

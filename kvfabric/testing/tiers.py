@@ -11,6 +11,7 @@ import asyncio
 import mmap
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,6 +223,36 @@ class TierTests(ABC):
             statistics = tier.statistics()
         assert statistics.tenant_live_bytes == {kept.tenant: charged}
         assert statistics.tenant_dead_bytes == {gone.tenant: charged}
+
+    @pytest.mark.parametrize("destroys", [True, False])
+    async def test_what_is_destroyed_leaves_no_byte(self, tmp_path: Path, destroys: bool) -> None:
+        """Deleted long ago or live, no file has its bytes; others live on. What is only deleted is there:
+        without `destroy` the first part of this test must fail."""
+        parts = {seed: make_part(seed) for seed in range(1, 7)}
+        struck = {parts[seed][0].namespace_tag for seed in (2, 5)}
+        others = [1, 3, 4, 6]
+        async with self.make_tier(tmp_path) as tier:
+            locations = {seed: await tier.write(*part) for seed, part in parts.items()}
+            tier.delete([locations[2]])
+            await tier.write(*make_part(2 + 100))
+            if destroys:
+                assert await tier.destroy(lambda lineage: lineage.namespace_tag in struck) > 0
+                assert await tier.destroy(lambda lineage: lineage.namespace_tag in struck) == 0
+            there = self.on_medium(tmp_path, {s: bytes(part[1]) for s, part in parts.items()})
+            gone = set(parts) - set(others)
+            assert there == (set(others) if destroys else set(parts)), f"{gone} were to go"
+            await tier.write(*make_part(200))
+        async with self.make_tier(tmp_path) as tier:
+            left = {identity.part: (location, identity) for identity, location in tier.records()}
+            for seed in others:
+                location, identity = left[parts[seed][0].part]
+                assert await read_back(tier, location, identity) == bytes(parts[seed][1])
+
+    @staticmethod
+    def on_medium(directory: Path, payloads: Mapping[int, bytes]) -> set[int]:
+        """Which of these some file has."""
+        files = [path.read_bytes() for path in directory.rglob("*") if path.is_file()]
+        return {seed for seed, payload in payloads.items() if any(payload in f for f in files)}
 
     async def test_accounts_add_up(self, tmp_path: Path) -> None:
         """Live and dead bytes make up the used bytes, within the capacity, per tenant too."""

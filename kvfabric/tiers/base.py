@@ -7,7 +7,7 @@ conformance suite: a new tier is one file here and one subclass there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -232,6 +232,15 @@ class Tier(ABC):
         reclaimed.
 
         Durable with the next group of writes, or at close: a crash before that brings them back.
+        """
+
+    @abstractmethod
+    async def destroy(self, is_struck: Callable[[Lineage], bool]) -> int:
+        """Have no byte left of what was ever written under such a lineage, deleted or not: whatever shares
+        its place on the medium is written anew, as far as there is room, or told to be `dropped`.
+
+        Returns the bytes of the medium that were given up, once that is durable. Nothing of such a lineage
+        may be written meanwhile. Raises KVFabricError: something may be left. On cancellation it goes on.
         """
 
     @abstractmethod

@@ -104,6 +104,14 @@ class GroupQueue:
             self._full.set()
         self._wake.set()
 
+    def wake(self) -> None:
+        """Something else than an item is to be done."""
+        self._wake.set()
+
+    def is_past(self, moment: float) -> bool:
+        """Whether everything that was queued up to then has been taken."""
+        return not self._items or self._items[0].queued_at > moment
+
     def withdraw(self, write: Write) -> bool:
         """Whether it was still waiting, and now is not."""
         if write not in self._items:

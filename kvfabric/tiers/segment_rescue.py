@@ -36,10 +36,9 @@ def sizes_of(batch: RecordBatch) -> Rows:
     return sizes
 
 
-def to_rescue(batch: RecordBatch, hot: Flags, segment_bytes: int, room: int) -> RecordBatch:
-    """The hot ones, as far as their share of a segment and the `room` go. Pure."""
+def to_rescue(batch: RecordBatch, hot: Flags, most: int) -> RecordBatch:
+    """The hot ones, up to `most` bytes. Pure."""
     chosen = batch.chosen(hot)
-    most = min(room, int(segment_bytes * RESCUED_SHARE))
     count = int(np.searchsorted(np.cumsum(sizes_of(chosen)), most, side="right"))
     return chosen.chosen(slice(count))
 

@@ -22,7 +22,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +47,8 @@ from kvfabric.errors import (
 from kvfabric.failpoints import failpoint
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.base import (
+    Flags,
+    Lineage,
     Location,
     Move,
     PartIdentity,
@@ -79,6 +81,7 @@ from kvfabric.tiers.segment_groups import (
 from kvfabric.tiers.segment_index import Extent, SegmentIndex
 from kvfabric.tiers.segment_recovery import recover
 from kvfabric.tiers.segment_rescue import (
+    RESCUED_SHARE,
     Found,
     ScrubCursor,
     check_slice,
@@ -171,6 +174,7 @@ class SegmentTier(Tier):
         self._queue = GroupQueue()
         self._budget = budget or WriteBudget(0)
         self._cursor = ScrubCursor()
+        self._destructions: deque[_Destruction] = deque()
         self._is_open = False
         self._counts: Counter[str] = Counter()
         self._reading = Busy(clock)
@@ -362,6 +366,14 @@ class SegmentTier(Tier):
         for location in locations:
             self._forget(location)
 
+    async def destroy(self, is_struck: Callable[[Lineage], bool]) -> int:
+        self._require_open()
+        loop = asyncio.get_running_loop()
+        task = _Destruction(is_struck, loop.time(), loop.create_future())
+        self._destructions.append(task)
+        self._queue.wake()
+        return await asyncio.shield(task.done)
+
     async def scrub(self, num_bytes: int, *, anew: bool = False) -> Scrubbed:
         self._require_open()
         if anew:
@@ -450,10 +462,16 @@ class SegmentTier(Tier):
             while await self._queue.is_due():
                 await self._seal_next()
                 await self._keep_spare()
+                # After what was written before it was asked for: that may be what is to be destroyed.
+                if self._destructions and self._queue.is_past(self._destructions[0].asked_at):
+                    await self._carry_out(self._destructions.popleft())
             if self._budget.is_limited:
                 await self._keep_budget()
         finally:
             fail(self._queue.take_writes(), self._closed())
+            for task in self._destructions:
+                task.done.set_exception(self._closed())
+                task.done.exception()  # whoever asked may be gone
 
     async def _keep_budget(self) -> None:
         try:
@@ -640,8 +658,12 @@ class SegmentTier(Tier):
         oldest = next((s for s in self._ordered() if s not in in_use), None)
         if oldest is None:
             raise NoSpace(f"{self._directory} has no segment to reclaim: {self!r}")
-        if self._active is not None:
-            await self._rescue(oldest, self._active)
+        if self._active is not None and self.owner is not None:
+            await self._rescue(oldest, self._active, self.owner.hot, RESCUED_SHARE)
+        await self._drop_segment(oldest)
+
+    async def _drop_segment(self, oldest: Segment) -> None:
+        """Give up a segment with all that is in it."""
         number = oldest.file.header.number
         # Out of the index first: what is gone must not come back after a crash.
         batch = await self._pool.run(partial(self._index.drop_segment, number))
@@ -662,14 +684,57 @@ class SegmentTier(Tier):
                 self.owner.dropped(gone.chosen(slice(first, first + _DROPPED)).places())
                 await asyncio.sleep(0)
 
-    async def _rescue(self, oldest: Segment, into: Segment) -> None:
-        """Write the hot records of a segment anew, in the order and with the promise of every write."""
-        if self.owner is None:
-            return
+    async def _carry_out(self, task: _Destruction) -> None:
+        try:
+            task.done.set_result(await self._destroy(task.is_struck))
+        except KVFabricError as exc:
+            _LOG.warning("not everything to be destroyed in %s is gone: %s", self._directory, exc)
+            task.done.set_exception(exc)
+            task.done.exception()  # whoever asked may be gone
+
+    async def _destroy(self, is_struck: Callable[[Lineage], bool]) -> int:
+        num_bytes = 0
+        if self._unavailable:
+            raise TransferError(f"{len(self._unavailable)} segment files cannot be read")
+        for number in sorted(self._segments):
+            batch = await self._pool.run(partial(self._index.batch, number))
+            struck = [n for n, lineage in batch.lineages.items() if is_struck(lineage)]
+            if not np.isin(batch.rows["lineage"], struck).any():
+                continue
+            segment = self._segments[number]
+            others = batch.chosen(batch.rows["is_live"] != 0)
+            others = others.chosen(_not_of(struck, others))
+            await self._make_room(segment, int(sizes_of(others).sum()))
+            if self._active is not None and self._active is not segment:
+                await self._rescue(segment, self._active, partial(_not_of, struck), 1.0)
+            await self._drop_segment(segment)
+            num_bytes += segment.file.header.num_bytes
+        return num_bytes
+
+    async def _make_room(self, leaving: Segment, num_bytes: int) -> None:
+        """Have an active segment other than `leaving`, with room for so much if no other must go for it."""
+        has_next = self._spare is not None or self._making is not None
+        may_make = has_next or self._file_bytes() + self._segment_bytes <= self._capacity_bytes
+        full = self._active is None or self._active.room < num_bytes
+        if may_make and (full or self._active is leaving):
+            await self._advance()
+        elif self._active is leaving:
+            self._active = None
+
+    async def _rescue(
+        self,
+        oldest: Segment,
+        into: Segment,
+        chosen: Callable[[RecordBatch], Flags],
+        share: float,
+    ) -> None:
+        """Write chosen records of a segment anew, up to a share of one, in the order and with the promise
+        of every write."""
         file = oldest.file
         try:
             live = await self._pool.run(partial(self._index.live, file.header.number))
-            hot = to_rescue(live, self.owner.hot(live), self._segment_bytes, into.room)
+            most = int(self._segment_bytes * share)
+            hot = to_rescue(live, chosen(live), min(most, into.room))
             for piece in slices_of(hot):
                 if not self._budget.take(int(sizes_of(piece).sum())):
                     return
@@ -708,6 +773,18 @@ class SegmentTier(Tier):
 
     def _closed(self) -> ClosedError:
         return ClosedError(f"SSD tier {self._directory} is not open")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Destruction:
+    is_struck: Callable[[Lineage], bool]
+    asked_at: float
+    done: asyncio.Future[int]
+
+
+def _not_of(struck: Sequence[int], batch: RecordBatch) -> Flags:
+    others: Flags = ~np.isin(batch.rows["lineage"], struck)
+    return others
 
 
 def _append(file: SegmentFile, runs: Sequence[Sequence[Appended]]) -> None:

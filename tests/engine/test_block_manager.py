@@ -109,3 +109,27 @@ def test_random_use_keeps_every_page_in_one_place(seed: int) -> None:
         blocks.unreference(chain)
     assert blocks.num_available_pages == 24
     assert blocks.statistics().used == 0
+
+
+def test_what_is_struck_off_goes_and_is_found_by_nobody() -> None:
+    """Idle blocks go at once, used ones with their last user; what is computed on is not cached again."""
+    blocks = BlockManager(40, 2, PoolEvents())
+    free = blocks.statistics().free
+    idle = cache(blocks, range(2))
+    blocks.unreference(idle)
+    struck = [
+        CachedKey(KEYS[number], KEYS[number - 1], b"tag-tag-", (b"i" * 16,)) for number in (2, 3, 4)
+    ]
+    used = [blocks.register(one, tuple(blocks.allocate(2) or ())) for one in struck[:2]]
+    blocks.strike([b"i" * 16])
+    assert blocks.holds_struck
+    assert blocks.match_prefix(KEYS[:5]) == idle
+    later = blocks.register(struck[2], tuple(blocks.allocate(2) or ()))
+    assert blocks.match_prefix(KEYS[4:5]) == []
+    blocks.check_integrity()
+    blocks.unreference([*used, later])
+    assert not blocks.holds_struck
+    assert blocks.statistics().free == free - 4
+    blocks.strike([b"tag-tag-"])
+    assert blocks.statistics().free == free
+    blocks.check_integrity()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,6 @@ async def plane(
     tmp_path: Path,
     *,
     resident: Callable[[TierName], Runs] = whole_host,
-    purge: Callable[[Collection[bytes]], Awaitable[int]] | None = None,
     holders: Callable[[Clock], Holders] | None = None,
     settled: bool = True,
 ) -> AsyncIterator[Plane]:
@@ -99,9 +98,7 @@ async def plane(
     events = EventStream(boot_id=b"b" * 16)
     keyring = Keyring.create_or_open(tmp_path)
     async with EmbeddedRegistry(tmp_path / "registry") as registry:
-        sources = AdminSources(
-            registry, keyring, events, node_status, resident, Turns().wait, purge
-        )
+        sources = AdminSources(registry, keyring, events, node_status, resident, Turns().wait)
         path = tmp_path / "admin.sock"
         server = AdminServer(path, sources, node_id="n1", epoch_lease_s=2.0, clock=clock)
         if holders is not None:
@@ -443,28 +440,6 @@ async def test_promote_rolls_back_with_a_receipt_and_purged_never_returns(tmp_pa
         code, details = await refused(p.stub.PromoteTemplate(promote))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert "never serves again" in details
-
-
-async def test_purge_drops_the_blocks_of_the_purged_version_once_it_is_out_of_reach(
-    tmp_path: Path,
-) -> None:
-    struck: list[list[bytes]] = []
-
-    async def purge(incarnations: Collection[bytes]) -> int:
-        assert not p.server.holders._rounds, "somebody may still serve it"
-        struck.append(list(incarnations))
-        return 0
-
-    async with plane(tmp_path, purge=purge) as p:
-        for version in ("1", "2"):
-            request = pb.RegisterTemplateRequest(name="t", version=version, text=version.encode())
-            await p.stub.RegisterTemplate(request)
-        await retire(p)
-        assert struck == []
-        await p.stub.Invalidate(
-            pb.InvalidateRequest(scope="template", name="t", version="2", purge=True)
-        )
-        assert struck == [[p.registry.state.templates["t", "2"].incarnation]]
 
 
 async def test_a_change_stands_when_its_caller_goes_away(tmp_path: Path) -> None:

@@ -171,12 +171,12 @@ def batch_of(num_bytes: list[int]) -> RecordBatch:
 def test_a_rescue_takes_half_a_segment_or_the_room_there_is() -> None:
     batch = batch_of([RECORD] * 10)
     size, hot = record_bytes(RECORD), np.ones(10, dtype=np.bool_)
-    assert len(to_rescue(batch, hot, 10 * size, 100 * size)) == 5
-    assert len(to_rescue(batch, hot, 10 * size, 3 * size)) == 3
-    assert len(to_rescue(batch, hot, 10 * size, size - 1)) == 0
-    assert len(to_rescue(batch, ~hot, 10 * size, 100 * size)) == 0
+    assert len(to_rescue(batch, hot, 5 * size)) == 5
+    assert len(to_rescue(batch, hot, 3 * size)) == 3
+    assert len(to_rescue(batch, hot, size - 1)) == 0
+    assert len(to_rescue(batch, ~hot, 100 * size)) == 0
     hot[::2] = False
-    assert to_rescue(batch, hot, 10 * size, 2 * size).rows["offset"].tolist() == [
+    assert to_rescue(batch, hot, 2 * size).rows["offset"].tolist() == [
         batch.rows["offset"][1],
         batch.rows["offset"][3],
     ]

@@ -28,7 +28,7 @@ from kvfabric.daemon.node import Node
 from kvfabric.daemon.takeover_wire import LAYOUT, VERSION, Ask, Packet, Refused
 from kvfabric.errors import PeerClosed
 from kvfabric.protocol.codec import FrameReader, decode_reply, encode
-from kvfabric.protocol.messages import Done, Ping
+from kvfabric.protocol.messages import Ping, Pong
 from kvfabric.testing.engine import DEADLINE_S, TinyEngine, tiny_hello, wrong_blocks
 from kvfabric.testing.processes import EngineProcess, NodeProcess, until
 
@@ -232,7 +232,7 @@ def test_frame_that_is_half_sent_is_answered(tmp_path: Path) -> None:
             old.wait()
             sock.sendall(ping[9:])
             [(correlation, body)] = FrameReader().feed(sock.recv(65536))
-            assert (correlation, decode_reply(body)) == (7, Done())
+            assert (correlation, decode_reply(body)) == (7, Pong(0, ()))
 
 
 def test_ssd_comes_back_when_the_predecessor_has_exited(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ from kvfabric_engine.integrations.vllm_worker import JOIN_S, WorkerSide
 from kvfabric_engine.pool_events import PoolEvents
 
 _log = logging.getLogger("vllm.kvfabric")
+
+KEPT = "vLLM lets no connector drop its blocks: another salt keeps them out of reach until they are evicted"
+"""What a receipt says of the HBM of an engine after a purge."""
 START_S = 5.0
 """Longest that an engine's start waits for a node that listens and for the digest of the weights."""
 
@@ -458,6 +461,7 @@ class _Fabric:
 
     def _new_connector(self, join: Join) -> tuple[Connector, PoolMirror]:
         events = PoolEvents()
+        events.kept = KEPT
         connector = Connector(
             ConnectorOptions(
                 node_socket=self._socket,

@@ -56,6 +56,8 @@ class BlockManager:
         self._cached: dict[BlockKey, CachedBlock] = {}
         self._idle: OrderedDict[BlockKey, CachedBlock] = OrderedDict()
         self._evicted_blocks = 0
+        self._struck: frozenset[bytes] = frozenset()
+        self._leaving: set[CachedBlock] = set()
 
     def __repr__(self) -> str:
         s = self.statistics()
@@ -85,8 +87,29 @@ class BlockManager:
         """Ends what `reference` or `register` began. The end of the chain becomes the oldest idle block."""
         for block in reversed(blocks):
             block.refs -= 1
-            if block.refs == 0:
+            if block.refs == 0 and block in self._leaving:
+                self._leaving.remove(block)
+                self._free.extend(block.pages)
+            elif block.refs == 0:
                 self._idle[block.key] = block
+
+    def strike(self, names: Iterable[bytes]) -> None:
+        """Let go, for good, of blocks made of these incarnations or in these namespaces (tags). Whoever uses
+        one goes on with it; nobody else finds it, and its pages are free after the last."""
+        self._struck |= frozenset(names)
+        for key, block in list(self._cached.items()):
+            if block.identity.is_struck(self._struck):
+                del self._cached[key]
+                self._events.removed(key)
+                if self._idle.pop(key, None) is not None:
+                    self._free.extend(block.pages)
+                else:
+                    self._leaving.add(block)
+
+    @property
+    def holds_struck(self) -> bool:
+        """Whether somebody still uses a block that was struck off."""
+        return bool(self._leaving)
 
     def allocate(self, num_pages: int) -> list[int] | None:
         """Own pages, evicting idle blocks as needed; None (and nothing changed) if there are too few."""
@@ -116,6 +139,9 @@ class BlockManager:
             self.reference([present])
             return present
         block = CachedBlock(identity, pages, refs=1)
+        if self._struck and identity.is_struck(self._struck):
+            self._leaving.add(block)
+            return block
         self._cached[identity.key] = block
         self._events.stored(identity)
         return block
@@ -142,6 +168,9 @@ class BlockManager:
             assert block.key == key
             assert block.refs >= 0
             assert (block.refs == 0) == (key in self._idle)
+            places.extend(block.pages)
+        for block in self._leaving:
+            assert block.refs > 0
             places.extend(block.pages)
         assert len(places) == len(set(places)), "a page is in two places"
         assert set(self._idle) <= set(self._cached)

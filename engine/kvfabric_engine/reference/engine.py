@@ -105,6 +105,7 @@ class Engine:
         self.connector: Connector | None = None
         self._mover = mover_for(self.pool, self.shape)
         self._events = PoolEvents()
+        self._events.strike = self._strike
         self._blocks = BlockManager(self.shape.num_pages, self.shape.pages_per_block, self._events)
         self._scheduler = Scheduler(
             self._blocks,
@@ -120,6 +121,7 @@ class Engine:
         self._graphs: decode.DecodeGraphs | None = None
         self._local = LocalNamespaces(self.model.revision, layout_fingerprint(self.layout))
         self._sequences: dict[str, Sequence] = {}
+        self._strikes: list[Future[None]] = []
         self._numbers = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvf-engine", daemon=True)
@@ -188,6 +190,23 @@ class Engine:
         if self.connector is not None:
             self.connector.close()
 
+    def _strike(self, names: tuple[bytes, ...]) -> Future[None]:
+        """Any thread: the pool lets go of these; done when nobody uses one any more."""
+        gone: Future[None] = Future()
+
+        def strike() -> None:
+            self._blocks.strike(names)
+            self._strikes.append(gone)
+
+        self._post(strike)
+        return gone
+
+    def _settle_strikes(self) -> None:
+        if self._strikes and not self._blocks.holds_struck:
+            for gone in self._strikes:
+                gone.set_result(None)
+            self._strikes.clear()
+
     @property
     def is_healthy(self) -> bool:
         return self._thread.is_alive()
@@ -254,6 +273,7 @@ class Engine:
             is_idle = True
             while not self._is_stopping:
                 self._drain(wait=is_idle)
+                self._settle_strikes()
                 for sequence in self._scheduler.admit():
                     self._fetch(sequence)
                 work = self._scheduler.plan()

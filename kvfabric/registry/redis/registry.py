@@ -292,6 +292,12 @@ class RedisRegistry(Registry):
             raise ClosedError("the registry is closed")
         return await self._copy.audit_log()
 
+    async def put_receipt_row(self, receipt_id: str, key: str, row: bytes) -> None:
+        await self._there.put_receipt_row(receipt_id, key, row)
+
+    async def receipt_rows(self, receipt_id: str) -> dict[str, bytes]:
+        return await self._there.receipt_rows(receipt_id)
+
     @property
     def tracks_holders(self) -> bool:
         return True

@@ -6,6 +6,7 @@
            templates
     PREFIX audit       list of head (32 B) and MessagePack AuditRecord, oldest first
     PREFIX holders     set of holder ids; PREFIX holder:ID is the record of one
+    PREFIX receipt:ID  hash: rows of `registry.receipts` by holder; kept for a year after the last
     PREFIX news, acks  channels
 
 A holder's record does not time out by itself, because clocks jump. Its expiry lies a day ahead and is moved
@@ -47,6 +48,7 @@ ACL_RULES = (
 """Of a user that may be a holder; beside `~kvfabric:*` and `&kvfabric:*`."""
 MIN_TIMEOUT_S = 2.0
 HEARTBEAT_MS = 86_400_000
+RECEIPT_MS = 365 * 86_400_000
 _HEAD_BYTES = 32
 
 
@@ -233,6 +235,18 @@ class Store:
                     raise DeadlineExceeded(
                         f"made, but it may be lost in a fail-over: {exc}"
                     ) from exc
+
+    async def put_receipt_row(self, receipt_id: str, key: str, row: bytes) -> None:
+        name = self._key(f"receipt:{receipt_id}")
+        async with self._work_lock, self._transaction(self._work_link) as pipe:
+            pipe.hset(name, key, row)
+            pipe.pexpire(name, RECEIPT_MS)
+            await pipe.execute()
+
+    async def receipt_rows(self, receipt_id: str) -> dict[str, bytes]:
+        async with self._work_lock, translated():
+            found = await self._work_link.client.hgetall(self._key(f"receipt:{receipt_id}"))
+        return {bytes(key).decode(): bytes(row) for key, row in found.items()}
 
     async def durability(self) -> str:
         """What keeps this Redis from holding on to a change; empty if nothing does, as far as it says."""

@@ -1,0 +1,388 @@
+"""What this node does about each change that takes something out of reach, and what it reports of it.
+
+    state newer --> what left --> bytes of it are read from accounts, requests under it are watched
+                                  for good: purged from both tiers, engines told to let go, SSD files unlinked
+                             --> a row of the receipt, written anew whenever something moved
+
+The reach of what is withdrawn ended before any of this, by the registry's state alone. What is under way
+is kept in a file, so that a daemon that starts anew finishes it and its receipt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from kvfabric.daemon.sessions import Session, Sessions
+from kvfabric.errors import KVFabricError
+from kvfabric.hashing import namespace_key, namespace_tag
+from kvfabric.keyring import Keyring
+from kvfabric.protocol.messages import Ping, Pong
+from kvfabric.registry.base import Registry
+from kvfabric.registry.receipts import (
+    GONE,
+    NOT_RESET,
+    PENDING,
+    RESET,
+    UNAFFECTED,
+    EngineRow,
+    NodeRow,
+)
+from kvfabric.registry.state import PURGED, RegistryState, namespace_of
+from kvfabric.registry.withdrawn import Withdrawal, withdrawals
+from kvfabric.store.store import BlockStore
+from kvfabric.types import SessionId, adapter_scope, model_scope, tenant_scope
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_RETRY_S = 1.0
+_SILENCE_S = 1.5
+"""An engine that keeps a cache says within this time what it let go of: it pings each quarter of a second."""
+SILENT = "this engine does not say what its own cache holds"
+
+
+class Pending(msgspec.Struct, frozen=True):
+    """A withdrawal that is not finished, as the file has it. `holder`: under whose key its row is."""
+
+    receipt_id: str
+    holder: str
+    version: int
+    names: tuple[bytes, ...]
+    for_good: bool
+    row: NodeRow
+
+
+@dataclass(slots=True, eq=False)
+class _Matter:
+    """One withdrawal under way. `names`: incarnations (16 B) or namespace tags (8 B)."""
+
+    receipt_id: str
+    holder: str
+    version: int
+    names: frozenset[bytes]
+    for_good: bool
+    applied_at: float
+    bytes_unreachable: int
+    engines: dict[bytes, EngineRow]
+    bytes_reclaimed: int = 0
+    is_destroyed: bool = False
+    destroyed_at: float = 0.0
+    failure: str = ""
+    written: NodeRow | None = None
+
+    @property
+    def is_final(self) -> bool:
+        drained = all(engine.drained_at for engine in self.engines.values())
+        return drained and (not self.for_good or bool(self.destroyed_at))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What engines of this node compute, as far as it is in a namespace."""
+
+    revision: str
+    fingerprint: bytes
+    adapter: str
+    adapter_revision: str
+
+
+@dataclass(slots=True)
+class _Hbm:
+    """What a session last said of its cache."""
+
+    dropped: int = -1
+    kept: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeParts:
+    """What the withdrawals of a node work with. `changing`: held while the store is changed in the
+    background. `wall_clock`: Unix seconds."""
+
+    registry: Registry
+    store: BlockStore
+    sessions: Sessions
+    keyring: Keyring
+    node_id: str
+    changing: asyncio.Lock
+    file: Path
+    wall_clock: Callable[[], float]
+
+
+@dataclass(slots=True)
+class Withdrawals:
+    """See the module. `run` it until the node stops; the server calls `heard` and `session_opened`."""
+
+    parts: NodeParts
+    _matters: list[_Matter] = field(default_factory=list)
+    _struck: list[tuple[int, frozenset[bytes]]] = field(default_factory=list)
+    _version: int = 0
+    _models: set[_Model] = field(default_factory=set)
+    _hbm: dict[bytes, _Hbm] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Until cancelled. Then what is under way goes on with the next life."""
+        parts = self.parts
+        state = parts.registry.state
+        purged = frozenset(t.incarnation for t in state.templates.values() if t.state == PURGED)
+        self._struck.append((state.version, frozenset[bytes](purged)))
+        self._version = state.version
+        async with asyncio.TaskGroup() as group:
+            self._resume(group)
+            if purged:
+                group.create_task(self._destroy_quietly(purged))
+            while True:
+                newer = await parts.registry.wait_newer(state.version)
+                # Sync up to here: nothing can have been stored under the new state yet.
+                for one in withdrawals(state, newer):
+                    self._begin(group, one, state, newer.version)
+                self._version, state = newer.version, newer
+
+    # ------------------------------------------------------------------ what engines say
+
+    def session_opened(self, session: Session) -> None:
+        hello = session.hello
+        self._models.add(
+            _Model(hello.model_revision, session.fingerprint, hello.adapter, hello.adapter_revision)
+        )
+
+    def heard(self, session: bytes, ping: Ping) -> Pong:
+        """An engine says what it let go of, and is told what else was struck off."""
+        if ping.dropped < 0:
+            return Pong(0, ())
+        self._hbm[session] = _Hbm(ping.dropped, ping.kept)
+        names = (name for at, names in self._struck if at > ping.dropped for name in names)
+        return Pong(self._version, tuple(names))
+
+    # ------------------------------------------------------------------ one withdrawal
+
+    def _begin(
+        self, group: asyncio.TaskGroup, one: Withdrawal, before: RegistryState, version: int
+    ) -> None:
+        parts = self.parts
+        names = frozenset[bytes](one.incarnations) or frozenset(self._tags(one, before))
+        now = parts.wall_clock()
+        running = parts.store.running(names)
+        for_good = one.for_good
+        matter = _Matter(
+            receipt_id=one.receipt_id,
+            holder=parts.registry.holder_id or parts.node_id,
+            version=version,
+            names=names,
+            for_good=for_good,
+            applied_at=now,
+            bytes_unreachable=parts.store.bytes_of(names),
+            engines={
+                session.id: EngineRow(
+                    session=session.id.hex()[:8],
+                    engine_id=session.hello.engine_id,
+                    running=running.get(session.id, 0),
+                    drained_at=0.0 if session.id in running else now,
+                    hbm=PENDING if for_good and names else UNAFFECTED,
+                    detail="",
+                )
+                for session in parts.sessions.live()
+            },
+        )
+        if for_good and names:
+            self._struck.append((version, names))
+        self._matters.append(matter)
+        group.create_task(self._follow(matter))
+        if for_good:
+            group.create_task(self._destroy(matter))
+
+    def _tags(self, one: Withdrawal, before: RegistryState) -> Iterable[bytes]:
+        """Namespaces of a tenant, model or adapter in which something is stored here."""
+        lineages = self.parts.store.lineages()
+        for lineage in lineages if one.for_good else ():
+            if one.scope == tenant_scope(lineage.tenant):
+                yield lineage.namespace_tag
+                continue
+            for model in self._models:
+                mine = (model_scope(model.revision), adapter_scope(model.adapter))
+                if one.scope not in mine or model.fingerprint != lineage.layout_fingerprint:
+                    continue
+                namespace = namespace_of(
+                    before,
+                    lineage.tenant,
+                    model.revision,
+                    model.fingerprint,
+                    model.adapter,
+                    model.adapter_revision,
+                )
+                with contextlib.suppress(KVFabricError):  # a tenant that is gone
+                    secret = self.parts.keyring.tenant_secret(lineage.tenant)
+                    if namespace_tag(namespace_key(namespace, secret)) == lineage.namespace_tag:
+                        yield lineage.namespace_tag
+
+    async def _follow(self, matter: _Matter) -> None:
+        """Look until all of it has ended; write the row whenever something moved."""
+        while True:
+            self._look(matter)
+            await self._write(matter)
+            if matter.is_final:
+                self._matters.remove(matter)
+                await self._keep()
+                return
+            await asyncio.sleep(_POLL_S)
+
+    def _look(self, matter: _Matter) -> None:
+        parts = self.parts
+        now = parts.wall_clock()
+        running = parts.store.running(matter.names)
+        live = {session.id for session in parts.sessions.live()}
+        for session, row in list(matter.engines.items()):
+            hbm, detail = self._hbm_of(matter, session, row, session in live, now)
+            count = running.get(SessionId(session), 0)
+            matter.engines[session] = msgspec.structs.replace(
+                row,
+                running=count,
+                drained_at=row.drained_at or (0.0 if count else now),
+                hbm=hbm,
+                detail=detail,
+            )
+        left = parts.store.bytes_of(matter.names)
+        matter.bytes_reclaimed = max(matter.bytes_reclaimed, matter.bytes_unreachable - left)
+        is_told = all(row.hbm != PENDING for row in matter.engines.values())
+        if matter.is_destroyed and is_told and not matter.destroyed_at:
+            matter.destroyed_at = now
+
+    def _hbm_of(
+        self, matter: _Matter, session: bytes, row: EngineRow, is_live: bool, now: float
+    ) -> tuple[str, str]:
+        if row.hbm != PENDING:
+            return row.hbm, row.detail
+        if not is_live:
+            return GONE, ""
+        said = self._hbm.get(session, _Hbm())
+        if said.dropped >= matter.version:
+            return RESET, ""
+        if said.kept:
+            return NOT_RESET, said.kept
+        if said.dropped < 0 and now > matter.applied_at + _SILENCE_S:
+            return NOT_RESET, SILENT
+        return PENDING, ""
+
+    async def _destroy(self, matter: _Matter) -> None:
+        while True:
+            try:
+                await self._destroy_all(matter.names)
+            except KVFabricError as exc:
+                matter.failure = str(exc)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                matter.failure, matter.is_destroyed = "", True
+                return
+
+    async def _destroy_all(self, names: frozenset[bytes]) -> None:
+        """Both tiers, whoever reads; returns when it is durable. Raises KVFabricError."""
+        if not names:
+            return
+        store, is_left = self.parts.store, True
+        while is_left:
+            async with self.parts.changing:
+                is_left = await store.purge_more(names)
+            if is_left:
+                await asyncio.sleep(_POLL_S)
+        async with self.parts.changing:
+            await store.destroy_sealed(names)
+
+    async def _destroy_quietly(self, purged: Iterable[bytes]) -> None:
+        """What was purged while this node was away: its reach ended, nobody waits for it."""
+        while True:
+            try:
+                await self._destroy_all(frozenset(purged))
+            except KVFabricError as exc:
+                log.warning("purged blocks are left: %s", exc)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    # ------------------------------------------------------------------ rows, and the file
+
+    async def _write(self, matter: _Matter) -> None:
+        row = _row(matter, self.parts.node_id)
+        if row == matter.written:
+            return
+        try:
+            await self.parts.registry.put_receipt_row(
+                matter.receipt_id, matter.holder, msgspec.msgpack.encode(row)
+            )
+        except KVFabricError as exc:  # told again at the next look
+            log.debug("receipt %s: %s", matter.receipt_id, exc)
+            return
+        matter.written = row
+        await self._keep()
+
+    async def _keep(self) -> None:
+        """On disk what is not final."""
+        pending = [
+            Pending(
+                matter.receipt_id,
+                matter.holder,
+                matter.version,
+                tuple(sorted(matter.names)),
+                matter.for_good,
+                _row(matter, self.parts.node_id),
+            )
+            for matter in self._matters
+            if not matter.is_final
+        ]
+        await asyncio.to_thread(_replace, self.parts.file, msgspec.msgpack.encode(pending))
+
+    def _resume(self, group: asyncio.TaskGroup) -> None:
+        try:
+            pending = msgspec.msgpack.decode(self.parts.file.read_bytes(), type=list[Pending])
+        except (FileNotFoundError, msgspec.DecodeError):
+            return
+        for one in pending:
+            row = one.row
+            matter = _Matter(
+                one.receipt_id,
+                one.holder,
+                one.version,
+                frozenset(one.names),
+                one.for_good,
+                row.applied_at,
+                row.bytes_unreachable,
+                # Of an earlier life: who comes back is another session, and was told what is struck off.
+                {engine.session.encode(): engine for engine in row.engines},
+                row.bytes_reclaimed,
+            )
+            self._matters.append(matter)
+            if matter.for_good and matter.names:
+                self._struck.append((one.version, matter.names))
+                group.create_task(self._destroy(matter))
+            group.create_task(self._follow(matter))
+
+
+def _row(matter: _Matter, node_id: str) -> NodeRow:
+    return NodeRow(
+        node_id=node_id,
+        applied_at=matter.applied_at,
+        bytes_unreachable=matter.bytes_unreachable,
+        bytes_reclaimed=matter.bytes_reclaimed,
+        destroyed_at=matter.destroyed_at,
+        engines=tuple(matter.engines.values()),
+        failure=matter.failure,
+    )
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Blocking: the file has these bytes, or those before."""
+    new = path.with_suffix(".new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    new.rename(path)

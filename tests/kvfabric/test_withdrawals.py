@@ -1,0 +1,211 @@
+"""Receipts: what becomes of bytes, requests and engines' own caches after a change, on a real node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from kvfabric.daemon.admin_client import AdminClient
+from kvfabric.errors import NotFound
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.registry.changes import invalidate_scope, promote_template, withdraw_template
+from kvfabric.registry.state import RETIRED, SERVING, RegistryState, TemplateVersion
+from kvfabric.registry.withdrawn import withdrawals
+from kvfabric.testing.engine import TinyEngine, payload_of, wrong_blocks
+from kvfabric.testing.minting import Minter, keys_of, segment_of
+from kvfabric.testing.processes import NodeProcess, until
+from kvfabric.types import DEFAULT_TENANT, BlockKey, Incarnation
+
+BLOCKS = 6
+BLOCK_BYTES = 4096
+ON_SSD = 2 * 4096
+
+
+@dataclass
+class Rig:
+    node: NodeProcess
+    admin: AdminClient
+    engine: TinyEngine
+    minter: Minter
+    num: int = 0
+
+    def open(self, prompt: str, template: str = "t") -> tuple[str, list[BlockKey]]:
+        self.num += 1
+        request = f"r{self.num}"
+        state = self.admin.state()
+        segments = (segment_of(state, template, "1"),) if template else ()
+        handle = self.minter.handle(self.engine, request, state, segments, tenant=DEFAULT_TENANT)
+        opened = self.engine.client.open_handle(request, handle, deadline_s=5)
+        return request, keys_of(opened, prompt, BLOCKS)
+
+    def store(self, prompt: str, template: str = "t") -> list[BlockKey]:
+        """Store and load again, so that it goes to SSD."""
+        request, keys = self.open(prompt, template)
+        self.engine.store(request, keys)
+        self.engine.release(request)
+        request, keys = self.open(prompt, template)
+        found = self.engine.load(request, keys)
+        assert (len(found), wrong_blocks(keys, found)) == (BLOCKS, 0)
+        self.engine.release(request)
+        return keys
+
+    def invalidate(self, **request: object) -> pb.Receipt:
+        message = pb.InvalidateRequest(**request)
+        receipt: pb.Receipt = self.admin.call(self.admin.registry.Invalidate, message)
+        return receipt
+
+    def receipt(self, name: str, wait_s: float = 10.0) -> pb.Receipt:
+        message = pb.GetReceiptRequest(receipt_id=name, wait_s=wait_s)
+        receipt: pb.Receipt = self.admin.call(self.admin.registry.GetReceipt, message)
+        return receipt
+
+    def on_disk(self, keys: list[BlockKey]) -> int:
+        """How many of these blocks have their bytes in some file of the SSD tier."""
+        tier = self.node.state_dir / "ssd"
+        files = [path.read_bytes() for path in tier.iterdir() if path.is_file()]
+        return sum(any(payload_of(key, BLOCK_BYTES) in data for data in files) for key in keys)
+
+    def sealed(self, num_blocks: int) -> bool:
+        status = self.admin.call(self.admin.admin.Status, pb.StatusRequest(sealed_keys=True))
+        return len(status.sealed_keys) >= num_blocks
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with (
+        NodeProcess(tmp_path, ssd_bytes=16 << 20, epoch_lease_s=0.5) as node,
+        AdminClient(tmp_path / "admin.sock") as admin,
+    ):
+        text = pb.RegisterTemplateRequest(name="t", version="1", text=b"You are kind.")
+        admin.call(admin.registry.RegisterTemplate, text)
+        minter = Minter(tmp_path)
+        engine = TinyEngine.connect(node.socket)
+        yield Rig(node, admin, engine, minter)
+        engine.client.close()
+
+
+def test_a_purge_destroys_every_byte_and_says_when(rig: Rig) -> None:
+    mine, others = rig.store("mine"), rig.store("other", template="")
+    until(lambda: rig.sealed(2 * BLOCKS))
+    assert rig.on_disk(mine) == BLOCKS
+    reader, keys = rig.open("mine")
+    located = rig.engine.locate(reader, keys)
+    assert located.num_blocks == BLOCKS
+
+    receipt = rig.invalidate(scope="template", name="t", purge=True)
+    assert receipt.bytes_unreachable == BLOCKS * (BLOCK_BYTES + ON_SSD)
+    assert not receipt.is_final
+    assert receipt.destroyed_at == receipt.drained_at == 0
+    [node] = receipt.nodes
+    [engine] = node.engines
+    assert (engine.engine_id, engine.running) == ("tiny", 1)
+    buffers = [bytearray(BLOCK_BYTES) for _ in keys]
+    assert rig.engine.client.read(located, [memoryview(one) for one in buffers]) == BLOCKS
+
+    rig.engine.release(reader)
+    receipt = rig.receipt(receipt.receipt_id)
+    assert receipt.is_final
+    assert receipt.requested_at < receipt.unreachable_at <= receipt.drained_at
+    assert receipt.destroyed_at >= receipt.drained_at
+    assert receipt.bytes_reclaimed == receipt.bytes_unreachable
+    assert (
+        receipt.nodes[0].engines[0].hbm == "not_reset"
+    )  # TinyEngine keeps no cache and says nothing
+    assert rig.on_disk(mine) == 0
+    assert rig.engine.client.read(located, [memoryview(one) for one in buffers]) == 0  # zeroed
+    # What shared its file is there.
+    request, keys = rig.open("other", template="")
+    assert keys == others
+    assert wrong_blocks(keys, rig.engine.load(request, keys)) == 0
+    assert len(rig.engine.load(request, keys)) == BLOCKS
+
+
+def test_a_retired_version_keeps_its_bytes_for_a_rollback(rig: Rig) -> None:
+    """The twin of the test above: what only left reach is on disk, and in the arena."""
+    mine = rig.store("mine")
+    until(lambda: rig.sealed(BLOCKS))
+    receipt = rig.receipt(rig.invalidate(scope="template", name="t").receipt_id)
+    assert receipt.is_final
+    assert receipt.destroyed_at == receipt.bytes_reclaimed == 0
+    assert receipt.bytes_unreachable == BLOCKS * (BLOCK_BYTES + ON_SSD)
+    assert [engine.hbm for engine in receipt.nodes[0].engines] == ["unaffected"]
+    assert rig.on_disk(mine) == BLOCKS
+    promote = pb.PromoteTemplateRequest(name="t", version="1")
+    back = rig.admin.call(rig.admin.registry.PromoteTemplate, promote)
+    assert rig.receipt(back.receipt_id).is_final
+    request, keys = rig.open("mine")
+    assert len(rig.engine.load(request, keys)) == BLOCKS
+
+
+@pytest.mark.parametrize(("scope", "name"), [("tenant", "default"), ("model", "rev")])
+def test_other_scopes_are_for_good(rig: Rig, scope: str, name: str) -> None:
+    mine = rig.store("mine", template="")
+    until(lambda: rig.sealed(BLOCKS))
+    receipt = rig.receipt(rig.invalidate(scope=scope, name=name).receipt_id)
+    assert receipt.is_final
+    assert receipt.bytes_reclaimed == receipt.bytes_unreachable == BLOCKS * (BLOCK_BYTES + ON_SSD)
+    assert receipt.destroyed_at
+    assert rig.on_disk(mine) == 0
+
+
+def test_a_node_that_dies_meanwhile_finishes_receipt_and_destruction(rig: Rig) -> None:
+    mine = rig.store("mine")
+    until(lambda: rig.sealed(BLOCKS))
+    reader, keys = rig.open("mine")
+    rig.engine.locate(reader, keys)
+    receipt = rig.invalidate(scope="template", name="t", purge=True)
+    assert not receipt.is_final
+    rig.node.kill()
+    rig.engine.client.close()
+    rig.node.start()
+    receipt = rig.receipt(receipt.receipt_id, wait_s=20)
+    assert receipt.destroyed_at
+    assert rig.on_disk(mine) == 0
+
+
+def test_an_unknown_receipt_is_said_to_be_none(rig: Rig) -> None:
+    with pytest.raises(NotFound, match="SCOPE@EPOCH"):
+        rig.receipt("template:t@99", wait_s=0)
+
+
+# ---------------------------------------------------------------------- what left
+
+
+def state_with(**states: str) -> RegistryState:
+    rows = {
+        ("t", version): TemplateVersion(
+            "t", version, Incarnation(version.encode() * 16), b"x", False, state
+        )
+        for version, state in states.items()
+    }
+    return RegistryState(version=1, templates=MappingProxyType(rows))
+
+
+def test_what_left_is_told_by_scope_and_epoch() -> None:
+    before = state_with(a=SERVING, b=RETIRED)
+    [gone] = withdrawals(before, promote_template(before, "t", "b").state)
+    assert (gone.receipt_id, gone.incarnations, gone.for_good) == (
+        "template:t@1",
+        {b"a" * 16},
+        False,
+    )
+    purged = withdraw_template(before, "t", "b", purge=True).state
+    [gone] = withdrawals(before, purged)
+    assert (gone.incarnations, gone.for_good) == ({b"b" * 16}, True)
+    assert list(withdrawals(purged, replace(purged, version=9))) == []
+    [gone] = withdrawals(before, invalidate_scope(before, "model:m", "retire_model").state)
+    assert (gone.scope, gone.epoch, gone.incarnations, gone.for_good) == ("model:m", 1, set(), True)
+
+
+def test_changes_that_came_together_are_one_for_each_scope() -> None:
+    before = state_with(a=SERVING, b=RETIRED)
+    after = withdraw_template(before, "t", "a", purge=False).state
+    after = withdraw_template(after, "t", "b", purge=True).state
+    after = invalidate_scope(after, "model:m", "retire_model").state
+    found = {one.receipt_id: one for one in withdrawals(before, after)}
+    assert set(found) == {"template:t@2", "model:m@1"}
+    assert found["template:t@2"].incarnations == {b"b" * 16}
