@@ -127,6 +127,7 @@ class Withdrawals:
     _version: int = 0
     _models: set[_Model] = field(default_factory=set)
     _hbm: dict[bytes, _Hbm] = field(default_factory=dict)
+    _keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self) -> None:
         """Until cancelled. Then what is under way goes on with the next life."""
@@ -323,25 +324,33 @@ class Withdrawals:
         await self._keep()
 
     async def _keep(self) -> None:
-        """On disk what is not final."""
-        pending = [
-            Pending(
-                matter.receipt_id,
-                matter.holder,
-                matter.version,
-                tuple(sorted(matter.names)),
-                matter.for_good,
-                _row(matter, self.parts.node_id),
-            )
-            for matter in self._matters
-            if not matter.is_final
-        ]
-        await asyncio.to_thread(_replace, self.parts.file, msgspec.msgpack.encode(pending))
+        """On disk what is not final. A disk that refuses costs what a crash would cost: the receipt stays
+        open, and what is purged is destroyed at the next start all the same."""
+        async with self._keeping:
+            pending = [
+                Pending(
+                    matter.receipt_id,
+                    matter.holder,
+                    matter.version,
+                    tuple(sorted(matter.names)),
+                    matter.for_good,
+                    _row(matter, self.parts.node_id),
+                )
+                for matter in self._matters
+                if not matter.is_final
+            ]
+            try:
+                await asyncio.to_thread(_replace, self.parts.file, msgspec.msgpack.encode(pending))
+            except OSError as exc:
+                log.warning("cannot write %s: %s", self.parts.file, exc.strerror)
 
     def _resume(self, group: asyncio.TaskGroup) -> None:
         try:
             pending = msgspec.msgpack.decode(self.parts.file.read_bytes(), type=list[Pending])
-        except (FileNotFoundError, msgspec.DecodeError):
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.DecodeError) as exc:
+            log.warning("%s is of no use: %s", self.parts.file, exc)
             return
         for one in pending:
             row = one.row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +25,8 @@ STOP_DEADLINE_S = 20.0
 
 class NodeProcess:
     """A `kvfabric node` on `state_dir`: a context manager that may be killed and started again."""
+
+    verb = "node"
 
     def __init__(self, state_dir: Path, *, python: str = sys.executable, **options: object) -> None:
         """`options`: keys of NodeConfig. HTTP is off unless given; the host tier is 64 MiB, no SSD.
@@ -65,7 +69,7 @@ class NodeProcess:
 
     def start(self) -> Self:
         """Start and wait until it is ready. Raises RuntimeError with its last words if it is not."""
-        command = [self._python, "-m", "kvfabric", "node", "--state-dir", str(self.state_dir)]
+        command = [self._python, "-m", "kvfabric", self.verb, "--state-dir", str(self.state_dir)]
         command += self._flags
         for name, value in self.options.items():
             command += ["--" + name.replace("_", "-"), str(value)]
@@ -75,12 +79,12 @@ class NodeProcess:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self.log.append(line)
-            if line.startswith(READY):
+            if line.startswith(f"kvfabric {self.verb} ready"):
                 break
         else:
             self._process.stderr.close()
             code, self._process = self._process.wait(), None
-            raise RuntimeError(f"node ended with {code}:\n{''.join(self.log)}")
+            raise RuntimeError(f"{self.verb} ended with {code}:\n{''.join(self.log)}")
         self._reader = threading.Thread(target=self._drain, args=(self._process,))
         self._reader.start()
         return self
@@ -135,6 +139,26 @@ class NodeProcess:
     def _drain(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
         self.log.extend(process.stderr)
+
+
+class RouterProcess(NodeProcess):
+    """A `kvfabric router`, likewise. `options`: keys of RouterConfig; any free port unless they say."""
+
+    verb = "router"
+
+    def __init__(self, state_dir: Path, **options: object) -> None:
+        super().__init__(state_dir)
+        self.options = {"listen": "127.0.0.1:0"} | options
+
+
+@contextlib.contextmanager
+def start_all(processes: Sequence[NodeProcess]) -> Iterator[None]:
+    """Start them at the same time; stop them at the end, the last first."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(processes)) as pool:
+        for process in processes:
+            stack.push(process.__exit__)
+        list(pool.map(lambda process: process.start(), processes))
+        yield
 
 
 def until(condition: Callable[[], bool], *, deadline_s: float = STOP_DEADLINE_S) -> None:

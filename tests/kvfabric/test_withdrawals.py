@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from types import MappingProxyType
 
 import pytest
@@ -14,7 +15,7 @@ from kvfabric.errors import NotFound
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.changes import invalidate_scope, promote_template, withdraw_template
 from kvfabric.registry.state import RETIRED, SERVING, RegistryState, TemplateVersion
-from kvfabric.registry.withdrawn import withdrawals
+from kvfabric.registry.withdrawn import Withdrawal, withdrawals
 from kvfabric.testing.engine import TinyEngine, payload_of, wrong_blocks
 from kvfabric.testing.minting import Minter, keys_of, segment_of
 from kvfabric.testing.processes import NodeProcess, until
@@ -53,7 +54,7 @@ class Rig:
         self.engine.release(request)
         return keys
 
-    def invalidate(self, **request: object) -> pb.Receipt:
+    def invalidate(self, **request: Any) -> pb.Receipt:
         message = pb.InvalidateRequest(**request)
         receipt: pb.Receipt = self.admin.call(self.admin.registry.Invalidate, message)
         return receipt
@@ -188,17 +189,14 @@ def state_with(**states: str) -> RegistryState:
 def test_what_left_is_told_by_scope_and_epoch() -> None:
     before = state_with(a=SERVING, b=RETIRED)
     [gone] = withdrawals(before, promote_template(before, "t", "b").state)
-    assert (gone.receipt_id, gone.incarnations, gone.for_good) == (
-        "template:t@1",
-        {b"a" * 16},
-        False,
-    )
+    assert gone == Withdrawal("template:t", 1, frozenset({Incarnation(b"a" * 16)}), for_good=False)
+    assert gone.receipt_id == "template:t@1"
     purged = withdraw_template(before, "t", "b", purge=True).state
     [gone] = withdrawals(before, purged)
-    assert (gone.incarnations, gone.for_good) == ({b"b" * 16}, True)
+    assert gone == Withdrawal("template:t", 1, frozenset({Incarnation(b"b" * 16)}), for_good=True)
     assert list(withdrawals(purged, replace(purged, version=9))) == []
     [gone] = withdrawals(before, invalidate_scope(before, "model:m", "retire_model").state)
-    assert (gone.scope, gone.epoch, gone.incarnations, gone.for_good) == ("model:m", 1, set(), True)
+    assert gone == Withdrawal("model:m", 1, frozenset(), for_good=True)
 
 
 def test_changes_that_came_together_are_one_for_each_scope() -> None:
@@ -208,4 +206,4 @@ def test_changes_that_came_together_are_one_for_each_scope() -> None:
     after = invalidate_scope(after, "model:m", "retire_model").state
     found = {one.receipt_id: one for one in withdrawals(before, after)}
     assert set(found) == {"template:t@2", "model:m@1"}
-    assert found["template:t@2"].incarnations == {b"b" * 16}
+    assert found["template:t@2"].incarnations == {Incarnation(b"b" * 16)}
