@@ -89,13 +89,27 @@ def test_a_receipt_says_who_applied_and_who_was_waited_out() -> None:
             {"holder_kind": "node", "holder_id": "a", "after_s": 0.002, "waited_out": False},
             {"holder_kind": "router", "holder_id": "b", "after_s": 2.5, "waited_out": True},
         ],
+        "nodes": [
+            {
+                "node_id": "a",
+                "bytes_unreachable": 4096,
+                "bytes_reclaimed": 4096,
+                "engines": [{"engine_id": "e", "running": 2, "hbm": "reset"}],
+            }
+        ],
+        "destroyed_at": 103.0,
+        "not_heard_from": ["b"],
+        "receipt_id": "template:helper@2",
     }
     assert receipt_lines(receipt) == [
         "retire_template of template:helper, requested by root@here",
         "epoch 1 -> 2, in force everywhere after 2500.0 ms",
         "node a: applied after 2.0 ms",
         "router b: waited out",
-        "audit head ff00",
+        "node a: 4096 bytes out of reach, 4096 destroyed",
+        "engine e: 2 requests still run with it, its own cache: reset",
+        "not heard from: b",
+        "receipt template:helper@2, audit head ff00",
     ]
 
 
