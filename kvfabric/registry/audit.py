@@ -9,7 +9,7 @@ or inserts a record has to change every head after it, and a receipt kept elsewh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
 import msgspec
@@ -57,6 +57,29 @@ def first_broken(entries: Iterable[tuple[bytes, bytes]], head: bytes) -> int | N
             return number
         previous = claimed
     return None if previous == head else number + 1
+
+
+def problem_with(
+    entries: Sequence[tuple[bytes, bytes]], head: bytes, receipts: Iterable[bytes] = ()
+) -> str:
+    """What is wrong with a log that ends at `head`, by itself or by the heads of receipts; empty: nothing.
+
+    Who can write the whole log can make one that holds. It lacks a receipt of the one before: each head
+    depends on every record up to it.
+    """
+    broken = first_broken(entries, head)
+    if broken is not None and broken > len(entries):
+        return f"the log does not reach its head: what came after record {len(entries)} is missing"
+    if broken is not None:
+        return f"record {broken} does not hold: it or its place was changed"
+    known = {claimed for _, claimed in entries}
+    for receipt in receipts:
+        if receipt not in known:
+            return (
+                f"no record has the head {receipt.hex()}: the log was cut before it, or a record up to it "
+                "was changed, dropped or moved"
+            )
+    return ""
 
 
 def records(entries: Iterable[tuple[bytes, bytes]]) -> Iterator[AuditRecord]:

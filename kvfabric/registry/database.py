@@ -223,3 +223,22 @@ class Database:
         if value is None:
             raise ConfigError(f"the registry in {self._directory} has no {name}: it is damaged")
         return value
+
+
+def read_audit_log(directory: Path) -> tuple[list[Entry], bytes]:
+    """(entries, head), as they are; beside a process that has the registry open. Raises ConfigError."""
+    try:
+        with (
+            lmdb.open(str(directory), max_dbs=8, readonly=True, create=False) as env,
+            env.begin() as txn,
+        ):
+            tables = {
+                name: env.open_db(name.encode(), txn, create=False) for name in ("meta", "audit")
+            }
+            head = txn.get(b"audit_head", audit.FIRST_HEAD, db=tables["meta"])
+            rows_ = [
+                (bytes(row[32:]), bytes(row[:32])) for _, row in txn.cursor(db=tables["audit"])
+            ]
+            return rows_, bytes(head)
+    except lmdb.Error as exc:
+        raise ConfigError(f"there is no registry to read in {directory}: {exc}") from exc

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import lmdb
 import pytest
 
+from kvfabric import cli
 from kvfabric.registry import audit
-from kvfabric.registry.audit import FIRST_HEAD, AuditRecord, first_broken, link
+from kvfabric.registry.audit import FIRST_HEAD, AuditRecord, first_broken, link, problem_with
+from kvfabric.registry.embedded import EmbeddedRegistry
 
 Entries = list[tuple[bytes, bytes]]
 
@@ -57,3 +63,68 @@ def test_a_chain_made_anew_does_not_end_at_the_head_of_a_receipt() -> None:
         entries.append((record, head))
     assert first_broken(entries, head) is None
     assert first_broken(entries, chain(2)[-1][1]) == 3
+
+
+def made_anew(entries: Entries) -> Entries:
+    """What somebody who can write everything makes of these records: numbers, heads and all."""
+    found: Entries = []
+    head = FIRST_HEAD
+    for number, (record, _) in enumerate(entries, start=1):
+        old = audit.decode(record)
+        fields = [getattr(old, name) for name in old.__struct_fields__]
+        renumbered = audit.encode(AuditRecord(number, *fields[1:]))
+        head = link(head, renumbered)
+        found.append((renumbered, head))
+    return found
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda entries: entries[:3] + chain(9)[6:7] + entries[4:],
+        lambda entries: entries[:1] + entries[2:],
+        lambda entries: [entries[1], entries[0], *entries[2:]],
+        lambda entries: entries[:3],
+    ],
+    ids=["changed", "dropped", "reordered", "truncated"],
+)
+def test_a_receipt_shows_what_was_forged_with_the_whole_chain(
+    forge: Callable[[Entries], Entries],
+) -> None:
+    entries = chain(5)
+    receipt = entries[-1][1]
+    forged = made_anew(forge(entries))
+    assert problem_with(entries, receipt, [entries[2][1], receipt]) == ""
+    assert problem_with(forged, forged[-1][1]) == "", "without a receipt nothing shows"
+    assert "no record has the head" in problem_with(forged, forged[-1][1], [receipt])
+
+
+async def test_the_command_reads_beside_the_node_and_finds_a_changed_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with EmbeddedRegistry(tmp_path / "registry") as registry:
+        changes = [
+            await registry.invalidate("model", "m", "", purge=False, requested_by="alice")
+            for _ in range(3)
+        ]
+    where = ["--state-dir", str(tmp_path)]
+    heads = [change.audit_head.hex() for change in changes]
+    assert cli.main(["audit", "verify", *where, "--head", heads[0], "--head", heads[2]]) == 0
+    assert "3 records hold" in capsys.readouterr().out
+    assert cli.main(["audit", "list", *where]) == 0
+    listed = capsys.readouterr().out
+    assert [line.rsplit(" ", 1)[1] for line in listed.splitlines()] == heads
+    assert "alice  retire_model model:m 0 -> 1" in listed
+    assert cli.main(["audit", "verify", *where, "--head", "00" * 32]) == 1
+    assert "no record has the head" in capsys.readouterr().err
+    assert cli.main(["audit", "verify", *where, "--head", "xy"]) == 2
+    with lmdb.open(str(tmp_path / "registry"), max_dbs=8) as env:
+        table = env.open_db(b"audit")
+        with env.begin(write=True) as txn:
+            key = (2).to_bytes(8, "big")
+            row = txn.get(key, db=table)
+            txn.put(key, row.replace(b"alice", b"mallo"), db=table)
+    capsys.readouterr()
+    assert cli.main(["audit", "verify", *where]) == 1
+    assert "record 2 does not hold" in capsys.readouterr().err
+    assert cli.main(["audit", "list", "--state-dir", str(tmp_path / "no")]) == 2
