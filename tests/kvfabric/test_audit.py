@@ -122,7 +122,7 @@ async def test_the_command_reads_beside_the_node_and_finds_a_changed_record(
         table = env.open_db(b"audit")
         with env.begin(write=True) as txn:
             key = (2).to_bytes(8, "big")
-            row = txn.get(key, db=table)
+            row = txn.get(key, b"", db=table)
             txn.put(key, row.replace(b"alice", b"mallo"), db=table)
     capsys.readouterr()
     assert cli.main(["audit", "verify", *where]) == 1
