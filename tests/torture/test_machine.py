@@ -1,7 +1,7 @@
 """Proofs 4 and 6 at large counts: any order of calls against a dictionary, cancelled at any await.
 
-The machine and its twins, and the cancelled calls and theirs, are those of the unit tests; here they run
-from other seeds each time, for longer.
+The machine and the cancelled calls are those of the unit tests, where their twins stand; here they run from
+other seeds each time, for longer.
 """
 
 from __future__ import annotations
