@@ -54,7 +54,7 @@ from kvfabric.types import DEFAULT_TENANT
 
 TAG = b"tenant-1"
 CHUNK = 1 << 16
-NODES, ROUTERS, TENANTS = 4, 2, 64
+TENANTS = 64
 POLL_S = 0.001
 
 
@@ -274,17 +274,19 @@ class Asker(threading.Thread):
 
 
 @contextlib.contextmanager
-def fleet(home: Path) -> Iterator[tuple[list[NodeProcess], list[RouterProcess]]]:
+def fleet(
+    home: Path, num_nodes: int, num_routers: int
+) -> Iterator[tuple[list[NodeProcess], list[RouterProcess]]]:
     with RedisServer(home / "redis") as redis:
         shared: dict[str, Any] = {
             "directory": redis.url,
             "keyring_dir": home / "keys",
             "host_bytes": 8 << 20,
         }
-        nodes = [NodeProcess(home / f"n{n}", node_id=f"n{n}", **shared) for n in range(NODES)]
+        nodes = [NodeProcess(home / f"n{n}", node_id=f"n{n}", **shared) for n in range(num_nodes)]
         routers = [
             RouterProcess(home / f"r{n}", directory=redis.url, keyring_dir=home / "keys")
-            for n in range(ROUTERS)
+            for n in range(num_routers)
         ]
         with start_all([*nodes, *routers]):
             for node in nodes:
@@ -306,10 +308,10 @@ def _is_leased(router: RouterProcess) -> bool:
         return b"kvfabric_router_epoch_lease_valid 1.0" in answer.read()
 
 
-def visible(home: Path, rounds: int) -> list[dict[str, float]]:
+def visible(home: Path, rounds: int, size: tuple[int, int]) -> list[dict[str, float]]:
     """One row for each change, in milliseconds from the command on."""
     rows = []
-    with fleet(home) as (nodes, _), contextlib.ExitStack() as stack:
+    with fleet(home, *size) as (nodes, routers), contextlib.ExitStack() as stack:
         admins = [stack.enter_context(AdminClient(node.state_dir / "admin.sock")) for node in nodes]
         admin = admins[0]
         text = pb.RegisterTemplateRequest(name="t", version="1", text=b"kind")
@@ -326,7 +328,7 @@ def visible(home: Path, rounds: int) -> list[dict[str, float]]:
             receipt = admin.call(admin.registry.Invalidate, retire)
             ended = time.monotonic()
             kinds = [ack.holder_kind for ack in receipt.acknowledgements]
-            assert sorted(kinds) == ["node"] * NODES + ["router"] * ROUTERS, receipt
+            assert sorted(kinds) == ["node"] * len(nodes) + ["router"] * len(routers), receipt
             assert not any(ack.waited_out for ack in receipt.acknowledgements), receipt
             while not all(asker.refused_at for asker in askers):
                 time.sleep(POLL_S)
@@ -465,7 +467,7 @@ def main() -> None:
         for size, row in bumps.items():
             print(f"{size:9} blocks: {row}")
         print(f"one durable commit: {raw:.0f} us")
-        changes = visible(home, 5 if args.quick else 120)
+        changes = visible(home, *((5, (2, 1)) if args.quick else (120, (4, 2))))
         isolated = isolation(home / "isolation", 300 if args.quick else 5000)
         print(f"a request, us: {isolated}")
         shared = public_prefix(home / "public", 8 if args.quick else TENANTS, 384)
