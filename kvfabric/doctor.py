@@ -18,6 +18,7 @@ import resource
 import stat
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -350,6 +351,16 @@ def examine(config: NodeConfig) -> list[Finding]:
     ]
 
 
+def examine_router(url: str) -> list[Finding]:
+    """What the router at `url` finds of itself, its nodes and engines."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/doctor", timeout=HTTP_DEADLINE_S) as answer:
+            return [Finding(**found) for found in json.load(answer)["findings"]]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        advice = "is it running, and is this its URL?"
+        return [Finding("router", FAIL, f"no answer from {url}: {exc}", advice)]
+
+
 def _configure(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, NodeConfig)
     parser.add_argument(
@@ -358,12 +369,21 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="verify all bytes of the tiers, of a running node or of a stopped one's files; takes out what "
         "is corrupt",
     )
+    parser.add_argument(
+        "router",
+        nargs="?",
+        metavar="ROUTER_URL",
+        help="look for silent failures of this router's fleet instead of at this machine",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = from_args(NodeConfig, args)
-    findings = examine(config) + ([_scrub(config)] if args.scrub else [])
+    if args.router:
+        findings = examine_router(args.router)
+    else:
+        config = from_args(NodeConfig, args)
+        findings = examine(config) + ([_scrub(config)] if args.scrub else [])
     failed = any(finding.result == FAIL for finding in findings)
     if args.json:
         plain: dict[str, Any] = {"ok": not failed, "findings": [asdict(f) for f in findings]}

@@ -287,6 +287,7 @@ class _NodeEvents(pb_grpc.NodeEventsServicer):
             version=__version__,
             sequence=events.sequence,
             engines=events.engines,
+            clock=time.time(),
         )
 
     @_unary

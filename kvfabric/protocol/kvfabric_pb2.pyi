@@ -34,18 +34,20 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines")
+    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
     sequence: int
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ...) -> None: ...
+    clock: float
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ...) -> None: ...
 
 class Engine(_message.Message):
     __slots__ = ("session", "engine_id", "endpoint", "model", "model_revision", "adapter", "adapter_revision", "layout_fingerprint", "block_tokens", "block_bytes", "gone")

@@ -27,7 +27,7 @@ from kvfabric.errors import ConfigError, KVFabricError
 from kvfabric.events.index import FleetIndex
 from kvfabric.registry.lease import EpochLease
 from kvfabric.tls import Security
-from kvfabric_router import api
+from kvfabric_router import api, diagnosis
 from kvfabric_router.admission import Admission
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner
@@ -100,6 +100,7 @@ class Router:
                 web.post(api.CHAT_COMPLETIONS, self.complete),
                 web.get("/v1/models", self.models),
                 web.get("/v1/explain/{request_id}", self.explain),
+                web.get("/doctor", self.doctor),
                 web.get("/healthz", self.healthz),
                 web.get("/readyz", self.readyz),
                 web.get("/metrics", self.metrics_text),
@@ -189,6 +190,12 @@ class Router:
         }
         ready = all(parts.values())
         return _json({"ready": ready, **parts, **details}, status=200 if ready else 503)
+
+    async def doctor(self, request: web.Request) -> web.Response:
+        """What is wrong without anybody noticing, for `kvfabric doctor ROUTER_URL`."""
+        totals = self.metrics.totals(self.index.statistics().num_blocks)
+        found = diagnosis.examine(self.links.sights(), self.fleet.sights(), totals)
+        return _json({"findings": found})
 
     async def metrics_text(self, request: web.Request) -> web.Response:
         """Prometheus metrics."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvfabric.types import NodeId
+from kvfabric_router.diagnosis import EngineSight
 from kvfabric_router.flight import Activity, Flight, Sent
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import EngineView, FleetView
@@ -75,6 +76,26 @@ class _Engine:
     def model_names(self) -> set[str]:
         return {report.model_name for report in (self.announced, self.probed) if report is not None}
 
+    def seen(self) -> EngineView:
+        """What it says of itself, without what it does."""
+        assert self.probed is not None, "only probed engines are shown"
+        return EngineView(
+            endpoint=self.endpoint,
+            engine_id=self.announced.engine_id if self.announced else self.endpoint,
+            model_name=self.probed.model_name,
+            model=self.probed.model,
+            tokenizer=self.probed.tokenizer,
+        )
+
+    def differences(self) -> tuple[str, ...]:
+        """What the node's word of it and its own differ in."""
+        node, own = self.announced, self.probed
+        if node is None or own is None or own.model is None:
+            return ()
+        names = ("block_tokens", "layout_fingerprint", "model_revision", "adapter")
+        found = [n for n in names if getattr(node.model, n) != getattr(own.model, n)]
+        return (*found, *(["session"] if own.session != node.session else []))
+
     def view(self, others: Rates, are_several: bool) -> EngineView:
         announced, probed, activity = self.announced, self.probed, self.activity
         assert probed is not None, "only probed engines are shown"
@@ -113,6 +134,7 @@ class Fleet:
     def __init__(self, *, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._engines: dict[str, _Engine] = {}
+        self._named: dict[NodeId, frozenset[str]] = {}
         self.predicted = Predicted(clock=clock)
         self.distrusted: dict[NodeId, asyncio.Event] = {}
         """Set when what a node told is wrong about an engine of it, again and again: learn it anew."""
@@ -144,6 +166,7 @@ class Fleet:
             own = known.probed.session if known is not None and known.probed is not None else b""
             if base_url(report.endpoint) not in named or report.session == own:
                 named[base_url(report.endpoint)] = report
+        self._named[node_id] = frozenset(named)
         for engine in self._engines.values():
             if engine.node_id == node_id and engine.endpoint not in named:
                 self._session_gone(engine)
@@ -155,6 +178,7 @@ class Fleet:
 
     def node_lost(self, node_id: NodeId) -> None:
         """No news from a node: its sessions end, its engines serve on by themselves."""
+        self._named.pop(node_id, None)
         for engine in self._engines.values():
             if engine.node_id == node_id:
                 engine.announced = None
@@ -282,6 +306,15 @@ class Fleet:
         """Engines by what is to be done with them."""
         taking = sum(engine.takes_requests for engine in self._engines.values())
         return {"taking": taking, "excluded": len(self._engines) - taking}
+
+    def sights(self) -> list[EngineSight]:
+        """Every engine that was probed, with what its node says otherwise and which nodes name it."""
+        found = []
+        for engine in self._engines.values():
+            if engine.probed is not None:
+                nodes = sorted(n for n, named in self._named.items() if engine.endpoint in named)
+                found.append(EngineSight(engine.seen(), engine.differences(), tuple(nodes)))
+        return found
 
     def not_taking(self, name: str) -> tuple[tuple[str, str], ...]:
         """(endpoint, why) of those of a model's engines that take no requests now."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from kvfabric.types import NodeId, TenantId
+from kvfabric_router.diagnosis import NodeSight
 from kvfabric_router.nodes import NodeLink, Told
 
 LOOK_EVERY_S = 0.5
@@ -29,6 +30,12 @@ class Links:
     @property
     def num_connected(self) -> int:
         return sum(link.connected for link, _ in self._links.values())
+
+    def sights(self) -> list[NodeSight]:
+        return [
+            NodeSight(link.target, link.connected, link.version, link.clock_ahead_s)
+            for link, _ in self._links.values()
+        ]
 
     async def lookup(self, node: NodeId | None, request_id: str, tenant: TenantId) -> Told | None:
         """What a node answered to the lookup of a tenant's request; None if nobody can tell."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from kvfabric.types import MissReason
+from kvfabric_router.diagnosis import Totals
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _MILLI = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
@@ -95,6 +98,28 @@ class RouterMetrics:
     def _gauge(self, name: str, what: str, *labels: str) -> Gauge:
         return Gauge(f"kvfabric_router_{name}", what, labels, registry=self.collectors)
 
+    def totals(self, index_blocks: int) -> Totals:
+        """What a diagnosis looks at."""
+        return Totals(
+            prompt_tokens=_sum(self.prompt_tokens),
+            promised_tokens=_sum(self.predicted_tokens),
+            reused_tokens=_sum(self.reused_tokens),
+            no_handle=_sum(self.misses, reason=MissReason.NO_HANDLE.value),
+            index_blocks=index_blocks,
+        )
+
     def text(self) -> bytes:
         """Prometheus text format."""
         return generate_latest(self.collectors)
+
+
+def _sum(counter: Counter, **labels: str) -> int:
+    """Of all children with these labels."""
+    return int(
+        sum(
+            sample.value
+            for metric in counter.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total") and labels.items() <= sample.labels.items()
+        )
+    )

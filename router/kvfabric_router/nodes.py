@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,8 @@ class NodeLink:
         self._told = ""
         self._events: Any = None
         self.connected = False
+        self.version = ""
+        self.clock_ahead_s = 0.0
 
     async def run(self) -> None:
         """Serve the link until cancelled."""
@@ -131,7 +134,11 @@ class NodeLink:
 
     async def _serve(self, channel: Any) -> None:
         events = pb_grpc.NodeEventsStub(channel)  # type: ignore[no-untyped-call]
+        asked_at = time.time()
         description = await events.Describe(pb.DescribeRequest(), timeout=CALL_TIMEOUT_S)
+        # Halfway between question and answer.
+        self.clock_ahead_s = description.clock - (asked_at + time.time()) / 2
+        self.version = description.version
         self._node_id = NodeId(description.node_id)
         feed = NodeFeed(self._index, self._node_id)
         self._fleet.announce(self._node_id, map(session_report, description.engines))

@@ -198,6 +198,10 @@ async def test_reuse_is_found_and_kept_apart(tmp_path: Path) -> None:
         drift = {"template": "careful", "version": "1", "segment": "careful", "token": 50}
         assert await miss_of(fleet, ahead + changed + PROMPT) == ("drifted", drift)
 
+        # Nothing is wrong that nobody would notice.
+        told = json.loads(await run_command(["doctor", fleet.url, "--json"]))
+        assert {finding["result"] for finding in told["findings"]} == {"ok"}, told
+
         # An engine dies: nobody notices, and what it computed is still there.
         _, _, headers = await fleet.ask("one", prompt=ahead + PROMPT)
         await fleet.engines[headers["x-kvfabric-engine"]].kill()
