@@ -3,7 +3,8 @@
 rates    records of 64 KiB, 256 KiB and 1 MiB through `SegmentTier`, headers included and checksums verified,
          eight in flight. Raw: the same payloads by plain O_DIRECT calls, as many threads as are in flight,
          one file, `fdatasync` every 64 MiB. Peers, just as durable and verified: one file a block (O_DIRECT),
-         and values in LMDB. The sides take turns, each on files written in the same round
+         and values in LMDB. The same tier with `ssd_encryption` shows what that costs. The sides take turns,
+         each on files written in the same round
 open     from the start of a process (interpreter and imports) to the first hit that is loaded and verified,
          with every block indexed and every byte accounted for: a million records. The index is in the page
          cache in one figure, and dropped from it in the other. Files are holes but for the record that is
@@ -42,6 +43,7 @@ from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import TAG, make_layout
 from kvfabric.tiers.base import ROW, Lineage, Location, PartIdentity, Rows
 from kvfabric.tiers.file_ops import FileOps
+from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.records import (
     PAGE_BYTES,
     FileHeader,
@@ -166,6 +168,7 @@ class Tier:
             segment_bytes=SEGMENT,
             clock=time.monotonic,
         )
+        self._prepare()
         self._runner.run(self._tier.__aenter__())
         # Its first segment is there before anything is timed, as the raw side's file is.
         first = memoryview(mmap.mmap(-1, PAGE_BYTES))
@@ -173,6 +176,9 @@ class Tier:
         self._runner.run(self._tier.write(identity, first))
         self._count = count
         self._places: dict[int, tuple[Location, PartIdentity]] = {}
+
+    def _prepare(self) -> None:
+        """Before it is entered."""
 
     def write(self, payloads: list[memoryview]) -> None:
         self._runner.run(self._write(payloads))
@@ -209,6 +215,16 @@ class Tier:
     def close(self) -> None:
         self._runner.run(self._tier.__aexit__(None, None, None))
         self._runner.close()
+
+
+class EncryptedTier(Tier):
+    """The same with `ssd_encryption`."""
+
+    name = "encrypted"
+
+    def _prepare(self) -> None:
+        data_key = random.Random(1).randbytes(32)
+        self._tier.encrypt_with(RecordCipher(lambda _tenant: data_key))
 
 
 class Files:
@@ -312,7 +328,7 @@ def measure_rates(
     for number in range(rounds):
         sides: list[Callable[[Path, int, int], Side]] = [Raw, Tier]
         if size == MAIN_SIZE and number < PEER_ROUNDS:
-            sides += [Files, Lmdb]
+            sides += [EncryptedTier, Files, Lmdb]
         for make in sides if number % 2 else reversed(sides):
             place = directory / "side"
             place.mkdir()
@@ -578,6 +594,8 @@ def main() -> None:
     figures = {
         "read_over_raw": main_row["tier_read_over_raw"],
         "write_over_raw": main_row["tier_write_over_raw"],
+        "encrypted_read_over_raw": main_row["encrypted_read_over_raw"],
+        "encrypted_write_over_raw": main_row["encrypted_write_over_raw"],
         "open_s_per_million_records": opened["open_s"] * 1e6 / many,
         "rebuild_s_per_million_records": opened["rebuild_s"] * 1e6 / written,
     }
