@@ -435,7 +435,7 @@ def test_truncated_frame_gets_one_error(node: NodeProcess) -> None:
         encode(0, m.Ping()),
         HEADER.pack(MAGIC, 1 << 20, 0),
         _HELLO + encode(1, m.Ping()),
-        _HELLO.replace(b"\x9e\x01\x01", b"\x9e\x01\x02", 1),
+        _HELLO.replace(b"\x01\x01", b"\x01\x02", 1),  # its tag and version come first
     ],
     ids=["garbage", "no hello", "too long a hello", "more than a hello", "version 2"],
 )
