@@ -79,6 +79,10 @@ class EngineStatistics:
     reused: Reused
 
 
+_NOT_HELD = (MissReason.NONE, MissReason.ABSENT, MissReason.EVICTED, MissReason.OVER_QUOTA)
+"""What a node says of blocks that it does not hold and may be given again."""
+
+
 class Engine:
     """`with Engine(config) as engine:` serves between enter and exit. Weights are made in the constructor."""
 
@@ -456,7 +460,7 @@ class Engine:
     ) -> list[CachedBlock]:
         """Of the leading blocks `cached` here those that the node does not hold: it restarted, or
         evicted them. None if it does not say so."""
-        is_told = match.reason in (MissReason.NONE, MissReason.ABSENT, MissReason.EVICTED)
+        is_told = match.reason in _NOT_HELD
         may_store = sequence.keys is not None and not sequence.keys.no_store
         return cached[match.num_blocks :] if is_told and may_store else []
 
