@@ -499,10 +499,24 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
             request.scope, name, request.version, purge=request.purge, requested_by=who
         )
         for_good = request.purge or request.scope != "template"
-        return await self._receipt(change, who, started, requested_at, for_good=for_good)
+        wait_s = (
+            min(max(0.0, request.wait_s), MAX_RECEIPT_WAIT_S)
+            if request.HasField("wait_s")
+            else None
+        )
+        return await self._receipt(
+            change, who, started, requested_at, for_good=for_good, wait_s=wait_s
+        )
 
     async def _receipt(
-        self, change: Change, who: str, started: float, requested_at: float, *, for_good: bool
+        self,
+        change: Change,
+        who: str,
+        started: float,
+        requested_at: float,
+        *,
+        for_good: bool,
+        wait_s: float | None = None,
     ) -> pb.Receipt:
         """What happened and when it counted; and, as far as they say so within a moment, what became of the
         bytes on each node. `GetReceipt` tells the rest."""
@@ -525,7 +539,10 @@ class _RegistryService(pb_grpc.RegistryServiceServicer):
         made = {MADE: msgspec.msgpack.encode(row)}
         with contextlib.suppress(KVFabricError):  # the change stands, and is told of
             await self._registry.put_receipt_row(name, MADE, made[MADE])
-        wait_s = 0.0 if not self._sources.reports else _DESTROY_S if for_good else _REPORT_S
+        if not self._sources.reports:
+            wait_s = 0.0
+        elif wait_s is None:
+            wait_s = _DESTROY_S if for_good else _REPORT_S
         lost = {ack.holder_id for ack in acks if ack.waited_out}
 
         def is_enough(receipt: pb.Receipt) -> bool:

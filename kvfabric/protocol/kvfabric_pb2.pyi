@@ -368,16 +368,18 @@ class PromoteTemplateRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class InvalidateRequest(_message.Message):
-    __slots__ = ("scope", "name", "version", "purge")
+    __slots__ = ("scope", "name", "version", "purge", "wait_s")
     SCOPE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PURGE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     scope: str
     name: str
     version: str
     purge: bool
-    def __init__(self, scope: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., purge: _Optional[bool] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, scope: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., purge: _Optional[bool] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class Acknowledgement(_message.Message):
     __slots__ = ("holder_id", "holder_kind", "after_s", "waited_out")

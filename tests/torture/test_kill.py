@@ -19,8 +19,8 @@ from tests.torture.scale import FULL, at_most, count, record
 
 pytestmark = [pytest.mark.fleet, pytest.mark.slow]
 
-POINTS = [point for point in EVERY_POINT if not point.startswith("takeover.")]
-"""Those take two daemons: `test_takeover` kills at them."""
+POINTS = [point for point in EVERY_POINT if not point.startswith(("takeover.", "keyring.root."))]
+"""Those take two daemons, or a rotation of the root key: `test_takeover` and `test_keyring` kill at them."""
 CYCLES = count(100, 2000, "KVFABRIC_TORTURE_CYCLES")
 LIVES_OF_A_DIRECTORY = 50
 HITS = 10 if FULL else 1
