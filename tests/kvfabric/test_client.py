@@ -250,7 +250,7 @@ def test_unanswered_call_ends_at_its_deadline_and_the_late_answer_is_dropped(
 ) -> None:
     """A call never outlasts its deadline; what arrives later is not taken for another's answer."""
     late = encode(1, m.Matched(9, b"\0" * 9, 1.0, "late"))
-    with scripted_node(tmp_path / "s", [b"", late + reply(m.Done())]):
+    with scripted_node(tmp_path / "s", [b"", late + reply(m.Pong(0, ()))]):
         client = connect(tmp_path / "s")
         with pytest.raises(DeadlineExceeded, match=r"Match was not answered in 0.05 s"):
             client.match("r", [KEY], deadline_s=0.05)
@@ -298,9 +298,9 @@ def test_silent_node_is_given_up(tmp_path: Path) -> None:
 def test_calls_of_many_threads_get_their_own_answers(tmp_path: Path) -> None:
     """Whoever reads hands each answer to the thread that asked."""
     answers: list[bytes | None] = [
-        reply(m.Failed("not_found", "x")) if i % 2 else reply(m.Done()) for i in range(40)
+        reply(m.Failed("not_found", "x")) if i % 2 else reply(m.Pong(0, ())) for i in range(40)
     ]
-    with scripted_node(tmp_path / "s", [*answers, reply(m.Done())]):
+    with scripted_node(tmp_path / "s", [*answers, reply(m.Pong(0, ()))]):
         client = connect(tmp_path / "s")
         outcomes: list[str] = []
 
