@@ -48,6 +48,7 @@ REPLIES: tuple[m.Reply, ...] = (
     m.Done(),
     m.Failed("bad_handle", "why"),
     m.Rechecked(1),
+    m.Pong(9, (b"i" * 16, b"t" * 8)),
 )
 
 
