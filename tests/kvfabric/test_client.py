@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -205,12 +205,14 @@ def scripted_node(path: Path, answers: list[bytes | None]) -> Iterator[list[m.Re
     bytes, correlation id 0 replaced; None: close). It hears everything, and answers in no other way.
     """
     heard: list[m.Request] = []
+    accepted: list[socket.socket] = []
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen(1)
 
     def serve() -> None:
         connection, _ = listener.accept()
+        accepted.append(connection)
         with connection:
             reader, script = FrameReader(), iter(answers)
             welcome = m.Welcome(1, b"s" * 16, b"b" * 16, "n", 0, 0, 1.0, 1.0, False)
@@ -231,6 +233,11 @@ def scripted_node(path: Path, answers: list[bytes | None]) -> Iterator[list[m.Re
     thread.start()
     try:
         yield heard
+    except BaseException:
+        for connection in accepted:  # a test that fails leaves its client open
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        raise
     finally:
         thread.join()
         listener.close()
@@ -300,7 +307,7 @@ def test_calls_of_many_threads_get_their_own_answers(tmp_path: Path) -> None:
     answers: list[bytes | None] = [
         reply(m.Failed("not_found", "x")) if i % 2 else reply(m.Pong(0, ())) for i in range(40)
     ]
-    with scripted_node(tmp_path / "s", [*answers, reply(m.Pong(0, ()))]):
+    with scripted_node(tmp_path / "s", [*answers, reply(m.Done())]):
         client = connect(tmp_path / "s")
         outcomes: list[str] = []
 

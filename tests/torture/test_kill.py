@@ -61,6 +61,8 @@ def _kill_and_kill_again(tmp_path: Path, tally: Tally) -> None:
                     point = chance.choice([p for p in POINTS if tally.kills_at[p] == fewest])
                     oracle.cycle(point, 1 if point in AT_START else 1 + chance.randrange(3))
             directory += 1
+            never = [point for point in POINTS if not tally.kills_at[point]]
+            assert not never or tally.cycles < 4 * CYCLES, f"no life comes past {never}"
 
 
 def _publish(tally: Tally) -> None:
