@@ -20,7 +20,8 @@ from pathlib import Path
 
 from kvfabric.config import NodeConfig, split_address
 from kvfabric.daemon import garbage
-from kvfabric.daemon.admin import AdminServer, AdminSources, Destroyed
+from kvfabric.daemon.admin import AdminServer
+from kvfabric.daemon.admin_sources import AdminSources, Destroyed
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups

@@ -13,13 +13,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from kvfabric.daemon.admin import (
-    AdminServer,
-    AdminSources,
-    Runs,
-    model_revision_of,
-)
+from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_client import REQUESTED_BY
+from kvfabric.daemon.admin_sources import AdminSources, Runs
+from kvfabric.daemon.registry_service import model_revision_of
 from kvfabric.errors import ConfigError, CorruptBlock, NotFound, RemoteProtocolError
 from kvfabric.events.index import FleetIndex, Holder, NodeFeed
 from kvfabric.events.stream import EventStream

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from kvfabric import cli
-from kvfabric.daemon.admin import AdminServer, AdminSources
+from kvfabric.daemon.admin import AdminServer
+from kvfabric.daemon.admin_sources import AdminSources
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb

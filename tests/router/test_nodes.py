@@ -14,7 +14,8 @@ from kvfabric_router.app import running
 from kvfabric_router.registry_view import RegistryView
 
 from kvfabric.config import RouterConfig
-from kvfabric.daemon.admin import AdminServer, AdminSources, Runs
+from kvfabric.daemon.admin import AdminServer
+from kvfabric.daemon.admin_sources import AdminSources, Runs
 from kvfabric.events.index import Holder
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring

@@ -1,0 +1,48 @@
+"""What the admin plane shows and changes: handed in by the node, so that its services know no node."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvfabric.daemon.lookups import Lookups
+from kvfabric.events.stream import EventStream
+from kvfabric.keyring import Keyring
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.registry.base import Registry
+from kvfabric.store.scrub import ScrubReport
+from kvfabric.types import TenantId, TierName
+
+Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
+
+
+class Destroyed(NamedTuple):
+    """What of an offboarded tenant went from this node since it started."""
+
+    had_secrets: bool
+    keyring_generation: int
+    num_blocks: int
+    ssd_encrypted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdminSources:
+    """What the admin plane shows and changes.
+
+    `status(sealed_keys)` fills tiers, usage, counters, `arena_adopted` and, if asked, the sealed keys of a
+    NodeStatus; the rest is filled in here. `resident(tier)` yields slices of (namespace tag, parent prefix,
+    packed key prefixes), each asked for in a `turn` of the event loop. `reports`: whether this node writes
+    rows of receipts (`withdrawals`), for which an answer waits a moment.
+    """
+
+    registry: Registry
+    keyring: Keyring
+    events: EventStream
+    status: Callable[[bool], pb.NodeStatus]
+    resident: Callable[[TierName], Runs]
+    turn: Callable[[], Awaitable[None]]
+    reports: bool = False
+    destroy: Callable[[TenantId], Awaitable[Destroyed]] | None = None
+    scrub: Callable[[], Awaitable[ScrubReport]] | None = None
+    lookups: Lookups = field(default_factory=Lookups)
