@@ -148,6 +148,11 @@ class Keyring:
         except InvalidTag:
             return None
 
+    def has_keys(self, tenant: TenantId) -> bool:
+        self._refresh()
+        known = self._contents
+        return tenant in known.tenant_secrets or tenant in known.data_keys
+
     def data_key(self, tenant: TenantId) -> bytes:
         """32 bytes, under which the tenant's blocks on SSD are encrypted. Raises UnknownTenant."""
         if tenant not in self._contents.data_keys:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.events.stream import EventStream
@@ -12,18 +11,9 @@ from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.base import Registry
 from kvfabric.store.scrub import ScrubReport
-from kvfabric.types import TenantId, TierName
+from kvfabric.types import TierName
 
 Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
-
-
-class Destroyed(NamedTuple):
-    """What of an offboarded tenant went from this node since it started."""
-
-    had_secrets: bool
-    keyring_generation: int
-    num_blocks: int
-    ssd_encrypted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +33,5 @@ class AdminSources:
     resident: Callable[[TierName], Runs]
     turn: Callable[[], Awaitable[None]]
     reports: bool = False
-    destroy: Callable[[TenantId], Awaitable[Destroyed]] | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
     lookups: Lookups = field(default_factory=Lookups)

@@ -21,7 +21,7 @@ from pathlib import Path
 from kvfabric.config import NodeConfig, split_address
 from kvfabric.daemon import garbage
 from kvfabric.daemon.admin import AdminServer
-from kvfabric.daemon.admin_sources import AdminSources, Destroyed
+from kvfabric.daemon.admin_sources import AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups
@@ -51,7 +51,7 @@ from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.segments import SegmentTier
 from kvfabric.tiers.write_budget import WriteBudget
-from kvfabric.types import TenantId, TierName
+from kvfabric.types import TierName
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,6 @@ class Node:
         self._front_is_open = False
         self._changing = asyncio.Lock()  # for changes in the background; held while frozen
         self._is_frozen = False
-        self._destroyed: dict[TenantId, Destroyed] = {}
         self.boot_id = secrets.token_bytes(16)
         self.http_address = ""
         self.events = EventStream(boot_id=self.boot_id)
@@ -145,6 +144,8 @@ class Node:
                 node_id=config.name,
                 changing=self._changing,
                 file=config.state_dir / "withdrawals",
+                models_file=config.state_dir / "models",
+                awaits_ssd=lambda: bool(config.ssd_bytes) and self.ssd is None,
                 wall_clock=time.time,
             )
         )
@@ -172,7 +173,6 @@ class Node:
             self._await_ssd(),
             garbage.collect(self.store.turns.wait),
             self.withdrawals.run(),
-            self._destroy_offboarded(),
         )
         for work in background:
             stack.callback(group.create_task(work).cancel)
@@ -267,7 +267,6 @@ class Node:
             resident=self._resident,
             turn=self.store.turns.wait,
             reports=True,
-            destroy=self._destroy,
             scrub=self.store.scrub_all,
             lookups=self.lookups,
         )
@@ -378,36 +377,6 @@ class Node:
                 warned = True
                 pids = sorted(process.pid for process in self.keeper.waiting_for)
                 log.warning("no host tier: processes %s keep the earlier arena", pids)
-
-    # ------------------------------------------------------------------ the registry
-
-    async def _destroy_offboarded(self) -> None:
-        """Secrets and blocks of tenants that were offboarded by whatever node, also while this was away."""
-        known: set[TenantId] = set()
-        state = self.registry.state
-        while True:
-            gone = {one.tenant_id for one in state.tenants.values() if one.is_offboarded}
-            for tenant in sorted(gone - known):
-                await self._destroy(tenant)
-            known = gone
-            state = await self.registry.wait_newer(state.version)
-
-    async def _destroy(self, tenant: TenantId) -> Destroyed:
-        """An offboarded tenant's secrets, and its blocks as far as the tiers are there; all that went of it
-        since this started."""
-        async with self._changing:
-            removed = await asyncio.to_thread(self.keyring.remove_tenants, [tenant])
-            num_blocks = await self.store.purge_tenant(tenant)
-            if removed or num_blocks:
-                log.info("tenant %s is destroyed: %d blocks", tenant, num_blocks)
-            before = self._destroyed.get(tenant)
-            self._destroyed[tenant] = found = Destroyed(
-                had_secrets=bool(removed) or (before is not None and before.had_secrets),
-                keyring_generation=self.keyring.generation,
-                num_blocks=num_blocks + (before.num_blocks if before is not None else 0),
-                ssd_encrypted=self.config.ssd_encryption,
-            )
-            return found
 
     # ------------------------------------------------------------------ takeover
 

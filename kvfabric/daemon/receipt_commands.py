@@ -89,8 +89,14 @@ def _fate_lines(receipt: pb.Receipt) -> list[str]:
         for engine in node.engines
         for hbm in [f"{engine.hbm}: {engine.detail}" if engine.detail else engine.hbm]
     ]
+    keyrings = [
+        (node.node_id, since(node.keys_removed_at), node.keyring_generation)
+        for node in receipt.nodes
+        if receipt.action == "offboard_tenant"
+    ]
     lines = table(("node", "unreachable", "reclaimed", "drained", "destroyed", ""), nodes)
     lines += table(("node", "engine", "running", "drained", "its own cache"), engines)
+    lines += table(("node", "keys removed", "keyring generation"), keyrings)
     if receipt.not_heard_from:
         lines.append(f"not heard from: {', '.join(receipt.not_heard_from)}")
     return lines

@@ -143,23 +143,14 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
         return pb.ApiKeyCreated(api_key=api_key)
 
     @unary
-    async def OffboardTenant(
-        self, request: pb.OffboardTenantRequest, context: Any
-    ) -> pb.OffboardReceipt:
-        """Keys end everywhere, then secrets and blocks here. Other nodes destroy theirs when they hear of
-        it, those that are away at their next start. Asked again, it is done again."""
-        if self._sources.destroy is None:
-            raise NotFound("this node has no tiers and no keyring to destroy a tenant in")
+    async def OffboardTenant(self, request: pb.OffboardTenantRequest, context: Any) -> pb.Receipt:
+        """API keys end everywhere, then each node that hears of it destroys secrets and bytes, and says so in
+        its row; one that is away does at its next start (`withdrawals`)."""
         started, requested_at = self._clock(), time.time()
         who = requested_by(context)
-        tenant, change = await self._registry.offboard_tenant(request.name, requested_by=who)
-        receipt = await self._receipt(change, who, started, requested_at, for_good=False)
-        gone = await self._sources.destroy(tenant.tenant_id)
-        return pb.OffboardReceipt(
-            tenant_id=tenant.tenant_id,
-            receipt=receipt,
-            destroyed_at=time.time(),
-            **gone._asdict(),
+        change = await self._registry.offboard_tenant(request.name, requested_by=who)
+        return await self._receipt(
+            change, who, started, requested_at, for_good=True, wait_s=_wait_s(request)
         )
 
     @unary
@@ -205,13 +196,8 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
             request.scope, name, request.version, purge=request.purge, requested_by=who
         )
         for_good = request.purge or request.scope != "template"
-        wait_s = (
-            min(max(0.0, request.wait_s), MAX_RECEIPT_WAIT_S)
-            if request.HasField("wait_s")
-            else None
-        )
         return await self._receipt(
-            change, who, started, requested_at, for_good=for_good, wait_s=wait_s
+            change, who, started, requested_at, for_good=for_good, wait_s=_wait_s(request)
         )
 
     async def _receipt(
@@ -312,6 +298,13 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
                     f"a {tier} floor of {quota.floor_bytes} bytes is too much: all floors together "
                     f"may be 90 % of the tier, which leaves {max(0, room)}"
                 )
+
+
+def _wait_s(request: pb.InvalidateRequest | pb.OffboardTenantRequest) -> float | None:
+    """None: as long as is usual."""
+    if not request.HasField("wait_s"):
+        return None
+    return min(max(0.0, request.wait_s), MAX_RECEIPT_WAIT_S)
 
 
 def model_revision_of(state: RegistryState, engines: list[pb.Engine], name: str) -> str:

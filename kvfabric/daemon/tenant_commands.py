@@ -242,20 +242,9 @@ def _tenant_offboard(args: argparse.Namespace) -> int:
     from kvfabric.protocol import kvfabric_pb2 as pb
 
     with client(args) as node:
-        gone = node.call(node.registry.OffboardTenant, pb.OffboardTenantRequest(name=args.name))
-    if args.json:
-        return print_json(gone)
-    at = datetime.fromtimestamp(gone.destroyed_at, UTC).isoformat(timespec="milliseconds")
-    secrets = "removed" if gone.had_secrets else "gone before"
-    rest = "encrypted under keys that are gone" if gone.ssd_encrypted else "plain until overwritten"
-    print_lines(
-        [
-            f"tenant {gone.tenant_id} is offboarded; on this node, at {at}:",
-            f"secrets {secrets}, keyring generation {gone.keyring_generation}, new root key",
-            f"{gone.num_blocks} blocks dropped; what SSD still has of them is {rest}",
-        ]
-    )
-    return print_receipt(args, gone.receipt)
+        request = pb.OffboardTenantRequest(name=args.name)
+        receipt = node.call(node.registry.OffboardTenant, request)
+    return print_receipt(args, receipt)
 
 
 def _tenant_usage(args: argparse.Namespace) -> int:

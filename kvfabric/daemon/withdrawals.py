@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from kvfabric.daemon.sessions import Session, Sessions
-from kvfabric.errors import KVFabricError
+from kvfabric.errors import KVFabricError, TransferError
 from kvfabric.hashing import namespace_key, namespace_tag
 from kvfabric.keyring import Keyring
 from kvfabric.protocol.messages import Ping, Pong
@@ -36,9 +36,14 @@ from kvfabric.registry.receipts import (
     NodeRow,
 )
 from kvfabric.registry.state import PURGED, RegistryState, namespace_of
-from kvfabric.registry.withdrawn import Withdrawal, withdrawals
+from kvfabric.registry.withdrawn import (
+    Withdrawal,
+    offboarded_tenants,
+    offboarding,
+    withdrawals,
+)
 from kvfabric.store.store import BlockStore
-from kvfabric.types import SessionId, adapter_scope, model_scope, tenant_scope
+from kvfabric.types import SessionId, TenantId, adapter_scope, model_scope, tenant_scope
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ _POLL_S = 0.05
 _RETRY_S = 1.0
 _SILENCE_S = 1.5
 """An engine that keeps a cache says within this time what it let go of: it pings each quarter of a second."""
+_TOLD_BYTES = (8, 16)
+"""Namespace tags and incarnations: an engine's cache knows no tenants."""
 SILENT = "this engine does not say what its own cache holds"
 
 
@@ -58,11 +65,12 @@ class Pending(msgspec.Struct, frozen=True):
     names: tuple[bytes, ...]
     for_good: bool
     row: NodeRow
+    offboarded: TenantId | None = None
 
 
 @dataclass(slots=True, eq=False)
 class _Matter:
-    """One withdrawal under way. `names`: incarnations (16 B) or namespace tags (8 B)."""
+    """One withdrawal under way. `names`: see `is_made_of`. `offboarded`: the tenant whose keys go first."""
 
     receipt_id: str
     holder: str
@@ -75,6 +83,9 @@ class _Matter:
     bytes_reclaimed: int = 0
     is_destroyed: bool = False
     destroyed_at: float = 0.0
+    offboarded: TenantId | None = None
+    keys_removed_at: float = 0.0
+    keyring_generation: int = 0
     failure: str = ""
     written: NodeRow | None = None
 
@@ -84,9 +95,8 @@ class _Matter:
         return drained and (not self.for_good or bool(self.destroyed_at))
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What engines of this node compute, as far as it is in a namespace."""
+class _Model(msgspec.Struct, frozen=True):
+    """What engines of this node compute or did, as far as it is in a namespace."""
 
     revision: str
     fingerprint: bytes
@@ -104,8 +114,9 @@ class _Hbm:
 
 @dataclass(frozen=True, slots=True)
 class NodeParts:
-    """What the withdrawals of a node work with. `changing`: held while the store is changed in the
-    background. `wall_clock`: Unix seconds."""
+    """What the withdrawals of a node work with. `changing`: held while store or keyring are changed in the
+    background. `awaits_ssd`: whether there is to be an SSD tier that is not there yet. `wall_clock`: Unix
+    seconds."""
 
     registry: Registry
     store: BlockStore
@@ -114,6 +125,8 @@ class NodeParts:
     node_id: str
     changing: asyncio.Lock
     file: Path
+    models_file: Path
+    awaits_ssd: Callable[[], bool]
     wall_clock: Callable[[], float]
 
 
@@ -128,6 +141,7 @@ class Withdrawals:
     _models: set[_Model] = field(default_factory=set)
     _hbm: dict[bytes, _Hbm] = field(default_factory=dict)
     _keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _model_came: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Until cancelled. Then what is under way goes on with the next life."""
@@ -136,10 +150,11 @@ class Withdrawals:
         purged = frozenset(t.incarnation for t in state.templates.values() if t.state == PURGED)
         self._struck.append((state.version, frozenset[bytes](purged)))
         self._version = state.version
+        self._models |= await asyncio.to_thread(_read_models, parts.models_file)
         async with asyncio.TaskGroup() as group:
             self._resume(group)
-            if purged:
-                group.create_task(self._destroy_quietly(purged))
+            self._catch_up(group, state, purged)
+            group.create_task(self._keep_models())
             while True:
                 newer = await parts.registry.wait_newer(state.version)
                 # Sync up to here: nothing can have been stored under the new state yet.
@@ -151,17 +166,20 @@ class Withdrawals:
 
     def session_opened(self, session: Session) -> None:
         hello = session.hello
-        self._models.add(
-            _Model(hello.model_revision, session.fingerprint, hello.adapter, hello.adapter_revision)
+        model = _Model(
+            hello.model_revision, session.fingerprint, hello.adapter, hello.adapter_revision
         )
+        if model not in self._models:
+            self._models.add(model)
+            self._model_came.set()
 
     def heard(self, session: bytes, ping: Ping) -> Pong:
         """An engine says what it let go of, and is told what else was struck off."""
         if ping.dropped < 0:
             return Pong(0, ())
         self._hbm[session] = _Hbm(ping.dropped, ping.kept)
-        names = (name for at, names in self._struck if at > ping.dropped for name in names)
-        return Pong(self._version, tuple(names))
+        names = {name for at, names in self._struck if at > ping.dropped for name in names}
+        return Pong(self._version, tuple(name for name in names if len(name) in _TOLD_BYTES))
 
     # ------------------------------------------------------------------ one withdrawal
 
@@ -169,7 +187,7 @@ class Withdrawals:
         self, group: asyncio.TaskGroup, one: Withdrawal, before: RegistryState, version: int
     ) -> None:
         parts = self.parts
-        names = frozenset[bytes](one.incarnations) or frozenset(self._tags(one, before))
+        names = frozenset[bytes](one.incarnations) or frozenset(self._names(one, before))
         now = parts.wall_clock()
         running = parts.store.running(names)
         for_good = one.for_good
@@ -179,6 +197,7 @@ class Withdrawals:
             version=version,
             names=names,
             for_good=for_good,
+            offboarded=one.offboarded,
             applied_at=now,
             bytes_unreachable=parts.store.bytes_of(names),
             engines={
@@ -193,36 +212,59 @@ class Withdrawals:
                 for session in parts.sessions.live()
             },
         )
-        if for_good and names:
-            self._struck.append((version, names))
+        self._start(group, matter)
+
+    def _start(self, group: asyncio.TaskGroup, matter: _Matter) -> None:
+        if matter.for_good and matter.names:
+            self._struck.append((matter.version, matter.names))
         self._matters.append(matter)
         group.create_task(self._follow(matter))
-        if for_good:
+        if matter.for_good:
             group.create_task(self._destroy(matter))
 
-    def _tags(self, one: Withdrawal, before: RegistryState) -> Iterable[bytes]:
-        """Namespaces of a tenant, model or adapter in which something is stored here."""
-        lineages = self.parts.store.lineages()
-        for lineage in lineages if one.for_good else ():
+    def _catch_up(
+        self, group: asyncio.TaskGroup, state: RegistryState, purged: frozenset[bytes]
+    ) -> None:
+        """What was withdrawn for good while this node was away: its reach ended. A tenant whose keys are here
+        has a receipt that waits for this node's row; the rest nobody waits for."""
+        rest = set(purged)
+        resumed = {matter.offboarded for matter in self._matters}
+        for tenant in offboarded_tenants(state) - resumed:
+            if self.parts.keyring.has_keys(tenant):
+                self._begin(group, offboarding(state, tenant), state, state.version)
+            else:
+                rest.add(tenant.encode())
+        if rest:
+            group.create_task(self._destroy_quietly(frozenset(rest)))
+
+    def _names(self, one: Withdrawal, before: RegistryState) -> Iterable[bytes]:
+        """Of a tenant, model or adapter: the namespaces in it, of whatever was or is computed here; as long
+        as there are keys to tell them by."""
+        if not one.for_good:
+            return
+        if one.offboarded is not None:
+            yield one.offboarded.encode()
+        for lineage in self.parts.store.lineages():
             if one.scope == tenant_scope(lineage.tenant):
                 yield lineage.namespace_tag
-                continue
-            for model in self._models:
-                mine = (model_scope(model.revision), adapter_scope(model.adapter))
-                if one.scope not in mine or model.fingerprint != lineage.layout_fingerprint:
-                    continue
-                namespace = namespace_of(
-                    before,
-                    lineage.tenant,
-                    model.revision,
-                    model.fingerprint,
-                    model.adapter,
-                    model.adapter_revision,
-                )
-                with contextlib.suppress(KVFabricError):  # a tenant that is gone
-                    secret = self.parts.keyring.tenant_secret(lineage.tenant)
-                    if namespace_tag(namespace_key(namespace, secret)) == lineage.namespace_tag:
-                        yield lineage.namespace_tag
+        # 5 us each: an engine's own cache may hold what the tiers do not, and so may dead bytes on SSD.
+        for model in self._models:
+            is_whole = one.scope in (model_scope(model.revision), adapter_scope(model.adapter))
+            for tenant in before.tenants:
+                if is_whole or one.scope == tenant_scope(tenant):
+                    with contextlib.suppress(KVFabricError):  # a tenant that is gone
+                        yield self._tag(tenant, model, before)
+
+    def _tag(self, tenant: TenantId, model: _Model, state: RegistryState) -> bytes:
+        namespace = namespace_of(
+            state,
+            tenant,
+            model.revision,
+            model.fingerprint,
+            model.adapter,
+            model.adapter_revision,
+        )
+        return namespace_tag(namespace_key(namespace, self.parts.keyring.tenant_secret(tenant)))
 
     async def _follow(self, matter: _Matter) -> None:
         """Look until all of it has ended; write the row whenever something moved."""
@@ -275,6 +317,8 @@ class Withdrawals:
     async def _destroy(self, matter: _Matter) -> None:
         while True:
             try:
+                if matter.offboarded is not None and not matter.keys_removed_at:
+                    await self._remove_keys(matter, matter.offboarded)
                 await self._destroy_all(matter.names)
             except KVFabricError as exc:
                 matter.failure = str(exc)
@@ -283,26 +327,38 @@ class Withdrawals:
                 matter.failure, matter.is_destroyed = "", True
                 return
 
+    async def _remove_keys(self, matter: _Matter, tenant: TenantId) -> None:
+        """Before its bytes: what is encrypted on SSD cannot be read from here on."""
+        keyring = self.parts.keyring
+        async with self.parts.changing:
+            await asyncio.to_thread(keyring.remove_tenants, [tenant])
+        matter.keyring_generation = keyring.generation
+        matter.keys_removed_at = self.parts.wall_clock()
+
     async def _destroy_all(self, names: frozenset[bytes]) -> None:
         """Both tiers, whoever reads; returns when it is durable. Raises KVFabricError."""
-        if not names:
-            return
-        store, is_left = self.parts.store, True
+        store, is_left = self.parts.store, bool(names)
         while is_left:
             async with self.parts.changing:
                 is_left = await store.purge_more(names)
             if is_left:
                 await asyncio.sleep(_POLL_S)
-        async with self.parts.changing:
-            await store.destroy_sealed(names)
+        if self.parts.awaits_ssd():
+            raise TransferError("the SSD tier is not there yet, and may hold bytes of it")
+        if names:
+            async with self.parts.changing:
+                await store.destroy_sealed(names)
 
     async def _destroy_quietly(self, purged: Iterable[bytes]) -> None:
         """What was purged while this node was away: its reach ended, nobody waits for it."""
+        said = ""
         while True:
             try:
                 await self._destroy_all(frozenset(purged))
             except KVFabricError as exc:
-                log.warning("purged blocks are left: %s", exc)
+                if str(exc) != said:
+                    said = str(exc)
+                    log.warning("purged blocks are left: %s", said)
                 await asyncio.sleep(_RETRY_S)
             else:
                 return
@@ -335,6 +391,7 @@ class Withdrawals:
                     tuple(sorted(matter.names)),
                     matter.for_good,
                     _row(matter, self.parts.node_id),
+                    matter.offboarded,
                 )
                 for matter in self._matters
                 if not matter.is_final
@@ -343,6 +400,17 @@ class Withdrawals:
                 await asyncio.to_thread(_replace, self.parts.file, msgspec.msgpack.encode(pending))
             except OSError as exc:
                 log.warning("cannot write %s: %s", self.parts.file, exc.strerror)
+
+    async def _keep_models(self) -> None:
+        """Blocks of a model outlive its engines on SSD, and are to be found when it is withdrawn then."""
+        while True:
+            await self._model_came.wait()
+            self._model_came.clear()
+            known = msgspec.msgpack.encode(list(self._models))
+            try:
+                await asyncio.to_thread(_replace, self.parts.models_file, known)
+            except OSError as exc:
+                log.warning("cannot write %s: %s", self.parts.models_file, exc.strerror)
 
     def _resume(self, group: asyncio.TaskGroup) -> None:
         try:
@@ -365,12 +433,11 @@ class Withdrawals:
                 # Of an earlier life: who comes back is another session, and was told what is struck off.
                 {engine.session.encode(): engine for engine in row.engines},
                 row.bytes_reclaimed,
+                offboarded=one.offboarded,
+                keys_removed_at=row.keys_removed_at,
+                keyring_generation=row.keyring_generation,
             )
-            self._matters.append(matter)
-            if matter.for_good and matter.names:
-                self._struck.append((one.version, matter.names))
-                group.create_task(self._destroy(matter))
-            group.create_task(self._follow(matter))
+            self._start(group, matter)
 
 
 def _row(matter: _Matter, node_id: str) -> NodeRow:
@@ -382,7 +449,20 @@ def _row(matter: _Matter, node_id: str) -> NodeRow:
         destroyed_at=matter.destroyed_at,
         engines=tuple(matter.engines.values()),
         failure=matter.failure,
+        keys_removed_at=matter.keys_removed_at,
+        keyring_generation=matter.keyring_generation,
     )
+
+
+def _read_models(path: Path) -> set[_Model]:
+    """Blocking. Without the file, or with one of no use, models are known from their next engine on."""
+    try:
+        return set(msgspec.msgpack.decode(path.read_bytes(), type=list[_Model]))
+    except FileNotFoundError:
+        return set()
+    except (OSError, msgspec.DecodeError) as exc:
+        log.warning("%s is of no use: %s", path, exc)
+        return set()
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -304,28 +304,12 @@ class RotateApiKeyRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., grace_s: _Optional[float] = ...) -> None: ...
 
 class OffboardTenantRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "wait_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
-
-class OffboardReceipt(_message.Message):
-    __slots__ = ("tenant_id", "receipt", "had_secrets", "keyring_generation", "num_blocks", "destroyed_at", "ssd_encrypted")
-    TENANT_ID_FIELD_NUMBER: _ClassVar[int]
-    RECEIPT_FIELD_NUMBER: _ClassVar[int]
-    HAD_SECRETS_FIELD_NUMBER: _ClassVar[int]
-    KEYRING_GENERATION_FIELD_NUMBER: _ClassVar[int]
-    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    DESTROYED_AT_FIELD_NUMBER: _ClassVar[int]
-    SSD_ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
-    tenant_id: str
-    receipt: Receipt
-    had_secrets: bool
-    keyring_generation: int
-    num_blocks: int
-    destroyed_at: float
-    ssd_encrypted: bool
-    def __init__(self, tenant_id: _Optional[str] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., had_secrets: _Optional[bool] = ..., keyring_generation: _Optional[int] = ..., num_blocks: _Optional[int] = ..., destroyed_at: _Optional[float] = ..., ssd_encrypted: _Optional[bool] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, name: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class CreateApiKeyRequest(_message.Message):
     __slots__ = ("name",)
@@ -432,7 +416,7 @@ class Receipt(_message.Message):
     def __init__(self, action: _Optional[str] = ..., scope: _Optional[str] = ..., old_epoch: _Optional[int] = ..., new_epoch: _Optional[int] = ..., requested_by: _Optional[str] = ..., requested_at: _Optional[float] = ..., unreachable_at: _Optional[float] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., bytes_unreachable: _Optional[int] = ..., audit_head: _Optional[bytes] = ..., receipt_id: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeReport, _Mapping]]] = ..., bytes_reclaimed: _Optional[int] = ..., drained_at: _Optional[float] = ..., destroyed_at: _Optional[float] = ..., not_heard_from: _Optional[_Iterable[str]] = ..., is_final: _Optional[bool] = ...) -> None: ...
 
 class NodeReport(_message.Message):
-    __slots__ = ("node_id", "bytes_unreachable", "bytes_reclaimed", "destroyed_at", "drained_at", "engines", "failure")
+    __slots__ = ("node_id", "bytes_unreachable", "bytes_reclaimed", "destroyed_at", "drained_at", "engines", "failure", "keys_removed_at", "keyring_generation")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECLAIMED_FIELD_NUMBER: _ClassVar[int]
@@ -440,6 +424,8 @@ class NodeReport(_message.Message):
     DRAINED_AT_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
+    KEYRING_GENERATION_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     bytes_unreachable: int
     bytes_reclaimed: int
@@ -447,7 +433,9 @@ class NodeReport(_message.Message):
     drained_at: float
     engines: _containers.RepeatedCompositeFieldContainer[EngineReport]
     failure: str
-    def __init__(self, node_id: _Optional[str] = ..., bytes_unreachable: _Optional[int] = ..., bytes_reclaimed: _Optional[int] = ..., destroyed_at: _Optional[float] = ..., drained_at: _Optional[float] = ..., engines: _Optional[_Iterable[_Union[EngineReport, _Mapping]]] = ..., failure: _Optional[str] = ...) -> None: ...
+    keys_removed_at: float
+    keyring_generation: int
+    def __init__(self, node_id: _Optional[str] = ..., bytes_unreachable: _Optional[int] = ..., bytes_reclaimed: _Optional[int] = ..., destroyed_at: _Optional[float] = ..., drained_at: _Optional[float] = ..., engines: _Optional[_Iterable[_Union[EngineReport, _Mapping]]] = ..., failure: _Optional[str] = ..., keys_removed_at: _Optional[float] = ..., keyring_generation: _Optional[int] = ...) -> None: ...
 
 class EngineReport(_message.Message):
     __slots__ = ("session", "engine_id", "running", "drained_at", "hbm", "detail")

@@ -282,7 +282,7 @@ class RegistryServiceStub:
         self.OffboardTenant = channel.unary_unary(
                 '/kvfabric.v1.RegistryService/OffboardTenant',
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardTenantRequest.SerializeToString,
-                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardReceipt.FromString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
                 _registered_method=True)
         self.RegisterTemplate = channel.unary_unary(
                 '/kvfabric.v1.RegistryService/RegisterTemplate',
@@ -355,7 +355,8 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OffboardTenant(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Ends a tenant for good: API keys, then secrets and bytes on every node. Asked again, it is done again.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -426,7 +427,7 @@ def add_RegistryServiceServicer_to_server(servicer, server):
             'OffboardTenant': grpc.unary_unary_rpc_method_handler(
                     servicer.OffboardTenant,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardTenantRequest.FromString,
-                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardReceipt.SerializeToString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.SerializeToString,
             ),
             'RegisterTemplate': grpc.unary_unary_rpc_method_handler(
                     servicer.RegisterTemplate,
@@ -665,7 +666,7 @@ class RegistryService:
             target,
             '/kvfabric.v1.RegistryService/OffboardTenant',
             kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardTenantRequest.SerializeToString,
-            kvfabric_dot_protocol_dot_kvfabric__pb2.OffboardReceipt.FromString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
             options,
             channel_credentials,
             insecure,

@@ -193,9 +193,11 @@ class Registry(ABC):
             requested_by,
         )
 
-    async def offboard_tenant(self, name: str, *, requested_by: str = "") -> tuple[Tenant, Change]:
+    async def offboard_tenant(self, name: str, *, requested_by: str = "") -> Change:
         """End a tenant for good. Secrets and blocks are for the nodes to destroy."""
-        return await self.commit(lambda state: changes.offboard_tenant(state, name), requested_by)
+        return (
+            await self.commit(lambda state: changes.offboard_tenant(state, name), requested_by)
+        )[1]
 
     # ------------------------------------------------------------------ templates
 

@@ -53,7 +53,8 @@ class EngineRow(msgspec.Struct, frozen=True):
 
 
 class NodeRow(msgspec.Struct, frozen=True):
-    """0 in `destroyed_at`: not yet, or never to be. `failure`: what destroying met last."""
+    """0 in `destroyed_at`: not yet, or never to be. `failure`: what destroying met last. Of an offboarded
+    tenant, `keys_removed_at`: when this node's keyring, of that generation, had no key of it any more."""
 
     node_id: str
     applied_at: float
@@ -62,6 +63,8 @@ class NodeRow(msgspec.Struct, frozen=True):
     destroyed_at: float
     engines: tuple[EngineRow, ...]
     failure: str = ""
+    keys_removed_at: float = 0.0
+    keyring_generation: int = 0
 
 
 def assemble(receipt_id: str, rows: Mapping[str, bytes]) -> pb.Receipt | None:
@@ -79,9 +82,10 @@ def assemble(receipt_id: str, rows: Mapping[str, bytes]) -> pb.Receipt | None:
     missing = {
         ack.holder_id
         for ack in change.acknowledgements
-        if ack.kind == "node" and ack.holder_id not in nodes
+        if ack.kind == "node" and not _has_reported(ack.holder_id, nodes)
     }
-    unheard = missing | {ack.holder_id for ack in change.acknowledgements if ack.waited_out}
+    waited_out = {ack.holder_id for ack in change.acknowledgements if ack.waited_out}
+    unheard = missing | {one for one in waited_out if not _has_reported(one, nodes)}
     drained = [_drained_at(node) for node in nodes.values()]
     destroyed = [node.destroyed_at for node in nodes.values()]
     everybody = bool(nodes) and not missing
@@ -119,6 +123,12 @@ def assemble(receipt_id: str, rows: Mapping[str, bytes]) -> pb.Receipt | None:
     return receipt
 
 
+def _has_reported(holder_id: str, nodes: Mapping[str, NodeRow]) -> bool:
+    """In this life (`NAME.RANDOM`) or, of a node that was away, in a later one."""
+    name = holder_id.rpartition(".")[0]
+    return holder_id in nodes or any(row.node_id == name for row in nodes.values())
+
+
 def _drained_at(node: NodeRow) -> float:
     """When the last request of any of its engines had ended; 0: not yet."""
     ends = [engine.drained_at for engine in node.engines]
@@ -133,6 +143,8 @@ def _node_to_pb(node: NodeRow) -> pb.NodeReport:
         destroyed_at=node.destroyed_at,
         drained_at=_drained_at(node),
         failure=node.failure,
+        keys_removed_at=node.keys_removed_at,
+        keyring_generation=node.keyring_generation,
         engines=[
             pb.EngineReport(
                 session=engine.session,

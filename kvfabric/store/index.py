@@ -344,7 +344,7 @@ class BlockIndex:
                 self._grow_lineages()
         self.lineages[number] = lineage
         self._lineage_ids[lineage] = number
-        for name in (lineage.namespace_tag, *lineage.incarnations):
+        for name in lineage.names:
             self._named.setdefault(name, set()).add(number)
         self.lineage_tenant.cell[number] = tenant_slot
         stored = self.layouts.setdefault(
@@ -354,7 +354,7 @@ class BlockIndex:
         return number
 
     def named(self, names: Collection[bytes]) -> set[int]:
-        """Lineages made of one of these incarnations (16 B), or in one of these namespaces (tags, 8 B)."""
+        """Lineages that have one of these names."""
         empty: set[int] = set()
         return empty.union(*(self._named.get(name, empty) for name in names))
 
@@ -404,7 +404,7 @@ class BlockIndex:
             lineage = self.lineages[number]
             assert lineage is not None
             del self._lineage_ids[lineage]
-            for name in (lineage.namespace_tag, *lineage.incarnations):
+            for name in lineage.names:
                 self._named[name].discard(number)
                 if not self._named[name]:
                     del self._named[name]

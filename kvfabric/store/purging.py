@@ -94,5 +94,6 @@ class Purger:
 
 
 def is_made_of(names: Collection[bytes], lineage: Lineage) -> bool:
-    """Whether it is made of one of these incarnations, or in one of these namespaces (tags)."""
-    return lineage.namespace_tag in names or any(one in names for one in lineage.incarnations)
+    """Whether it has one of these names: of an incarnation it is made of (16 B), of its namespace (the tag,
+    8 B), or of its tenant (the id; `mint_tenant_id` makes none of 8 or 16 bytes)."""
+    return any(name in names for name in lineage.names)

@@ -28,6 +28,7 @@ from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Committed, Confirmed, Located, Matched, Reserved
 from kvfabric.registry.state import PURGED, RegistryState
+from kvfabric.registry.withdrawn import offboarded_tenants
 from kvfabric.store import contents
 from kvfabric.store.access import Access
 from kvfabric.store.contents import Contents
@@ -138,6 +139,7 @@ def _made_of(names: Collection[bytes]) -> Callable[[Lineage], bool]:
 def _uses(grant: RequestGrant, names: Collection[bytes]) -> bool:
     return (
         grant.namespace_tag in names
+        or grant.tenant.encode() in names
         or (grant.public_blocks > 0 and grant.public_tag in names)
         or any(segment.incarnation in names for segment in grant.segments)
     )
@@ -237,8 +239,7 @@ class BlockStore:
 
     def _offboarded(self) -> frozenset[TenantId]:
         state = self._registry()
-        tenants = state.tenants.values() if state is not None else ()
-        return frozenset(tenant.tenant_id for tenant in tenants if tenant.is_offboarded)
+        return offboarded_tenants(state) if state is not None else frozenset()
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `work` in the background, anew after each `thaw`."""
@@ -398,7 +399,7 @@ class BlockStore:
         return found
 
     async def purge(self, names: Collection[bytes]) -> int:
-        """Take every block that was made of these incarnations, or is in these namespaces, out of both
+        """Take every block that is made of these names (`is_made_of`) out of both
         tiers, for good, and zero its bytes in the arena; how many there were. Held ones drain, and are
         zeroed when nobody reads them any more.
 
@@ -418,10 +419,6 @@ class BlockStore:
         if self._ssd is None:
             return 0
         return await self._ssd.destroy(_made_of(names))
-
-    async def purge_tenant(self, tenant: TenantId) -> int:
-        """As `purge`, of everything that was stored for a tenant."""
-        return (await self._purger.purge(lambda one: one.tenant == tenant))[0]
 
     def _drop(self, row: int, *, wipe: bool = False) -> None:
         """Out of both tiers. The row stays while somebody holds it or a child hangs on it."""

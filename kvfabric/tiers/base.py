@@ -59,6 +59,11 @@ class Lineage(NamedTuple):
     layout_fingerprint: bytes
     incarnations: tuple[bytes, ...]
 
+    @property
+    def names(self) -> tuple[bytes, ...]:
+        """What a withdrawal may name it by: tenant, namespace, incarnations."""
+        return (self.tenant.encode(), self.namespace_tag, *self.incarnations)
+
 
 ROW = np.dtype(
     [

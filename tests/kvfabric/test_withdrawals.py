@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +13,17 @@ import pytest
 
 from kvfabric.daemon.admin_client import AdminClient
 from kvfabric.errors import NotFound
+from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.registry.base import Change
 from kvfabric.registry.changes import invalidate_scope, promote_template, withdraw_template
+from kvfabric.registry.embedded import EmbeddedRegistry
 from kvfabric.registry.state import RETIRED, SERVING, RegistryState, TemplateVersion
 from kvfabric.registry.withdrawn import Withdrawal, withdrawals
 from kvfabric.testing.engine import TinyEngine, payload_of, wrong_blocks
 from kvfabric.testing.minting import Minter, keys_of, segment_of
 from kvfabric.testing.processes import NodeProcess, until
-from kvfabric.types import DEFAULT_TENANT, BlockKey, Incarnation
+from kvfabric.types import DEFAULT_TENANT, BlockKey, Incarnation, TenantId
 
 BLOCKS = 6
 BLOCK_BYTES = 4096
@@ -33,13 +37,14 @@ class Rig:
     engine: TinyEngine
     minter: Minter
     num: int = 0
+    tenant: TenantId = DEFAULT_TENANT
 
     def open(self, prompt: str, template: str = "t") -> tuple[str, list[BlockKey]]:
         self.num += 1
         request = f"r{self.num}"
         state = self.admin.state()
         segments = (segment_of(state, template, "1"),) if template else ()
-        handle = self.minter.handle(self.engine, request, state, segments, tenant=DEFAULT_TENANT)
+        handle = self.minter.handle(self.engine, request, state, segments, tenant=self.tenant)
         opened = self.engine.client.open_handle(request, handle, deadline_s=5)
         return request, keys_of(opened, prompt, BLOCKS)
 
@@ -140,6 +145,64 @@ def test_a_retired_version_keeps_its_bytes_for_a_rollback(rig: Rig) -> None:
     assert rig.receipt(back.receipt_id).is_final
     request, keys = rig.open("mine")
     assert len(rig.engine.load(request, keys)) == BLOCKS
+
+
+def test_an_offboarded_tenants_keys_and_bytes_go(rig: Rig) -> None:
+    created = rig.admin.call(rig.admin.registry.CreateTenant, pb.CreateTenantRequest(name="acme"))
+    tenant = TenantId(created.tenant.tenant_id)
+    of_default = rig.store("mine", template="")
+    rig.tenant = tenant
+    mine, template_too = rig.store("mine", template=""), rig.store("mine")
+    until(lambda: rig.sealed(3 * BLOCKS))
+    # The twin: an invalidation takes the bytes and leaves the keys.
+    purged = rig.invalidate(scope="tenant", name="acme")
+    assert rig.receipt(purged.receipt_id).destroyed_at
+    assert rig.on_disk(mine) == rig.on_disk(template_too) == 0
+    mine = rig.store("mine", template="")
+    until(lambda: rig.sealed(2 * BLOCKS))
+    reader, keys = rig.open("mine", template="")
+    rig.engine.locate(reader, keys)
+    before = Keyring.open(rig.node.state_dir)
+    assert before.has_keys(tenant)
+
+    request = pb.OffboardTenantRequest(name="acme", wait_s=0.3)
+    receipt = rig.admin.call(rig.admin.registry.OffboardTenant, request)
+    assert (receipt.scope, receipt.is_final) == (f"tenant:{tenant}", False)
+    assert receipt.bytes_unreachable == BLOCKS * (BLOCK_BYTES + ON_SSD)
+    assert receipt.nodes[0].engines[0].running == 1
+    rig.engine.release(reader)
+    receipt = rig.receipt(receipt.receipt_id)
+    assert receipt.is_final
+    assert receipt.not_heard_from == []
+    assert receipt.bytes_reclaimed == receipt.bytes_unreachable
+    [node] = receipt.nodes
+    assert receipt.requested_at < node.keys_removed_at <= receipt.destroyed_at
+    after = Keyring.open(rig.node.state_dir)
+    assert after.generation == node.keyring_generation > before.generation
+    assert not after.has_keys(tenant)
+    assert rig.on_disk(mine) == 0
+    rig.tenant = DEFAULT_TENANT
+    request_id, keys = rig.open("mine", template="")
+    assert keys == of_default
+    assert len(rig.engine.load(request_id, keys)) == BLOCKS
+
+
+def test_a_tenant_that_was_offboarded_while_a_node_died_is_gone_when_it_is_back(rig: Rig) -> None:
+    created = rig.admin.call(rig.admin.registry.CreateTenant, pb.CreateTenantRequest(name="acme"))
+    rig.tenant = TenantId(created.tenant.tenant_id)
+    mine = rig.store("mine", template="")
+    until(lambda: rig.sealed(BLOCKS))
+    rig.node.stop()
+
+    async def offboard() -> Change:
+        async with EmbeddedRegistry(rig.node.state_dir / "registry") as registry:
+            return await registry.offboard_tenant("acme")
+
+    asyncio.run(offboard())
+    rig.node.start()
+    keyring = Keyring.open(rig.node.state_dir)
+    until(lambda: not keyring.has_keys(rig.tenant))
+    until(lambda: rig.on_disk(mine) == 0)
 
 
 @pytest.mark.parametrize(("scope", "name"), [("tenant", "default"), ("model", "rev")])

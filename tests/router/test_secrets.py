@@ -153,14 +153,13 @@ async def test_rotations_and_the_end_of_a_tenant_and_no_secret_anywhere(tmp_path
         assert (await fleet.ask("kvf-" + "x" * 43))[0] == 401
         tenant_id = TenantId(created["one"]["tenant"]["tenant_id"])
         gone = await fleet.tenant("offboard", "one")
-        assert gone["tenant_id"] == tenant_id
-        assert gone["had_secrets"]
-        assert gone["ssd_encrypted"]
-        assert gone["num_blocks"] > 0
-        assert {one["holder_kind"] for one in gone["receipt"]["acknowledgements"]} == {
-            "node",
-            "router",
-        }
+        assert gone["scope"] == f"tenant:{tenant_id}"
+        assert {one["holder_kind"] for one in gone["acknowledgements"]} == {"node", "router"}
+        assert gone["not_heard_from"] == []
+        assert gone["bytes_reclaimed"] == gone["bytes_unreachable"] > 0
+        [node] = gone["nodes"]
+        assert gone["requested_at"] < node["keys_removed_at"] <= gone["destroyed_at"]
+        assert gone["is_final"]
         status, body = await fleet.ask(last)
         assert (status, body["error"]["code"]) == (401, "invalid_api_key")
         assert await fleet.cached(keys["two"]) > 0, "nobody else notices"
@@ -168,7 +167,7 @@ async def test_rotations_and_the_end_of_a_tenant_and_no_secret_anywhere(tmp_path
         assert tenant_id not in kept.tenant_secrets
         assert tenant_id not in kept.data_keys
         again = await fleet.tenant("offboard", "one")
-        assert (again["had_secrets"], again["num_blocks"]) == (True, gone["num_blocks"])
+        assert (again["is_final"], again["bytes_unreachable"]) == (True, 0)
 
         fleet.remember()
         assert len(fleet.secrets) >= 14
