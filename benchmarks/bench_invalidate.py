@@ -96,6 +96,8 @@ class Bump:
                 node_id="n1",
                 changing=asyncio.Lock(),
                 file=home / "withdrawals",
+                models_file=home / "models",
+                awaits_ssd=lambda: False,
                 wall_clock=time.time,
             )
         )
