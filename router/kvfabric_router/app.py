@@ -178,10 +178,11 @@ class Router:
         return _json({"status": "ok"})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """Requests can be answered: tenants are known and an engine takes requests."""
+        """Requests are answered well: tenants and what nodes hold are known, an engine takes requests."""
         parts = {
             "registry": self.registry.state is not None,
             "engines": self.fleet.counts()["taking"] > 0,
+            "index": self.links.are_known,
         }
         # For information: without these requests are answered too, but reuse nothing or less.
         details = {

@@ -222,6 +222,8 @@ class Fleet:
     def probe_answered(self, endpoint: str, report: ProbeReport) -> None:
         engine = self._engines.get(endpoint)
         if engine is not None:
+            if engine.probed is not None and engine.probed.session != report.session:
+                self.predicted.forget(endpoint)
             engine.probed = report
             engine.excluded = False
             engine.failures = 0
@@ -233,6 +235,7 @@ class Fleet:
         if engine is not None:
             engine.announced = None
             engine.probed = report
+            self.predicted.forget(endpoint)
 
     def probe_failed(self, endpoint: str) -> None:
         engine = self._engines.get(endpoint)
@@ -263,6 +266,7 @@ class Fleet:
         now = self._clock()
         if not engine.excluded:
             engine.failing_since = now
+            self.predicted.forget(engine.endpoint)  # most often it ended
         engine.excluded = True
         engine.next_probe = now + min(BACKOFF_S * 2 ** min(engine.failures, 8), MAX_BACKOFF_S)
         self.probe_due.set()  # the prober plans its next round anew

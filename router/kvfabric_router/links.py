@@ -23,6 +23,7 @@ class Links:
         self._named = tuple(named)
         self._links: dict[str, tuple[NodeLink, asyncio.Task[None]]] = {}
         self._seen: dict[str, float] = {}
+        self._looked = False
 
     def __repr__(self) -> str:
         return f"<Links to {sorted(self._links)}>"
@@ -30,6 +31,11 @@ class Links:
     @property
     def num_connected(self) -> int:
         return sum(link.connected for link, _ in self._links.values())
+
+    @property
+    def are_known(self) -> bool:
+        """Whether what each node holds was learned once, or asked for in vain; False at the start."""
+        return self._looked and all(link.is_settled for link, _ in self._links.values())
 
     def sights(self) -> list[NodeSight]:
         return [
@@ -50,6 +56,7 @@ class Links:
             async with asyncio.TaskGroup() as group:
                 while True:
                     self._look(group, found())
+                    self._looked = True
                     await asyncio.sleep(LOOK_EVERY_S)
         finally:
             self._links.clear()  # ended tasks keep their channels alive

@@ -98,6 +98,8 @@ class NodeLink:
         self._told = ""
         self._events: Any = None
         self.connected = False
+        self.is_settled = False
+        """What the node holds was learned once, or it was asked in vain."""
         self.version = ""
         self.clock_ahead_s = 0.0
 
@@ -109,6 +111,7 @@ class NodeLink:
                 async with self._channel() as channel:
                     await self._serve(channel)
             except* (grpc.aio.AioRpcError, KVFabricError) as group:
+                self.is_settled = True
                 await self._tell(_reason(group))
             if self.connected:
                 pause = PAUSE_S
@@ -206,6 +209,7 @@ class NodeLink:
                 self._snapshot_needed.set()
             else:
                 self._metrics.index_gaps.labels(result="applied").inc()
+                self.is_settled = True
                 self._announce(feed)
 
     async def _watch_trust(self, feed: NodeFeed) -> None:

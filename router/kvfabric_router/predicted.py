@@ -77,6 +77,11 @@ class Predicted:
         """The engine has not got them."""
         self._forget(expected)
 
+    def forget(self, endpoint: str) -> None:
+        """The engine has started anew, or may have: nothing that was sent there counts any more."""
+        for expected in [one for one in self._requests.values() if one.endpoint == endpoint]:
+            self._forget(expected)
+
     def of(self, keys: Sequence[BlockKey]) -> dict[str, Present]:
         """Endpoint -> which of `keys` it is expected to have, from the prompt's first block on."""
         self._forget_ended()

@@ -49,6 +49,8 @@ class StandInEngine:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[Mapping[str, str]] = []
         self.cancelled = asyncio.Event()
+        self.num_running = 0
+        self.num_cancelled = 0
         self.arrived = asyncio.Event()
         self.checks_session = True
         self.misdirected = 0
@@ -106,6 +108,7 @@ class StandInEngine:
         self.requests.append(body)
         self.headers.append(request.headers)
         self.arrived.set()
+        self.num_running += 1
         try:
             if self.status != 200:
                 error = {"error": {"message": "engine says no", "type": "x", "code": "y"}}
@@ -118,7 +121,10 @@ class StandInEngine:
             return web.json_response({"choices": [{"index": 0, "text": "ab"}], "usage": USAGE})
         except asyncio.CancelledError:
             self.cancelled.set()
+            self.num_cancelled += 1
             raise
+        finally:
+            self.num_running -= 1
 
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -252,9 +258,9 @@ def _decoded(raw: bytes) -> Any:
         return raw
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another task is about to do; at most 5 s."""
-    async with asyncio.timeout(5):
+async def until(condition: Callable[[], bool], *, within_s: float = 5) -> None:
+    """Wait for what another task is about to do. Raises TimeoutError."""
+    async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - the parts under test set no event for tests
             await asyncio.sleep(0.001)
 

@@ -226,24 +226,6 @@ async def test_a_client_that_goes_away_cancels_its_request(
         assert b'requests_total{result="disconnected",tenant="default"} 1.0' in raw
 
 
-async def test_the_account_is_right_after_a_hundred_disconnects(
-    tmp_path: Path, pair: list[StandInEngine]
-) -> None:
-    for engine in pair:
-        engine.gate.clear()
-    async with served(tmp_path, pair) as client:
-        async with asyncio.TaskGroup() as group:
-            asking = [group.create_task(client.post(STREAM)) for _ in range(100)]
-            await until(lambda: len(pair[0].requests) + len(pair[1].requests) == 100)
-            for one in asking:
-                one.cancel()
-        await until(lambda: client.router.fleet.num_flights == 0)
-        view = client.router.fleet.view()
-        assert [(e.waiting_ms, e.num_waiting, e.num_decoding) for e in view.engines] == [
-            (0, 0, 0)
-        ] * 2
-
-
 @pytest.mark.parametrize("body", [ASK, STREAM])
 async def test_an_engine_that_takes_too_long_is_a_504_or_an_error_event(
     tmp_path: Path, pair: list[StandInEngine], body: dict[str, Any]
