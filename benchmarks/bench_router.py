@@ -6,7 +6,8 @@ A row is one router, trace, load and seed: 2,000 consecutive requests, the first
 the trace says (time compressed 8 times, everything reported in trace time). Load is offered prompt tokens
 over what the engines prefill without any reuse. The seed says where in the trace the row starts. Rows are
 appended to `results/router.jsonl` as they finish; a run goes on where the last one stopped, and begins anew
-once that file is removed.
+once that file is removed. `--lanes N` measures N rows at a time, each with processes of its own: for machines
+of at least four cores a lane.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import argparse
 import asyncio
 import json
 import math
+import multiprocessing
 import signal
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -186,21 +189,8 @@ def figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         by_case[row["trace"], row["load"], row["seed"]][str(row["router"])] = row
     ratios: dict[str, list[float]] = defaultdict(list)
     for (trace, *_), found in by_case.items():
-        ours = found.get("kvfabric")
-        if ours is None:
-            continue
-        peers = [found[name] for name in PEER_NAMES if name in found]
-        for name in ("mean", "p95"):
-            if peers:
-                best = min(peer[f"ttft_ms_{name}"] for peer in peers)
-                ratios[f"ttft_{name}_over_best_peer"].append(ours[f"ttft_ms_{name}"] / best)
-        turns = found.get("round_robin")
-        if turns is not None:
-            ratios["p95_over_round_robin"].append(ours["ttft_ms_p95"] / turns["ttft_ms_p95"])
-            if trace == "conversation":
-                ratios["reuse_over_round_robin"].append(
-                    ours["reused_share"] / turns["reused_share"]
-                )
+        for name, ratio in _ratios(found, is_conversation=trace == "conversation"):
+            ratios[name].append(ratio)
     made = {name: statistics.geometric_mean(values) for name, values in ratios.items()}
     for name in ("ttft_mean_over_best_peer", "ttft_p95_over_best_peer"):
         if name in ratios:
@@ -208,11 +198,48 @@ def figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return made
 
 
+def _ratios(
+    found: dict[str, dict[str, float]], *, is_conversation: bool
+) -> Iterator[tuple[str, float]]:
+    """Of one case; `found`: its rows by router."""
+    ours, turns, host = (found.get(name) for name in ("kvfabric", "round_robin", "kvfabric_host"))
+    peers = [found[name] for name in PEER_NAMES if name in found]
+    if ours and peers:
+        for name in ("mean", "p95"):
+            best = min(peer[f"ttft_ms_{name}"] for peer in peers)
+            yield f"ttft_{name}_over_best_peer", ours[f"ttft_ms_{name}"] / best
+    if ours and turns:
+        yield "p95_over_round_robin", ours["ttft_ms_p95"] / turns["ttft_ms_p95"]
+    if turns and is_conversation:
+        for name, row in {"reuse": ours, "reuse_with_host_tier": host}.items():
+            if row:
+                yield f"{name}_over_round_robin", row["reused_share"] / turns["reused_share"]
+
+
 def _read_rows(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-async def main() -> None:
+def row_of(case: Case, directory: Path) -> dict[str, object]:
+    """One row, in a process of its own."""
+
+    async def measured() -> dict[str, object]:
+        this = asyncio.current_task()
+        assert this is not None
+        # Ended from outside it ends what it started.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+        return await measure(case, traffic.load(case.trace, directory))
+
+    return asyncio.run(measured())
+
+
+def _end(*_: object) -> None:
+    for lane in multiprocessing.active_children():
+        lane.terminate()
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument(
         "--quick", action="store_true", help="one trace, load and seed; at most 4 min"
@@ -223,11 +250,8 @@ async def main() -> None:
         "--only", nargs="*", choices=TRACES, default=TRACES, help="only these traces"
     )
     parser.add_argument("--traces", type=Path, default=traffic.TRACES, help="where the traces lie")
+    parser.add_argument("--lanes", type=int, default=1, help="rows measured at a time")
     args = parser.parse_args()
-    this = asyncio.current_task()
-    assert this is not None
-    # Ended from outside it ends what it started.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     if not PEERS.exists():
         print(
             f"{PEERS.parent.name} is not there (make .venv-routers): our own rows only", flush=True
@@ -236,20 +260,20 @@ async def main() -> None:
     rows = [] if args.quick else _read_rows(ROWS)
     names = ("trace", "load", "seed", "router")
     done = {tuple(row[name] for name in names) for row in rows}
-    traces: dict[str, list[traffic.Request]] = {}
-    for case in cases(args):
-        if tuple(getattr(case, name) for name in names) in done:
-            continue
-        if case.trace not in traces:
-            traces[case.trace] = traffic.load(case.trace, args.traces)
-        row = await measure(case, traces[case.trace])
-        print(json.dumps(row), flush=True)
-        rows.append(row)  # type: ignore[arg-type]
-        if not args.quick:
-            with ROWS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    asked = [c for c in cases(args) if tuple(getattr(c, name) for name in names) not in done]
+    signal.signal(signal.SIGTERM, _end)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.lanes, mp_context=spawn) as lanes:
+        measured = [lanes.submit(row_of, case, args.traces) for case in asked]
+        for future in as_completed(measured):
+            row = future.result()
+            print(json.dumps(row), flush=True)
+            rows.append(row)  # type: ignore[arg-type]
+            if not args.quick:
+                with ROWS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     harness.report("router", args, figures(rows), rows)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

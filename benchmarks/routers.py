@@ -18,10 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+from simulated import PART_BYTES, EngineModel
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, PEERS = ROOT / ".venv" / "bin", ROOT / ".venv-routers" / "bin"
-POLICIES = {"kvfabric": "cost", "round_robin": "round_robin", "least_loaded": "least_loaded"}
+POLICIES = {
+    "kvfabric": "cost",
+    "kvfabric_host": "cost",  # with a host tier behind the engines
+    "round_robin": "round_robin",
+    "least_loaded": "least_loaded",
+}
+HOST_BLOCKS_PER_HBM_BLOCK = 4
 PEER_NAMES = ("smg", "sglang-router", "vllm-router")
 ROUTERS = (*POLICIES, *PEER_NAMES)
 
@@ -105,10 +112,14 @@ async def deployed(
         ports = free_ports(num_engines + 2)
         urls = tuple(f"http://127.0.0.1:{port}" for port in ports[:num_engines])
         is_ours = router in POLICIES
+        has_host = router == "kvfabric_host"
         nodes: tuple[int, ...] = ()
+        node: list[str | Path] = []
         if is_ours:
-            nodes = (await _node(processes, directory),)
-        node: list[str | Path] = ["--node", directory / "node.sock"] if is_ours else []
+            hbm = num_engines * EngineModel().hbm_blocks * PART_BYTES
+            host = HOST_BLOCKS_PER_HBM_BLOCK * hbm if has_host else 32 << 20
+            nodes = (await _node(processes, directory, host),)
+            node = ["--node", directory / "node.sock", *(["--host-tier"] if has_host else [])]
         engine = ROOT / "benchmarks" / "simulated.py"
         flags = ["--compression", str(compression), *node]
         ports_given = [str(port) for port in ports[:num_engines]]
@@ -127,7 +138,7 @@ async def deployed(
         yield Deployment(url, urls, (pid,), nodes)
 
 
-async def _node(processes: _Processes, directory: Path) -> int:
+async def _node(processes: _Processes, directory: Path, host_bytes: int) -> int:
     command: list[str | Path] = [
         OURS / "python",
         "-m",
@@ -139,7 +150,8 @@ async def _node(processes: _Processes, directory: Path) -> int:
         "",
     ]
     pid = await processes.start(
-        "node", [*command, "--host-bytes", "32MiB", "--ssd-bytes", "0", "--log-level", "warning"]
+        "node",
+        [*command, "--host-bytes", str(host_bytes), "--ssd-bytes", "0", "--log-level", "warning"],
     )
     admin = directory / "admin.sock"
 

@@ -13,6 +13,10 @@ one piece at its end: what routers and clients see of load is right, and an answ
 
 With `--node` the engine is a session of that node: it opens each request's handle, keys its blocks as any
 engine does, and publishes what it keeps and drops, so a router's index hears of it as of a real engine.
+With `--host-tier` it also loads from that node and stores there as a connector does, real calls, bytes and
+checksums, but for the size of a block, which is 4 KiB; the model adds the time that 64 MiB take:
+
+    fetch     blocks found in the host tier and not in HBM: 512 tokens / 150,000 s each (20 GB/s)
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from kvfabric.client.link import EngineHello
 from kvfabric.handle import PARAMS_FIELD
 from kvfabric.protocol.messages import BlockRun, EngineEvents, Role
 from kvfabric.tokenizer import FIRST_BYTE_ID
-from kvfabric.types import BlockKey, BlockLayout, PartSpec
+from kvfabric.types import BlockKey, BlockLayout, GrantState, PartSpec
 
 MODEL = "simulated"
 _REVISION = "simulated-1"
@@ -52,6 +56,8 @@ _INFORMATION = (
 )
 _MAX_MODEL_TOKENS = 1 << 20
 _DEADLINE_S = 10.0
+PART_BYTES = 4096
+_WINDOW_BYTES = 1 << 20
 _PREFIX_BYTES = 8
 _REQUEST_ID = "X-Request-Id"
 
@@ -63,11 +69,14 @@ class EngineModel:
     block_tokens: int = 512
     hbm_blocks: int = 2_000
     prefill_tokens_per_s: float = 8_000.0
+    fetch_tokens_per_s: float = 150_000.0
     decode_s: float = 0.006
     decode_s_per_answer: float = 0.00035
 
-    def prefill_s(self, prompt_tokens: int, cached_tokens: int) -> float:
-        return (prompt_tokens - cached_tokens) / self.prefill_tokens_per_s
+    def prefill_s(self, prompt_tokens: int, cached_tokens: int, fetched_tokens: int = 0) -> float:
+        """`fetched_tokens`: those of the cached that come from the host tier."""
+        computed = (prompt_tokens - cached_tokens) / self.prefill_tokens_per_s
+        return computed + fetched_tokens / self.fetch_tokens_per_s
 
     def decode_s_of(self, output_tokens: int, num_decoding: int) -> float:
         return output_tokens * (self.decode_s + self.decode_s_per_answer * num_decoding)
@@ -119,6 +128,8 @@ class _Ask:
     namespace: _Namespace
     arrived_at: float
     first_token: asyncio.Event
+    request_id: str = ""
+    host_blocks: int = 0
     cached_tokens: int = 0
     is_cancelled: bool = False
 
@@ -126,8 +137,13 @@ class _Ask:
 class SimulatedEngine:
     """One engine: `run` is its prefill loop, `application` its HTTP API."""
 
-    def __init__(self, model: EngineModel, *, compression: float, name: str) -> None:
+    def __init__(
+        self, model: EngineModel, *, compression: float, name: str, has_host_tier: bool = False
+    ) -> None:
         self._name = name
+        self._has_host_tier = has_host_tier
+        self._window = asyncio.Lock()  # of the one region that is the whole window
+        self._region = 0
         self.client: AsyncNodeClient | None = None
         self._model = model
         self._compression = compression
@@ -139,14 +155,32 @@ class SimulatedEngine:
 
     async def run(self) -> None:
         """Prefill one prompt after the other, until cancelled."""
+        async with asyncio.TaskGroup() as stores:
+            await self._prefill(stores)
+
+    def join(self, client: AsyncNodeClient) -> None:
+        """The node that this engine is a session of."""
+        self.client = client
+        region = client.window.allocate(_WINDOW_BYTES)
+        assert region is not None, "the node gave a smaller window"
+        self._region = region
+
+    async def _prefill(self, stores: asyncio.TaskGroup) -> None:
         free_at = 0.0
+        block_tokens = self._model.block_tokens
         while True:
             ask = await self._queue.get()
             if ask.is_cancelled:
+                if self._has_host_tier and ask.namespace.tag:
+                    stores.create_task(self._release(ask))
                 continue
-            usable = (ask.prompt_tokens - 1) // self._model.block_tokens
-            ask.cached_tokens = self._cache.match(ask.keys[:usable]) * self._model.block_tokens
-            work_s = self._model.prefill_s(ask.prompt_tokens, ask.cached_tokens)
+            usable = (ask.prompt_tokens - 1) // block_tokens
+            from_hbm = self._cache.match(ask.keys[:usable])
+            fetched = max(min(ask.host_blocks, usable) - from_hbm, 0)
+            ask.cached_tokens = (from_hbm + fetched) * block_tokens
+            work_s = self._model.prefill_s(
+                ask.prompt_tokens, ask.cached_tokens, fetched * block_tokens
+            )
             # From when the engine was free or asked: that this process woke late costs no model time.
             free_at = max(free_at, ask.arrived_at) + work_s / self._compression
             await asyncio.sleep(max(free_at - time.monotonic(), 0.0))
@@ -154,6 +188,54 @@ class SimulatedEngine:
             ask.first_token.set()
             if self.client is not None and ask.namespace.tag and (new or removed):
                 await self.client.publish(_events(ask, new, removed), deadline_s=_DEADLINE_S)
+            if self._has_host_tier and ask.namespace.tag:
+                stores.create_task(self._store(ask))
+
+    # ------------------------------------------------------------------ the host tier
+
+    async def _load(self, request_id: str, keys: Sequence[BlockKey]) -> int:
+        """How many leading blocks came from the node's host tier, verified and confirmed."""
+        assert self.client is not None
+        matched = await self.client.match(request_id, keys, deadline_s=_DEADLINE_S)
+        if not matched.num_blocks:
+            return 0
+        asked = keys[: matched.num_blocks]
+        located = await self.client.load(
+            request_id, asked, group=0, shard=0, deadline_s=_DEADLINE_S
+        )
+        memory = memoryview(bytearray(located.num_blocks * PART_BYTES))
+        parts = [memory[i : i + PART_BYTES] for i in range(0, len(memory), PART_BYTES)]
+        read = await self.client.read(located, parts)
+        confirmed = await self.client.confirm(
+            request_id, keys[:read], located, group=0, shard=0, deadline_s=_DEADLINE_S
+        )
+        return confirmed.num_blocks
+
+    async def _store(self, ask: _Ask) -> None:
+        """What was computed of a prompt, a window at a time; ends the request at the node."""
+        assert self.client is not None
+        parent = ask.keys[ask.host_blocks - 1] if ask.host_blocks else BlockKey(bytes(32))
+        at_once = _WINDOW_BYTES // PART_BYTES
+        async with self._window:
+            for start in range(ask.host_blocks, len(ask.keys), at_once):
+                keys = ask.keys[start : start + at_once]
+                reserved = await self.client.reserve(
+                    ask.request_id, parent, keys, group=0, shard=0, deadline_s=_DEADLINE_S
+                )
+                granted = [i for i, s in enumerate(reserved.states) if s == GrantState.GRANTED]
+                if granted:
+                    await self.client.commit(
+                        reserved.reservation,
+                        granted,
+                        [self._region + i * PART_BYTES for i in granted],
+                        deadline_s=_DEADLINE_S,
+                    )
+                parent = keys[-1]
+        await self._release(ask)
+
+    async def _release(self, ask: _Ask) -> None:
+        assert self.client is not None
+        await self.client.release([ask.request_id], deadline_s=_DEADLINE_S)
 
     # ------------------------------------------------------------------ its HTTP API
 
@@ -231,14 +313,18 @@ class SimulatedEngine:
             prompt = np.frombuffer(prompt.encode(), np.uint8).astype(np.uint32) + FIRST_BYTE_ID
         namespace = await self._namespace(body, request_id)
         keys = hashing.block_keys(prompt, self._model.block_tokens, namespace.key)
-        return _Ask(len(prompt), keys, namespace, arrived_at, asyncio.Event())
+        ask = _Ask(len(prompt), keys, namespace, arrived_at, asyncio.Event(), request_id)
+        if self._has_host_tier and namespace.tag and keys:
+            ask.host_blocks = await self._load(request_id, keys)
+        return ask
 
     async def _namespace(self, body: dict[str, Any], request_id: str) -> _Namespace:
         handle = (body.get("kv_transfer_params") or {}).get(PARAMS_FIELD)
         if self.client is None or not handle:
             return _Namespace()
         opened = await self.client.open_handle(request_id, handle, deadline_s=_DEADLINE_S)
-        await self.client.release([request_id], deadline_s=_DEADLINE_S)
+        if not self._has_host_tier:
+            await self.client.release([request_id], deadline_s=_DEADLINE_S)
         return _Namespace(opened.namespace_key, hashing.namespace_tag(opened.namespace_key))
 
 
@@ -284,14 +370,14 @@ def _layout(model: EngineModel) -> BlockLayout:
         dtype="float32",
         block_tokens=model.block_tokens,
         engine_block_tokens=model.block_tokens,
-        parts=(PartSpec(0, 0, 4096),),
+        parts=(PartSpec(0, 0, PART_BYTES),),
     )
 
 
-async def _serve(port: int, node: str, compression: float) -> None:
+async def _serve(port: int, node: str, compression: float, has_host_tier: bool) -> None:
     model = EngineModel()
     name = f"simulated-{port}"
-    engine = SimulatedEngine(model, compression=compression, name=name)
+    engine = SimulatedEngine(model, compression=compression, name=name, has_host_tier=has_host_tier)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with AsyncExitStack() as stack:
@@ -310,11 +396,11 @@ async def _serve(port: int, node: str, compression: float) -> None:
                 adapter_revision="",
                 layout=_layout(model),
                 shard=0,
-                window_bytes=1 << 20,
+                window_bytes=_WINDOW_BYTES,
                 role=Role.SCHEDULER | Role.WORKER,
             )
             connecting = AsyncNodeClient.connect(node, hello, deadline_s=_DEADLINE_S)
-            engine.client = await stack.enter_async_context(await connecting)
+            engine.join(await stack.enter_async_context(await connecting))
         await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
         async with asyncio.TaskGroup() as group:
             work = group.create_task(engine.run())
@@ -326,6 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="simulated engines, a process for each port")
     parser.add_argument("ports", type=int, nargs="+")
     parser.add_argument("--node", default="", help="a node's engine socket")
+    parser.add_argument("--host-tier", action="store_true", help="load from that node, store there")
     parser.add_argument("--compression", type=float, default=1.0)
     args = parser.parse_args()
     # Forked before there is a loop or a thread: what they import is loaded once.
@@ -333,7 +420,7 @@ def main() -> None:
     for port in args.ports:
         engine = os.fork()
         if not engine:
-            asyncio.run(_serve(port, args.node, args.compression))
+            asyncio.run(_serve(port, args.node, args.compression, args.host_tier))
             return
         engines.append(engine)
     stop = [signal.SIGTERM, signal.SIGINT]
