@@ -18,7 +18,7 @@ from kvfabric.types import MissReason
 from kvfabric_router.rates import Work
 
 COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
-MAX_BODY_BYTES = 16 << 20
+MAX_BODY_BYTES = 32 << 20
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's own default for completions; only used to tell a request that cannot fit."""
 
@@ -34,23 +34,30 @@ _RESERVED = frozenset(
     }
 )
 _RESERVED_PREFIXES = ("bootstrap_", "ec_transfer", "kv_", "kvfabric")
-# With one of these set, the prompt's tokens are not what the router would make of its text.
-_OPAQUE = frozenset(
-    {
-        "add_generation_prompt",
-        "add_special_tokens",
-        "chat_template",
-        "chat_template_kwargs",
-        "continue_final_message",
-        "documents",
-        "functions",
-        "mm_processor_kwargs",
-        "prompt_embeds",
-        "suffix",
-        "tools",
-        "truncate_prompt_tokens",
-    }
-)
+# Where one of these says anything unusual, the prompt's tokens are not those of its text alone.
+_OPAQUE = {
+    COMPLETIONS: frozenset(
+        {"add_special_tokens", "prompt_embeds", "suffix", "truncate_prompt_tokens"}
+    ),
+    CHAT_COMPLETIONS: frozenset(
+        {
+            "add_generation_prompt",
+            "add_special_tokens",
+            "chat_template",
+            "chat_template_kwargs",
+            "continue_final_message",
+            "documents",
+            "functions",
+            "mm_processor_kwargs",
+            "reasoning_effort",
+            "tools",
+            "truncate_prompt_tokens",
+        }
+    ),
+}
+_USUALLY_TRUE = {(COMPLETIONS, "add_special_tokens"), (CHAT_COMPLETIONS, "add_generation_prompt")}
+_Fields = Mapping[str, msgspec.Raw]
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _RETRY_AFTER = (429, 503)
 
 
@@ -99,7 +106,8 @@ class ModelRequest:
 
     `text` or `token_ids` is its prompt; both are None if the router cannot know its tokens (several
     prompts, images, tools, an engine-side template): such a request is served and reuses nothing.
-    `body` is the client's without the fields that are not a client's to set.
+    `raw` is the client's body, `fields` what it holds but for what is not a client's to set, each value as
+    the client wrote it.
     """
 
     model: str
@@ -107,32 +115,62 @@ class ModelRequest:
     token_ids: list[int] | None
     max_tokens: int
     stream: bool
-    usage_wanted: bool
-    body: Mapping[str, Any]
+    stream_options: Mapping[str, Any]
+    raw: bytes
+    fields: _Fields
+    is_whole: bool
+
+    @property
+    def usage_wanted(self) -> bool:
+        return self.stream_options.get("include_usage") is True
+
+    def with_fields(self, fields: Mapping[str, Any]) -> bytes:
+        """The body to send on: `fields` in place of the client's or beside them.
+
+        Where nothing is to be changed these are the client's own bytes. Else names are written anew, once
+        each (of one that was repeated the last value counts), and values stay as they are.
+        """
+        if self.is_whole and not fields:
+            return self.raw
+        return msgspec.json.encode({**self.fields, **fields})
 
 
 def parse(path: str, raw: bytes) -> ModelRequest:
     """The request in `raw` to COMPLETIONS or CHAT_COMPLETIONS. Raises ApiError 400."""
-    body = _decode(raw)
-    model = body.get("model")
+    given = _decode(raw)
+    model = _value(given, "model")
     if not isinstance(model, str) or not model:
         raise ApiError(400, "`model` must be the name of a model", param="model")
-    stream = body.get("stream") or False
+    stream = _value(given, "stream") or False
     if not isinstance(stream, bool):
         raise ApiError(400, "`stream` must be true or false", param="stream")
-    text, token_ids = _chat(body) if path == CHAT_COMPLETIONS else _prompt(body.get("prompt"))
-    if any(body.get(name) not in (None, False) for name in _OPAQUE):
+    options = _value(given, "stream_options") or {}
+    if not isinstance(options, dict):
+        raise ApiError(400, "`stream_options` must be an object", param="stream_options")
+    text, token_ids = _chat(given) if path == CHAT_COMPLETIONS else _prompt(given)
+    if _is_opaque(given, path):
         text = token_ids = None
-    options = body.get("stream_options")
+    fields = {name: value for name, value in given.items() if not is_reserved(name)}
     return ModelRequest(
         model=model,
         text=text,
         token_ids=token_ids,
-        max_tokens=_max_tokens(body, path),
+        max_tokens=_max_tokens(given, path),
         stream=stream,
-        usage_wanted=isinstance(options, dict) and options.get("include_usage") is True,
-        body={name: value for name, value in body.items() if not is_reserved(name)},
+        stream_options=options,
+        raw=raw,
+        fields=fields,
+        is_whole=len(fields) == len(given),
     )
+
+
+def _is_opaque(given: _Fields, path: str) -> bool:
+    for name in _OPAQUE[path] & given.keys():
+        value = _value(given, name)
+        is_usual = value is True if (path, name) in _USUALLY_TRUE else not value
+        if value is not None and not is_usual:
+            return True
+    return False
 
 
 def is_reserved(name: str) -> bool:
@@ -140,17 +178,26 @@ def is_reserved(name: str) -> bool:
     return name in _RESERVED or name.startswith(_RESERVED_PREFIXES)
 
 
-def _decode(raw: bytes) -> dict[str, Any]:
+def _decode(raw: bytes) -> _Fields:
     try:
-        body = msgspec.json.decode(raw)
+        str(raw, "utf-8")  # values that are not looked at must be text too
+        return _FIELDS.decode(raw)
+    except msgspec.ValidationError as exc:
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json") from exc
     except (ValueError, RecursionError) as exc:
         raise ApiError(400, f"the body is not JSON: {exc}", code="invalid_json") from exc
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return body
 
 
-def _prompt(prompt: object) -> tuple[str | None, list[int] | None]:
+def _value(given: _Fields, name: str) -> Any:
+    """Decoded; None if absent."""
+    try:
+        return msgspec.json.decode(given[name]) if name in given else None
+    except (ValueError, RecursionError) as exc:
+        raise ApiError(400, f"`{name}` cannot be read: {exc}", param=name) from exc
+
+
+def _prompt(given: _Fields) -> tuple[str | None, list[int] | None]:
+    prompt = _value(given, "prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list | str):
         prompt = prompt[0]
     if isinstance(prompt, str) and prompt:
@@ -167,23 +214,24 @@ def _prompt(prompt: object) -> tuple[str | None, list[int] | None]:
         ) from exc
 
 
-def _chat(body: Mapping[str, Any]) -> tuple[str | None, None]:
-    messages = body.get("messages")
+def _chat(given: _Fields) -> tuple[str | None, None]:
+    messages = _value(given, "messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "`messages` must be a list of messages, not empty", param="messages")
-    plain = []
+    plain: list[Mapping[str, str]] | None = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ApiError(400, "each of `messages` needs a `role`", param="messages")
-        if not isinstance(message.get("content"), str):
-            return None, None  # content parts: images, audio, or text in pieces
-        plain.append({"role": message["role"], "content": message["content"]})
-    return tokenizer.render_chat(plain), None
+        if plain is None or not isinstance(message.get("content"), str):
+            plain = None  # content parts: images, audio, or text in pieces
+        else:
+            plain.append({"role": message["role"], "content": message["content"]})
+    return (tokenizer.render_chat(plain) if plain is not None else None), None
 
 
-def _max_tokens(body: Mapping[str, Any], path: str) -> int:
+def _max_tokens(given: _Fields, path: str) -> int:
     for name in ("max_completion_tokens", "max_tokens"):
-        value = body.get(name)
+        value = _value(given, name)
         if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,7 +91,8 @@ class Plan:
     """
 
     decision: Decision
-    body: Mapping[str, Any]
+    body: bytes
+    has_handle: bool
     version: int
     keys: Sequence[BlockKey] = ()
     is_streamed: bool = True
@@ -170,12 +171,13 @@ class Planner:
     def plan(self, ranking: Ranking) -> Plan:
         """What the best engine of a ranking made just now needs."""
         call, ranked, identities = ranking.call, ranking.ranked, ranking.identities
-        body, reason = self._body(call, ranked[0].candidate.engine, identities)
+        fields, reason = self._fields(call, ranked[0].candidate.engine, identities)
         alone = reason or call.no_store or call.no_read
         keys = None if alone else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
             self._decision(ranking, reason),
-            body,
+            call.request.with_fields(fields),
+            "kv_transfer_params" in fields,
             identities.state.version if identities.state else 0,
             keys.keys if keys is not None and not call.tenant.opted_out else (),
             call.request.stream,
@@ -268,31 +270,31 @@ class Planner:
 
     # ------------------------------------------------------------------ what it gets
 
-    def _body(
+    def _fields(
         self, call: Call, engine: EngineView, identities: _Identities
     ) -> tuple[dict[str, Any], str]:
-        body = dict(call.request.body)
-        if call.request.stream:
-            options = body.get("stream_options")
-            options = options if isinstance(options, dict) else {}
-            body["stream_options"] = {**options, "include_usage": True}
+        """What the engine gets in place of the client's fields or beside them, and why it reuses nothing."""
+        fields: dict[str, Any] = {}
+        request = call.request
+        if request.stream and not request.usage_wanted:
+            fields["stream_options"] = {**request.stream_options, "include_usage": True}
         if not self._config.fabric:
-            return body, ""
+            return fields, ""
         keys = identities.keys(engine)
         if keys is None:
-            return {**body, "cache_salt": one_time_salt()}, identities.reason(engine)
+            return {**fields, "cache_salt": one_time_salt()}, identities.reason(engine)
         # Without its node an engine keeps what it computed under the salt, and finds what was: for nobody,
         # and nothing, if it must not.
         alone = call.no_store or call.no_read
-        body["cache_salt"] = one_time_salt() if alone else keys.salt
+        fields["cache_salt"] = one_time_salt() if alone else keys.salt
         if engine.session:
             try:
                 handle = self._mint(call, engine, identities)
             except KVFabricError as exc:
                 _log.warning("request %s: no handle: %s", call.request_id, exc)
-                return {**body, "cache_salt": one_time_salt()}, "no_handle"
-            body["kv_transfer_params"] = {PARAMS_FIELD: handle}
-        return body, ""
+                return {**fields, "cache_salt": one_time_salt()}, "no_handle"
+            fields["kv_transfer_params"] = {PARAMS_FIELD: handle}
+        return fields, ""
 
     def _mint(self, call: Call, engine: EngineView, identities: _Identities) -> str:
         identity, model = identities.of(engine.tokenizer), engine.model
@@ -389,7 +391,7 @@ def tokens_of(call: Call, tokenizer: str) -> Sequence[int] | None:
 def _guess_tokens(request: ModelRequest) -> int:
     if request.text is not None:
         return len(request.text) // _BYTES_PER_TOKEN + 1
-    return sum(len(str(value)) for value in request.body.values()) // _BYTES_PER_TOKEN + 1
+    return len(request.raw) // _BYTES_PER_TOKEN + 1
 
 
 class _Identities:

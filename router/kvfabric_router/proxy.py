@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-import msgspec
 from aiohttp import web
 
 from kvfabric.errors import TransferError
@@ -183,9 +182,9 @@ class _Attempt:
     @contextlib.asynccontextmanager
     async def _ask(self, flight: Flight) -> AsyncIterator[aiohttp.ClientResponse]:
         url = self._plan.engine.endpoint + self._exchange.request.path
-        body = io.BytesIO(msgspec.json.encode(self._plan.body))  # sent in pieces: prompts are long
+        body = io.BytesIO(self._plan.body)  # sent in pieces: prompts are long
         headers = {"Content-Type": "application/json", REQUEST_ID: self._call.request_id}
-        if "kv_transfer_params" in self._plan.body:
+        if self._plan.has_handle:
             headers[SESSION_HEADER] = self._plan.engine.session.hex()
         with self._proxy.registry.sending(self._plan.version) as sent:
             async with _faults(flight):

@@ -60,6 +60,9 @@ def test_several_prompts_are_opaque(prompt: Any) -> None:
     [
         {"tools": [{}]},
         {"chat_template": "x"},
+        {"add_generation_prompt": False},
+        {"add_special_tokens": True},
+        {"reasoning_effort": "low"},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
     ],
@@ -84,15 +87,48 @@ def test_a_chat_whose_tokens_only_its_engine_knows_is_opaque(fields: dict[str, A
     ],
 )
 def test_fields_between_router_engine_and_node_are_not_a_clients(name: str) -> None:
-    assert dict(completion(**{name: "forged"}).body) == {"model": "m", "prompt": "hi"}
+    request = completion(**{name: "forged"})
+    assert msgspec.json.decode(request.with_fields({})) == {"model": "m", "prompt": "hi"}
 
 
-def test_other_fields_pass() -> None:
-    body = completion(
-        temperature=0.5, seed=3, stop=["x"], ignore_eos=True, logit_bias={"1": 2}
-    ).body
-    assert body["temperature"] == 0.5
-    assert {"seed", "stop", "ignore_eos", "logit_bias"} <= set(body)
+RAW = b"""{ "model":"m" ,"prompt": "h\\u0069", "temperature":0.10, "seed":12345678901234567890123,
+ "x": {"b" : [1.0,2e400] ,"b":null}}"""
+
+
+def test_a_body_that_needs_no_change_goes_on_byte_for_byte() -> None:
+    assert parse(COMPLETIONS, RAW).with_fields({}) is RAW
+
+
+def test_what_is_added_changes_no_value_of_the_clients() -> None:
+    sent = parse(COMPLETIONS, RAW).with_fields({"cache_salt": "s"})
+    values = (b'"h\\u0069"', b"0.10", b"12345678901234567890123", b'{"b" : [1.0,2e400] ,"b":null}')
+    for value in (*values, b'"cache_salt":"s"'):
+        assert value in sent, value
+
+
+def test_of_a_repeated_field_the_last_goes_on_alone() -> None:
+    raw = b'{"model":"m","prompt":"one","prompt":"two","cache_salt":"x"}'
+    request = parse(COMPLETIONS, raw)
+    assert request.text == "two"
+    assert request.with_fields({}) == b'{"model":"m","prompt":"two"}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_opaque"),
+    [
+        ({"add_special_tokens": True}, False),
+        ({"add_special_tokens": False}, True),
+        ({"suffix": ""}, False),
+        ({"suffix": "end"}, True),
+        ({"truncate_prompt_tokens": None}, False),
+        ({"truncate_prompt_tokens": 5}, True),
+        ({"tools": [{}]}, False),  # a completion has none
+    ],
+)
+def test_a_completion_whose_tokens_only_its_engine_knows_is_opaque(
+    fields: dict[str, Any], is_opaque: bool
+) -> None:
+    assert (completion(**fields).text is None) == is_opaque
 
 
 @pytest.mark.parametrize(
@@ -120,6 +156,9 @@ def test_other_fields_pass() -> None:
         b'{"model":"m","prompt":[1.5]}',
         b'{"model":"m","prompt":[1,"x"]}',
         b'{"model":"m","prompt":"x","stream":"yes"}',
+        b'{"model":"m","prompt":"x","stream_options":7}',
+        b'{"model":"m","prompt":"x","y":"\xff"}',
+        b'{"model":"m","prompt":"x","y":' + b"[" * 100_000,
         b'{"model":"m","prompt":"x","max_tokens":-1}',
         b'{"model":"m","prompt":"x","max_tokens":"9"}',
     ],
