@@ -7,14 +7,17 @@ engine processes read this table too.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 LABELS = frozenset({"tenant", "template", "tier", "reason", "result"})
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`kind`: gauge | counter."""
+    """`kind`: gauge | counter | histogram."""
 
     name: str
     kind: str
@@ -31,12 +34,46 @@ class Sample:
     labels: tuple[str, ...] = ()
 
 
+class Histogram:
+    """How often a value was at most each of `bounds`, which rise."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.total = 0.0
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.total += value
+        self._counts[bisect_left(self._bounds, value)] += 1
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, values at most so), as an exposition has them."""
+        bounds = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
+        return list(zip(bounds, accumulate(map(float, self._counts)), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """All values of a histogram without labels."""
+
+    name: str
+    values: Histogram
+
+
 def _gauge(name: str, help: str, *labels: str) -> Metric:
     return Metric(f"kvfabric_node_{name}", "gauge", help, labels)
 
 
 def _counter(name: str, help: str, *labels: str) -> Metric:
     return Metric(f"kvfabric_node_{name}", "counter", help, labels)
+
+
+def _histogram(name: str, help: str) -> Metric:
+    return Metric(f"kvfabric_node_{name}", "histogram", help)
 
 
 NODE_METRICS: tuple[Metric, ...] = (
@@ -89,6 +126,17 @@ NODE_METRICS: tuple[Metric, ...] = (
     _counter("ssd_scrubbed_bytes", "Bytes on SSD that were verified at rest"),
     _counter("ssd_scrub_rounds", "How often all of SSD was verified at rest"),
     _counter("corrupt_parts", "Parts whose bytes did not verify"),
+    _counter("stale_serves", "Times the auditor was served what is withdrawn: must stay 0"),
+    _counter(
+        "audit_probes",
+        "Chains of withdrawn blocks that the auditor asked for: passed (refused while something live was "
+        "served), no_control (nothing live was there to compare), brought_back, stale",
+        "result",
+    ),
+    _histogram(
+        "withdrawal_visible_seconds",
+        "From the command of a change to the last refusal that the auditor saw here",
+    ),
 )
 
 

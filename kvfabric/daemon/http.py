@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from kvfabric.errors import ConfigError
-from kvfabric.metrics import NODE_METRICS, Sample, by_name
+from kvfabric.metrics import NODE_METRICS, Distribution, Sample, by_name
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -18,14 +23,20 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class _Samples(Collector):
     """Statistics as Prometheus metrics; only what the table in `kvfabric.metrics` names."""
 
-    def __init__(self, samples: Callable[[], Iterable[Sample]]) -> None:
+    def __init__(self, samples: Callable[[], Iterable[Sample | Distribution]]) -> None:
         self._samples = samples
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         table = by_name(NODE_METRICS)
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for sample in self._samples():
             metric = table[sample.name]
+            if isinstance(sample, Distribution):
+                values = sample.values
+                yield HistogramMetricFamily(
+                    metric.name, metric.help, buckets=values.buckets(), sum_value=values.total
+                )
+                continue
             family = families.get(metric.name)
             if family is None:
                 kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
@@ -44,7 +55,7 @@ class HttpServer:
         host: str,
         port: int,
         *,
-        samples: Callable[[], Iterable[Sample]],
+        samples: Callable[[], Iterable[Sample | Distribution]],
         not_ready: Callable[[], str],
         degraded: Callable[[], str],
     ) -> None:

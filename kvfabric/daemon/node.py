@@ -23,6 +23,7 @@ from kvfabric.daemon import garbage
 from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_sources import AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
+from kvfabric.daemon.auditor import Auditor, AuditorParts
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.peers import tcp_listener
@@ -150,6 +151,14 @@ class Node:
             )
         )
         self.engines = self._make_server()
+        self.auditor = self.withdrawals.auditor = Auditor(
+            AuditorParts(
+                registry=self.registry,
+                services=self.engines.services,
+                is_frozen=lambda: self._is_frozen,
+                turn=self.store.turns.wait,
+            )
+        )
         if estate is None:
             await self._open_ssd()
             await self.keeper.refresh()
@@ -173,6 +182,7 @@ class Node:
             self._await_ssd(),
             garbage.collect(self.store.turns.wait),
             self.withdrawals.run(),
+            self.auditor.run(),
         )
         for work in background:
             stack.callback(group.create_task(work).cancel)
@@ -300,7 +310,8 @@ class Node:
         self.http_address = server.address
 
     def _degraded(self) -> str:
-        return "; ".join(f"{tier}: {why}" for tier, why in degraded(self).items() if why)
+        found = [f"{tier}: {why}" for tier, why in degraded(self).items() if why]
+        return "; ".join([*found, *([self.auditor.alarm] if self.auditor.alarm else [])])
 
     async def _await_ssd(self) -> None:
         """Until there is an SSD tier: try again when its breaker allows."""
@@ -473,6 +484,7 @@ class Node:
 
     def session_opened(self, session: Session) -> None:
         self.withdrawals.session_opened(session)
+        self.auditor.session_opened(session)
         self.events.engine_joined(describe(session))
 
     def session_ended(self, session: Session) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kvfabric.metrics import Sample
+from kvfabric.metrics import Distribution, Sample
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.base import RegistryStatus
+from kvfabric.registry.receipts import NO_CONTROL, PASSED
 from kvfabric.store.store import StoreStatistics
 from kvfabric.tiers.segments import SegmentStatistics
 from kvfabric.types import TierName
 
 if TYPE_CHECKING:
+    from kvfabric.daemon.auditor import Auditor
     from kvfabric.daemon.node import Node
 
 _PREFIX = "kvfabric_node_"
 
 
-def node_samples(node: Node) -> Iterator[Sample]:
+def node_samples(node: Node) -> Iterator[Sample | Distribution]:
     """Everything that /metrics shows."""
     yield from _store_samples(node.store.statistics())
     details = degraded(node)
@@ -41,6 +43,7 @@ def node_samples(node: Node) -> Iterator[Sample]:
         ("event_sequence", node.events.sequence),
         ("protocol_errors", counts.protocol_errors),
         ("refused_connections", counts.refused_connections),
+        ("stale_serves", node.auditor.stale_serves),
     )
     for name, value in values:
         yield Sample(_PREFIX + name, value)
@@ -50,6 +53,9 @@ def node_samples(node: Node) -> Iterator[Sample]:
         yield Sample(_PREFIX + "requests", count, (result,))
     for reason, count in registry.num_errors.items():
         yield Sample(_PREFIX + "registry_errors", count, (reason,))
+    for result, count in node.auditor.results.items():
+        yield Sample(_PREFIX + "audit_probes", count, (result,))
+    yield Distribution(_PREFIX + "withdrawal_visible_seconds", node.auditor.visible_s)
 
 
 def _registry_status(status: RegistryStatus) -> pb.RegistryStatus:
@@ -101,6 +107,17 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
         counters=_counters(node, store),
         sealed_keys=sorted(keys),
         registry=_registry_status(node.registry.status),
+        audit=_audit_status(node.auditor),
+    )
+
+
+def _audit_status(auditor: Auditor) -> pb.AuditStatus:
+    return pb.AuditStatus(
+        num_audits=auditor.num_audits,
+        num_refused=auditor.results[PASSED],
+        num_uncontrolled=auditor.results[NO_CONTROL],
+        stale_serves=auditor.stale_serves,
+        alarm=auditor.alarm,
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvfabric.daemon.auditor import Audit, Auditor
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.errors import KVFabricError, TransferError
 from kvfabric.hashing import namespace_key, namespace_tag
@@ -32,6 +33,7 @@ from kvfabric.registry.receipts import (
     PENDING,
     RESET,
     UNAFFECTED,
+    AuditRow,
     EngineRow,
     NodeRow,
 )
@@ -49,6 +51,8 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _RETRY_S = 1.0
+_AUDIT_S = 0.25
+"""How long destruction waits for the auditor: it asks for some 16 chains, about a millisecond each."""
 _SILENCE_S = 1.5
 """An engine that keeps a cache says within this time what it let go of: it pings each quarter of a second."""
 _TOLD_BYTES = (8, 16)
@@ -86,11 +90,15 @@ class _Matter:
     offboarded: TenantId | None = None
     keys_removed_at: float = 0.0
     keyring_generation: int = 0
+    audit: Audit | None = None
+    audited: AuditRow | None = None  # by an earlier life
     failure: str = ""
     written: NodeRow | None = None
 
     @property
     def is_final(self) -> bool:
+        if self.audit is not None and not self.audit.is_done:
+            return False
         drained = all(engine.drained_at for engine in self.engines.values())
         return drained and (not self.for_good or bool(self.destroyed_at))
 
@@ -132,9 +140,12 @@ class NodeParts:
 
 @dataclass(slots=True)
 class Withdrawals:
-    """See the module. `run` it until the node stops; the server calls `heard` and `session_opened`."""
+    """See the module. `run` it until the node stops; the server calls `heard` and `session_opened`.
+
+    `auditor`: hears of each change that took something out of reach, before it is destroyed."""
 
     parts: NodeParts
+    auditor: Auditor | None = None
     _matters: list[_Matter] = field(default_factory=list)
     _struck: list[tuple[int, frozenset[bytes]]] = field(default_factory=list)
     _version: int = 0
@@ -212,12 +223,16 @@ class Withdrawals:
                 for session in parts.sessions.live()
             },
         )
+        if self.auditor is not None and (one.incarnations or for_good):
+            matter.audit = self.auditor.begin(one, names, before)
         self._start(group, matter)
 
     def _start(self, group: asyncio.TaskGroup, matter: _Matter) -> None:
         if matter.for_good and matter.names:
             self._struck.append((matter.version, matter.names))
         self._matters.append(matter)
+        if self.auditor is not None and matter.audit is not None:
+            group.create_task(self.auditor.follow(matter.audit))
         group.create_task(self._follow(matter))
         if matter.for_good:
             group.create_task(self._destroy(matter))
@@ -270,8 +285,8 @@ class Withdrawals:
         """Look until all of it has ended; write the row whenever something moved."""
         while True:
             self._look(matter)
-            await self._write(matter)
-            if matter.is_final:
+            is_final = matter.is_final  # by what is written now: an audit may end meanwhile
+            if await self._write(matter) and is_final:
                 self._matters.remove(matter)
                 await self._keep()
                 return
@@ -315,6 +330,10 @@ class Withdrawals:
         return PENDING, ""
 
     async def _destroy(self, matter: _Matter) -> None:
+        if matter.audit is not None:  # it asks for what is there; what is not there proves little
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_AUDIT_S):
+                    await matter.audit.done.wait()
         while True:
             try:
                 if matter.offboarded is not None and not matter.keys_removed_at:
@@ -365,19 +384,21 @@ class Withdrawals:
 
     # ------------------------------------------------------------------ rows, and the file
 
-    async def _write(self, matter: _Matter) -> None:
+    async def _write(self, matter: _Matter) -> bool:
+        """Whether the registry has the row as it was at the call."""
         row = _row(matter, self.parts.node_id)
         if row == matter.written:
-            return
+            return True
         try:
             await self.parts.registry.put_receipt_row(
                 matter.receipt_id, matter.holder, msgspec.msgpack.encode(row)
             )
         except KVFabricError as exc:  # told again at the next look
             log.debug("receipt %s: %s", matter.receipt_id, exc)
-            return
+            return False
         matter.written = row
         await self._keep()
+        return True
 
     async def _keep(self) -> None:
         """On disk what is not final. A disk that refuses costs what a crash would cost: the receipt stays
@@ -436,6 +457,7 @@ class Withdrawals:
                 offboarded=one.offboarded,
                 keys_removed_at=row.keys_removed_at,
                 keyring_generation=row.keyring_generation,
+                audited=row.audit if row.audit and row.audit.result != PENDING else None,
             )
             self._start(group, matter)
 
@@ -451,6 +473,7 @@ def _row(matter: _Matter, node_id: str) -> NodeRow:
         failure=matter.failure,
         keys_removed_at=matter.keys_removed_at,
         keyring_generation=matter.keyring_generation,
+        audit=matter.audited if matter.audit is None else matter.audit.row(),
     )
 
 

@@ -416,7 +416,7 @@ class Receipt(_message.Message):
     def __init__(self, action: _Optional[str] = ..., scope: _Optional[str] = ..., old_epoch: _Optional[int] = ..., new_epoch: _Optional[int] = ..., requested_by: _Optional[str] = ..., requested_at: _Optional[float] = ..., unreachable_at: _Optional[float] = ..., acknowledgements: _Optional[_Iterable[_Union[Acknowledgement, _Mapping]]] = ..., bytes_unreachable: _Optional[int] = ..., audit_head: _Optional[bytes] = ..., receipt_id: _Optional[str] = ..., nodes: _Optional[_Iterable[_Union[NodeReport, _Mapping]]] = ..., bytes_reclaimed: _Optional[int] = ..., drained_at: _Optional[float] = ..., destroyed_at: _Optional[float] = ..., not_heard_from: _Optional[_Iterable[str]] = ..., is_final: _Optional[bool] = ...) -> None: ...
 
 class NodeReport(_message.Message):
-    __slots__ = ("node_id", "bytes_unreachable", "bytes_reclaimed", "destroyed_at", "drained_at", "engines", "failure", "keys_removed_at", "keyring_generation")
+    __slots__ = ("node_id", "bytes_unreachable", "bytes_reclaimed", "destroyed_at", "drained_at", "engines", "failure", "keys_removed_at", "keyring_generation", "audit")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECLAIMED_FIELD_NUMBER: _ClassVar[int]
@@ -426,6 +426,7 @@ class NodeReport(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     KEYS_REMOVED_AT_FIELD_NUMBER: _ClassVar[int]
     KEYRING_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     bytes_unreachable: int
     bytes_reclaimed: int
@@ -435,7 +436,22 @@ class NodeReport(_message.Message):
     failure: str
     keys_removed_at: float
     keyring_generation: int
-    def __init__(self, node_id: _Optional[str] = ..., bytes_unreachable: _Optional[int] = ..., bytes_reclaimed: _Optional[int] = ..., destroyed_at: _Optional[float] = ..., drained_at: _Optional[float] = ..., engines: _Optional[_Iterable[_Union[EngineReport, _Mapping]]] = ..., failure: _Optional[str] = ..., keys_removed_at: _Optional[float] = ..., keyring_generation: _Optional[int] = ...) -> None: ...
+    audit: AuditReport
+    def __init__(self, node_id: _Optional[str] = ..., bytes_unreachable: _Optional[int] = ..., bytes_reclaimed: _Optional[int] = ..., destroyed_at: _Optional[float] = ..., drained_at: _Optional[float] = ..., engines: _Optional[_Iterable[_Union[EngineReport, _Mapping]]] = ..., failure: _Optional[str] = ..., keys_removed_at: _Optional[float] = ..., keyring_generation: _Optional[int] = ..., audit: _Optional[_Union[AuditReport, _Mapping]] = ...) -> None: ...
+
+class AuditReport(_message.Message):
+    __slots__ = ("result", "num_refused", "num_uncontrolled", "num_stale", "refused_at")
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNCONTROLLED_FIELD_NUMBER: _ClassVar[int]
+    NUM_STALE_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_AT_FIELD_NUMBER: _ClassVar[int]
+    result: str
+    num_refused: int
+    num_uncontrolled: int
+    num_stale: int
+    refused_at: float
+    def __init__(self, result: _Optional[str] = ..., num_refused: _Optional[int] = ..., num_uncontrolled: _Optional[int] = ..., num_stale: _Optional[int] = ..., refused_at: _Optional[float] = ...) -> None: ...
 
 class EngineReport(_message.Message):
     __slots__ = ("session", "engine_id", "running", "drained_at", "hbm", "detail")
@@ -545,7 +561,7 @@ class RegistryStatus(_message.Message):
     def __init__(self, home: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., lease_left_s: _Optional[float] = ..., num_holders: _Optional[int] = ..., num_restores: _Optional[int] = ..., num_errors: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "uptime_s", "tiers", "engines", "usage", "registry_version", "arena_adopted", "counters", "sealed_keys", "registry")
+    __slots__ = ("node_id", "boot_id", "version", "uptime_s", "tiers", "engines", "usage", "registry_version", "arena_adopted", "counters", "sealed_keys", "registry", "audit")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -565,6 +581,7 @@ class NodeStatus(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     SEALED_KEYS_FIELD_NUMBER: _ClassVar[int]
     REGISTRY_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
@@ -577,4 +594,19 @@ class NodeStatus(_message.Message):
     counters: _containers.ScalarMap[str, int]
     sealed_keys: _containers.RepeatedScalarFieldContainer[bytes]
     registry: RegistryStatus
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., usage: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., registry_version: _Optional[int] = ..., arena_adopted: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., sealed_keys: _Optional[_Iterable[bytes]] = ..., registry: _Optional[_Union[RegistryStatus, _Mapping]] = ...) -> None: ...
+    audit: AuditStatus
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., usage: _Optional[_Iterable[_Union[TenantUsage, _Mapping]]] = ..., registry_version: _Optional[int] = ..., arena_adopted: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., sealed_keys: _Optional[_Iterable[bytes]] = ..., registry: _Optional[_Union[RegistryStatus, _Mapping]] = ..., audit: _Optional[_Union[AuditStatus, _Mapping]] = ...) -> None: ...
+
+class AuditStatus(_message.Message):
+    __slots__ = ("num_audits", "num_refused", "num_uncontrolled", "stale_serves", "alarm")
+    NUM_AUDITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNCONTROLLED_FIELD_NUMBER: _ClassVar[int]
+    STALE_SERVES_FIELD_NUMBER: _ClassVar[int]
+    ALARM_FIELD_NUMBER: _ClassVar[int]
+    num_audits: int
+    num_refused: int
+    num_uncontrolled: int
+    stale_serves: int
+    alarm: str
+    def __init__(self, num_audits: _Optional[int] = ..., num_refused: _Optional[int] = ..., num_uncontrolled: _Optional[int] = ..., stale_serves: _Optional[int] = ..., alarm: _Optional[str] = ...) -> None: ...

@@ -15,6 +15,16 @@ from kvfabric.protocol import kvfabric_pb2 as pb
 MADE = "change"
 """Key of the row of whoever made the change; every other key is a holder's id."""
 
+PASSED, NO_CONTROL, NOTHING_HELD, BROUGHT_BACK, STALE = (
+    "passed",
+    "no_control",
+    "nothing_held",
+    "brought_back",
+    "stale",
+)
+"""Of an audit: refused while something live was served; refused, but nothing live was there to compare; the
+node held nothing of it; it was promoted again before; it was served. Or PENDING."""
+
 UNAFFECTED, PENDING, RESET, NOT_RESET, GONE = "unaffected", "pending", "reset", "not_reset", "gone"
 
 
@@ -52,9 +62,21 @@ class EngineRow(msgspec.Struct, frozen=True):
     detail: str
 
 
+class AuditRow(msgspec.Struct, frozen=True):
+    """What a node's auditor was answered: chains of blocks that were refused, refused without a control, and
+    served. `refused_at`: Unix seconds of the last refusal; 0: none."""
+
+    result: str
+    num_refused: int
+    num_uncontrolled: int
+    num_stale: int
+    refused_at: float
+
+
 class NodeRow(msgspec.Struct, frozen=True):
     """0 in `destroyed_at`: not yet, or never to be. `failure`: what destroying met last. Of an offboarded
-    tenant, `keys_removed_at`: when this node's keyring, of that generation, had no key of it any more."""
+    tenant, `keys_removed_at`: when this node's keyring, of that generation, had no key of it any more.
+    `audit` None: nothing left by this change, or the audit was cut off by a restart."""
 
     node_id: str
     applied_at: float
@@ -65,6 +87,7 @@ class NodeRow(msgspec.Struct, frozen=True):
     failure: str = ""
     keys_removed_at: float = 0.0
     keyring_generation: int = 0
+    audit: AuditRow | None = None
 
 
 def assemble(receipt_id: str, rows: Mapping[str, bytes]) -> pb.Receipt | None:
@@ -117,9 +140,9 @@ def assemble(receipt_id: str, rows: Mapping[str, bytes]) -> pb.Receipt | None:
         receipt.drained_at = max(drained)
     if everybody and change.for_good and all(destroyed):
         receipt.destroyed_at = max(destroyed)
-    receipt.is_final = bool(receipt.drained_at) and (
-        not change.for_good or bool(receipt.destroyed_at)
-    )
+    audited = not any(node.audit and node.audit.result == PENDING for node in nodes.values())
+    is_gone = not change.for_good or bool(receipt.destroyed_at)
+    receipt.is_final = bool(receipt.drained_at) and is_gone and audited
     return receipt
 
 
@@ -145,6 +168,7 @@ def _node_to_pb(node: NodeRow) -> pb.NodeReport:
         failure=node.failure,
         keys_removed_at=node.keys_removed_at,
         keyring_generation=node.keyring_generation,
+        audit=None if node.audit is None else pb.AuditReport(**msgspec.structs.asdict(node.audit)),
         engines=[
             pb.EngineReport(
                 session=engine.session,

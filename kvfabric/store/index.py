@@ -362,6 +362,10 @@ class BlockIndex:
         """Those that rows have."""
         return self._lineage_ids.keys()
 
+    def numbered_lineages(self) -> Iterable[tuple[Lineage, int]]:
+        """Those that rows have, with their ids."""
+        return self._lineage_ids.items()
+
     def lineage_of(self, number: int) -> Lineage:
         lineage = self.lineages[number]
         assert lineage is not None, "a stub has no lineage"

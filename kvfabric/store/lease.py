@@ -122,12 +122,14 @@ class Reservation:
 
 @dataclass(slots=True)
 class Session:
-    """`active` false: its rights ended; only holds remain until proof of quiet."""
+    """`active` false: its rights ended; only holds remain until proof of quiet. `counts` false: what it
+    finds or misses is no use of a block, and in no statistics."""
 
     number: SessionId
     layout: StoredLayout
     block_tokens: int
     active: bool = True
+    counts: bool = True
     requests: dict[str, Request] = field(default_factory=dict)
     reservations: dict[int, Reservation] = field(default_factory=dict)
 
@@ -161,9 +163,13 @@ class LeaseBook:
 
     # -- sessions ------------------------------------------------------------------------------------
 
-    def open_session(self, number: SessionId, layout: StoredLayout, block_tokens: int) -> None:
+    def open_session(
+        self, number: SessionId, layout: StoredLayout, block_tokens: int, *, counts: bool = True
+    ) -> None:
         """Idempotent; raises RemoteProtocolError if the session declared another layout before."""
-        session = self.sessions.setdefault(number, Session(number, layout, block_tokens))
+        session = self.sessions.setdefault(
+            number, Session(number, layout, block_tokens, counts=counts)
+        )
         if session.layout is not layout:
             raise RemoteProtocolError("a session has one layout in all its processes")
         session.active = True

@@ -50,7 +50,7 @@ class Reader:
         holder, request = found
         reason = self._access.to_read(request)
         if reason is not MissReason.NONE:
-            return self._missed(len(words), reason)
+            return self._missed(len(words), reason, counts=holder.counts)
         rows = self._index.lookup(words[: min(MAX_KEYS, cacheable(request.grant, len(words)))])
         expected = self._access.lineages(holder, request.grant, 0, len(rows))
         num_blocks = leading(self._readable(rows, expected, holder, request.grant))
@@ -62,8 +62,11 @@ class Reader:
         rows = rows[:num_blocks]
         in_host = self._index.host_parts.array[rows] == holder.layout.num_parts
         if num_blocks:
-            self._use(self._leases.lease(request, rows))
-        self._count(in_host, len(words), reason)
+            fresh = self._leases.lease(request, rows)
+            if holder.counts:
+                self._use(fresh)
+        if holder.counts:
+            self._count(in_host, len(words), reason)
         return Matched(
             num_blocks=num_blocks,
             tiers=np.where(in_host, _HOST_TIER, _SSD_TIER).astype(np.uint8).tobytes(),
@@ -71,8 +74,9 @@ class Reader:
             reason=reason.value,
         )
 
-    def _missed(self, num_keys: int, reason: MissReason) -> Matched:
-        self._misses.counts[reason] += num_keys
+    def _missed(self, num_keys: int, reason: MissReason, *, counts: bool = True) -> Matched:
+        if counts:
+            self._misses.counts[reason] += num_keys
         return Matched(num_blocks=0, tiers=b"", lease_s=0.0, reason=reason.value)
 
     def _count(self, in_host: Flags, num_keys: int, reason: MissReason) -> None:

@@ -12,6 +12,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     breaker    when SSD is left alone
     contents   all of it as data, for a successor
     scrub      the arena's bytes, checked anew     purging  for good, and zeroed
+    sampling   what lies here, for probes
     turns      how all of it shares the event loop
 """
 
@@ -38,6 +39,7 @@ from kvfabric.store.purging import Purger, is_made_of
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import Reader
 from kvfabric.store.residency import EventSink, Residency, Run
+from kvfabric.store.sampling import Sampler
 from kvfabric.store.scrub import Scrubber, ScrubReport, scrub_ssd
 from kvfabric.store.ssd import SsdTraffic
 from kvfabric.store.turns import Turns
@@ -205,6 +207,7 @@ class BlockStore:
         self._room_is_low = asyncio.Event()
         self._background: list[asyncio.Task[None]] = []
         self._works: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self.sampler = Sampler(self._index)
         self._scrubber = Scrubber(self._residency, self._pool, self.turns, self._drop)
         self._purger = Purger(self._residency, self._pool, partial(self._drop, wipe=True))
 
@@ -276,17 +279,23 @@ class BlockStore:
     # -- sessions and requests -----------------------------------------------------------------------
 
     def open_session(
-        self, session: SessionId, layout: BlockLayout, recompute: RecomputeCost = UNKNOWN_COST
+        self,
+        session: SessionId,
+        layout: BlockLayout,
+        recompute: RecomputeCost = UNKNOWN_COST,
+        *,
+        counts: bool = True,
     ) -> None:
         """Idempotent for further connections. Raises RemoteProtocolError for a layout that differs
-        from the session's, or is none."""
+        from the session's, or is none. `counts` false: its matches are no use of a block, and in no
+        statistics."""
         numbers = [(part.group, part.shard) for part in layout.parts]
         if not 0 < len(numbers) <= MAX_PARTS or len(set(numbers)) != len(numbers):
             raise RemoteProtocolError(f"a layout of {len(numbers)} parts, or one declared twice")
         if min(part.num_bytes for part in layout.parts) <= 0 or layout.block_tokens <= 0:
             raise RemoteProtocolError("a layout with a part or a block of no size")
         stored = self._index.declare(layout_fingerprint(layout), layout, recompute)
-        self._leases.open_session(session, stored, layout.block_tokens)
+        self._leases.open_session(session, stored, layout.block_tokens, counts=counts)
 
     def end_rights(self, session: SessionId) -> None:
         """The session's connections are gone: leases and reservations end, leased bytes drain."""

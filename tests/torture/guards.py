@@ -9,13 +9,14 @@ from kvfabric.daemon import handlers
 from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
+from kvfabric.registry.state import RegistryState
 from kvfabric.store.lease import LeaseBook, Request
 from kvfabric.store.reading import Reader
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES
 from kvfabric.tiers.segments import SegmentTier
-from kvfabric.types import DEFAULT_TENANT
+from kvfabric.types import DEFAULT_TENANT, MissReason
 
 
 def volatile() -> None:
@@ -143,9 +144,15 @@ def no_lineage() -> None:
     Reader._readable = by_key_alone  # type: ignore[method-assign, assignment]
 
 
+def no_fence() -> None:
+    """Guard out: neither an epoch that moved nor a version that was withdrawn refuses anything."""
+    RegistryState.fence_reason = lambda *_: MissReason.NONE  # type: ignore[method-assign]
+
+
 _OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
 _OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
 _OF_TENANTS = (no_salt, no_lineage)
+_OF_VERSIONS = (no_fence,)
 CHANGES: dict[str, Callable[[], None]] = {
-    change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS)
+    change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS, *_OF_VERSIONS)
 }
