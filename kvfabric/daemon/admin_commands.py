@@ -50,6 +50,12 @@ def _status(args: argparse.Namespace) -> int:
         ],
     )
     lines += [f"{tier.tier} is degraded: {tier.detail}" for tier in status.tiers if tier.detail]
+    audit = status.audit
+    lines.append(
+        f"audit of {audit.num_audits} changes: {audit.num_refused} probes refused, "
+        f"{audit.num_uncontrolled} without anything live to compare, {audit.stale_serves} stale"
+    )
+    lines += [f"ALARM: {audit.alarm}"] * bool(audit.alarm)
     lines += table(
         ("engine", "endpoint", "model", "revision", "block"),
         [

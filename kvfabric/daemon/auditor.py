@@ -91,19 +91,21 @@ Epochs = tuple[tuple[str, int], ...]
 @dataclass(frozen=True, slots=True)
 class AuditorParts:
     """What an auditor works with. `services` are those of every engine; `is_frozen`: the store may not be
-    asked; `turn`: of the event loop; `wall_clock`: Unix seconds."""
+    asked; `turn`: of the event loop; `alarm`: told how often something stale was served; `wall_clock`: Unix
+    seconds."""
 
     registry: Registry
     services: Services
     is_frozen: Callable[[], bool]
     turn: Callable[[], Awaitable[None]]
+    alarm: Callable[[int], None]
     wall_clock: Callable[[], float] = time.time
 
 
 @dataclass(slots=True, eq=False)
 class Audit:
-    """One change under audit. `names`: incarnations, namespace tags or a tenant that died by it; `before`: the epochs
-    under which they lived. `refused_at`: Unix seconds of the last refusal of its dead chains."""
+    """One change under audit. `names`: incarnations, namespace tags or a tenant that died by it; `before`:
+    under what they lived. `refused_at`: Unix seconds of the last refusal of its dead chains."""
 
     receipt_id: str
     names: frozenset[bytes]
@@ -287,6 +289,7 @@ class Auditor:
         self.last_stale = f"{what}, from {chain.tier}, by {', '.join(ways)}"
         # The promise of the whole fabric is broken: whoever reads logs must see it.
         log.error("STALE SERVE: %s", self.last_stale)
+        self._parts.alarm(self.stale_serves)
 
     async def _observe(self, audit: Audit) -> None:
         """How long it took from the command to the last refusal here."""

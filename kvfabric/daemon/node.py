@@ -157,6 +157,7 @@ class Node:
                 services=self.engines.services,
                 is_frozen=lambda: self._is_frozen,
                 turn=self.store.turns.wait,
+                alarm=self.events.alarm,
             )
         )
         if estate is None:

@@ -79,6 +79,7 @@ def _fate_lines(receipt: pb.Receipt) -> list[str]:
             size(node.bytes_reclaimed),
             since(node.drained_at),
             since(node.destroyed_at) if node.destroyed_at or node.failure else "-",
+            _audit(node),
             node.failure,
         )
         for node in receipt.nodes
@@ -94,12 +95,21 @@ def _fate_lines(receipt: pb.Receipt) -> list[str]:
         for node in receipt.nodes
         if receipt.action == "offboard_tenant"
     ]
-    lines = table(("node", "unreachable", "reclaimed", "drained", "destroyed", ""), nodes)
+    lines = table(("node", "unreachable", "reclaimed", "drained", "destroyed", "audit", ""), nodes)
     lines += table(("node", "engine", "running", "drained", "its own cache"), engines)
     lines += table(("node", "keys removed", "keyring generation"), keyrings)
     if receipt.not_heard_from:
         lines.append(f"not heard from: {', '.join(receipt.not_heard_from)}")
     return lines
+
+
+def _audit(node: pb.NodeReport) -> str:
+    """What the node's auditor was answered when it asked for it."""
+    if not node.HasField("audit"):
+        return "-"
+    audit = node.audit
+    asked = audit.num_refused + audit.num_uncontrolled + audit.num_stale
+    return f"{audit.result} ({asked} asked for)" if asked else audit.result
 
 
 def configure_receipt(parser: argparse.ArgumentParser) -> None:

@@ -96,6 +96,8 @@ class EventStream:
         self._news = asyncio.Event()
         self._subscriptions = 0
         self._closed = False
+        self.stale_serves = 0
+        self._alarm_due = False
 
     def __repr__(self) -> str:
         return (
@@ -146,6 +148,11 @@ class EventStream:
     def cleared(self, tier: TierName, *, engine: bytes = b"") -> None:
         """The whole tier (of that engine) is empty."""
         self._add(pb.CLEARED, tier, BlockRun(b"", b"", b""), engine)
+
+    def alarm(self, stale_serves: int) -> None:
+        """The node's auditor was served withdrawn blocks so often; every batch says so from now on."""
+        self.stale_serves, self._alarm_due = stale_serves, True
+        self.flush()
 
     # ------------------------------------------------------------------ the engines' side
 
@@ -212,14 +219,16 @@ class EventStream:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._runs and not self._engine_changes:
+        if not (self._runs or self._engine_changes or self._alarm_due):
             return
+        self._alarm_due = False
         self._sequence += 1
         batch = pb.EventBatch(
             boot_id=self.boot_id,
             sequence=self._sequence,
             runs=[run.to_pb() for run in self._runs],
             engines=self._engine_changes,
+            stale_serves=self.stale_serves,
         )
         self._runs, self._pending_blocks, self._engine_changes = [], 0, []
         self._keep(batch)

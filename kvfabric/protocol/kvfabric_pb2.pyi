@@ -34,20 +34,22 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock")
+    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
+    STALE_SERVES_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
     sequence: int
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
     clock: float
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ...) -> None: ...
+    stale_serves: int
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ...) -> None: ...
 
 class Engine(_message.Message):
     __slots__ = ("session", "engine_id", "endpoint", "model", "model_revision", "adapter", "adapter_revision", "layout_fingerprint", "block_tokens", "block_bytes", "gone")
@@ -126,20 +128,22 @@ class Run(_message.Message):
     def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., namespace_tag: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., engine: _Optional[bytes] = ...) -> None: ...
 
 class EventBatch(_message.Message):
-    __slots__ = ("boot_id", "sequence", "runs", "engines", "gap", "snapshot_end")
+    __slots__ = ("boot_id", "sequence", "runs", "engines", "gap", "snapshot_end", "stale_serves")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     GAP_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_END_FIELD_NUMBER: _ClassVar[int]
+    STALE_SERVES_FIELD_NUMBER: _ClassVar[int]
     boot_id: bytes
     sequence: int
     runs: _containers.RepeatedCompositeFieldContainer[Run]
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
     gap: bool
     snapshot_end: bool
-    def __init__(self, boot_id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., gap: _Optional[bool] = ..., snapshot_end: _Optional[bool] = ...) -> None: ...
+    stale_serves: int
+    def __init__(self, boot_id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., gap: _Optional[bool] = ..., snapshot_end: _Optional[bool] = ..., stale_serves: _Optional[int] = ...) -> None: ...
 
 class WatchRegistryRequest(_message.Message):
     __slots__ = ("holder_id", "holder_kind")

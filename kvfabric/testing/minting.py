@@ -11,7 +11,7 @@ from kvfabric.keyring import Keyring
 from kvfabric.protocol.messages import HandleOpened
 from kvfabric.registry.state import RegistryState, scopes_of
 from kvfabric.testing.engine import BLOCK_TOKENS, TinyEngine, tokens_of
-from kvfabric.types import BlockKey, Incarnation, Segment, TenantId
+from kvfabric.types import PUBLIC_TENANT, BlockKey, Incarnation, Segment, TenantId, tenant_scope
 
 TTL_S = 600
 
@@ -31,12 +31,15 @@ class Minter:
         segments: tuple[Segment, ...] = (),
         *,
         tenant: TenantId,
+        public_tokens: int = 0,
     ) -> str:
         """Made under `state`, for the engine's session, of a prompt with these segments."""
         hello = engine.hello
         scopes = scopes_of(
             tenant, hello.model_revision, hello.adapter, [s.template for s in segments]
         )
+        if public_tokens:
+            scopes = (*scopes, tenant_scope(PUBLIC_TENANT))
         handle = Handle(
             version=FORMAT_VERSION,
             key_id=self._key_id,
@@ -46,7 +49,7 @@ class Minter:
             adapter_revision=hello.adapter_revision,
             layout_fingerprint=layout_fingerprint(hello.layout),
             segments=from_segments(segments),
-            public_tokens=0,
+            public_tokens=public_tokens,
             cacheable_tokens=-1,
             epochs=state.epochs_of(scopes),
             audience=engine.client.session,
@@ -68,5 +71,11 @@ def keys_of(opened: HandleOpened, prompt: str, num_blocks: int) -> list[BlockKey
         Segment(s.template, s.version, Incarnation(s.incarnation), s.first_token)
         for s in opened.segments
     )
-    hasher = BlockHasher(opened.namespace_key, BLOCK_TOKENS, segments=segments)
+    hasher = BlockHasher(
+        opened.namespace_key,
+        BLOCK_TOKENS,
+        segments=segments,
+        public_key=opened.public_key or None,
+        public_tokens=opened.public_tokens,
+    )
     return hasher.extend(tokens_of(prompt, num_blocks))

@@ -30,12 +30,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class NodeSight:
-    """One link. `version` is empty before the first contact; `clock_ahead_s`: of its clock over ours."""
+    """One link. `version` is empty before the first contact; `clock_ahead_s`: of its clock over ours;
+    `stale_serves`: that its auditor met."""
 
     target: str
     connected: bool
     version: str
     clock_ahead_s: float
+    stale_serves: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ def _nodes(nodes: Sequence[NodeSight]) -> Iterator[Finding]:
         yield Finding("nodes", FAIL, "no node is linked", "see router.nodes and router.directory")
     for node in nodes:
         name = f"node {node.target}"
+        if node.stale_serves:
+            text = f"served withdrawn blocks to its own auditor, {node.stale_serves} times"
+            yield Finding(
+                name, FAIL, text, "its log names them; stop it, and report it as SECURITY.md says"
+            )
         if not node.connected:
             advice = "is it running, and reachable from here? The router's log says why"
             yield Finding(name, FAIL, "no events: not connected", advice)

@@ -39,7 +39,9 @@ class Links:
 
     def sights(self) -> list[NodeSight]:
         return [
-            NodeSight(link.target, link.connected, link.version, link.clock_ahead_s)
+            NodeSight(
+                link.target, link.connected, link.version, link.clock_ahead_s, link.stale_serves
+            )
             for link, _ in self._links.values()
         ]
 

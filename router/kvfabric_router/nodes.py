@@ -102,6 +102,7 @@ class NodeLink:
         """What the node holds was learned once, or it was asked in vain."""
         self.version = ""
         self.clock_ahead_s = 0.0
+        self.stale_serves = 0
 
     async def run(self) -> None:
         """Serve the link until cancelled."""
@@ -142,6 +143,7 @@ class NodeLink:
         # Halfway between question and answer.
         self.clock_ahead_s = description.clock - (asked_at + time.time()) / 2
         self.version = description.version
+        self._alarm(description.stale_serves)
         self._node_id = NodeId(description.node_id)
         feed = NodeFeed(self._index, self._node_id)
         self._fleet.announce(self._node_id, map(session_report, description.engines))
@@ -186,11 +188,21 @@ class NodeLink:
         boot_id, sequence = feed.position
         request = pb.WatchEventsRequest(boot_id=boot_id, from_sequence=sequence)
         async for batch in stub.Watch(request):
+            self._alarm(batch.stale_serves)
             if feed.watch(batch):
                 self._announce(feed)
             else:
                 self._snapshot_needed.set()
         raise ConnectError("the node ended its event stream")
+
+    def _alarm(self, stale_serves: int) -> None:
+        if stale_serves > self.stale_serves:
+            _log.error(
+                "node %s: its auditor was served withdrawn blocks, %d times",
+                self.target,
+                stale_serves,
+            )
+        self.stale_serves = stale_serves
 
     async def _take_snapshots(self, stub: Any, feed: NodeFeed) -> None:
         while True:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from kvfabric.config import NodeConfig
@@ -18,6 +20,7 @@ from kvfabric.daemon.admin_client import AdminClient
 from kvfabric.daemon.node import Node
 from kvfabric.metrics import Histogram
 from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.state import RegistryState
 from kvfabric.testing.engine import TinyEngine, tiny_hello
 from kvfabric.testing.minting import Minter, keys_of, segment_of
@@ -95,11 +98,12 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(directory: Path, *changes: str, **options: object) -> Iterator[Rig]:
+def rig(directory: Path, *changes: str) -> Iterator[Rig]:
     with contextlib.ExitStack() as stack:
         launcher = stack.enter_context(Launcher())
-        options = {"ssd_bytes": 16 << 20, "epoch_lease_s": 0.5} | options
-        node = stack.enter_context(ForkedNode(launcher, directory, changes=changes, **options))
+        node = stack.enter_context(
+            ForkedNode(launcher, directory, changes=changes, ssd_bytes=16 << 20, epoch_lease_s=0.5)
+        )
         admin = stack.enter_context(AdminClient(directory / "admin.sock"))
         engine = TinyEngine.connect(node.socket)
         stack.callback(engine.client.close)
@@ -143,6 +147,45 @@ def test_every_change_is_audited_with_something_live_beside_it(tmp_path: Path) -
         assert 0 < _metric(found, "withdrawal_visible_seconds_sum") < 5
 
 
+def test_adapters_and_public_prefixes_are_audited_too(tmp_path: Path) -> None:
+    with rig(tmp_path) as found:
+        found.register("t")
+        found.register("other")
+        adapted = dataclasses.replace(tiny_hello(), adapter="a", adapter_revision="1")
+        base = found.engine
+        found.engine = TinyEngine.connect(tmp_path / "node.sock", adapted)
+        found.store("adapted")
+        found.engine.client.close()
+        found.engine = base
+
+        def public(template: str, public_blocks: int) -> None:
+            """Stored by one tenant: these leading blocks are everybody's."""
+            state = found.admin.state()
+            handle = found.minter.handle(
+                base,
+                template,
+                state,
+                (segment_of(state, template, "1"),),
+                tenant=DEFAULT_TENANT,
+                public_tokens=public_blocks * 16,
+            )
+            opened = base.client.open_handle(template, handle, deadline_s=5)
+            keys = keys_of(opened, template, BLOCKS)
+            assert base.store(template, keys) == BLOCKS
+            base.release(template)
+
+        public("other", BLOCKS)  # the only thing live, and public as a whole
+        audit = found.invalidate("adapter", "a")
+        assert (audit.result, audit.num_refused) == ("passed", BLOCKS)
+        public("t", 3)
+        audit = found.invalidate("template", "t")
+        assert (audit.result, audit.num_refused) == ("passed", BLOCKS)
+        found.store("kept")
+        audit = found.invalidate("tenant", "public")
+        assert audit.result == "passed"
+        assert audit.num_refused >= BLOCKS
+
+
 def _metric(found: Rig, name: str) -> float:
     assert found.node is not None
     return found.node.metrics()[name]
@@ -171,8 +214,8 @@ def test_what_is_asked_leaves_no_trace(tmp_path: Path) -> None:
         found.store("mine", "t")
         found.store("kept", "other")
         until(lambda: len(found.status().sealed_keys) == 2 * BLOCKS)
-        names = ("requests_open", "sessions", "connections", "leased_bytes", "draining_bytes")
-        names += ('blocks_matched_total{tier="host"}', 'misses_total{reason="withdrawn"}')
+        names = ["requests_open", "sessions", "connections", "leased_bytes", "draining_bytes"]
+        names += ['blocks_matched_total{tier="host"}', 'misses_total{reason="withdrawn"}']
 
         def seen() -> list[float]:
             assert found.node is not None
@@ -234,9 +277,20 @@ def test_without_the_fence_it_is_served_and_loud(tmp_path: Path, on_ssd: bool) -
         status = found.status().audit
         assert status.stale_serves == stale + BLOCKS
         assert f"tenant:{found.tenants['acme']}@2, from {tier}, by an open request" in status.alarm
+        assert _told(found) == (stale + BLOCKS, stale + BLOCKS)
         line = next(line for line in found.node.log.splitlines() if line.startswith(READY))
         with urllib.request.urlopen(f"http://{line.rsplit(' ', 1)[1]}/readyz") as answer:
             assert "the auditor was served withdrawn blocks" in answer.read().decode()
+
+
+def _told(found: Rig) -> tuple[int, int]:
+    """What routers hear: at first contact, and in the newest batch."""
+    with grpc.insecure_channel(f"unix:{found.directory}/admin.sock") as channel:
+        events = pb_grpc.NodeEventsStub(channel)  # type: ignore[no-untyped-call]
+        node = events.Describe(pb.DescribeRequest(), timeout=5)
+        request = pb.WatchEventsRequest(boot_id=node.boot_id, from_sequence=node.sequence)
+        batch = next(iter(events.Watch(request, timeout=5)))
+    return node.stale_serves, batch.stale_serves
 
 
 def test_without_the_lineage_a_key_is_enough(tmp_path: Path) -> None:
@@ -279,4 +333,5 @@ def test_a_histogram_counts_at_most_and_sums() -> None:
     for value in (0.05, 0.1, 0.2, 5.0):
         seen.observe(value)
     assert seen.buckets() == [("0.1", 2.0), ("1", 3.0), ("+Inf", 4.0)]
-    assert (seen.count, seen.total) == (4, pytest.approx(5.35))
+    assert seen.count == 4
+    assert seen.total == pytest.approx(5.35)

@@ -40,6 +40,7 @@ def changed(**changes: object) -> Totals:
         ([dataclasses.replace(NODE, connected=False)], [ENGINE], TOTALS, FAIL, "no events"),
         ([dataclasses.replace(NODE, version="0.0.1")], [ENGINE], TOTALS, WARN, "runs 0.0.1"),
         ([dataclasses.replace(NODE, clock_ahead_s=-60.0)], [ENGINE], TOTALS, FAIL, "-60.0 s"),
+        ([dataclasses.replace(NODE, stale_serves=2)], [ENGINE], TOTALS, FAIL, "withdrawn blocks"),
         ([NODE], [EngineSight(VIEW, (), ("a", "b"))], TOTALS, FAIL, "registered at 2 nodes"),
         ([NODE], [EngineSight(VIEW, (), ())], TOTALS, WARN, "no node speaks for it"),
         (
