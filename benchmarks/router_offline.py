@@ -22,12 +22,13 @@ import statistics
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
 
 import numpy as np
+from msgspec.structs import replace
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "router")]
 

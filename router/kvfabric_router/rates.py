@@ -14,11 +14,12 @@ other engines' rates. None is negative: one that would be is taken out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from statistics import median
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 DEFAULT_TOKEN_MS = 0.5
 HOST_BYTES_PER_MS = 4e6
@@ -39,8 +40,7 @@ _FIT_EACH, _FIT_EVERY = 16, 4
 _Vector = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """What one request asks of an engine before its first token, in tokens."""
 
     computed: int
@@ -49,8 +49,7 @@ class Work:
     ssd: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(msgspec.Struct, frozen=True):
     """The coefficients, in milliseconds for each of what the module's formula multiplies them with.
 
     `latency_ms` is no work of the engine. `step_ms`: one token of a running answer.

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
+from msgspec import structs
+
 from kvfabric_router import policy
 from kvfabric_router.decision import Outcome
 from kvfabric_router.journal import BLOCK_ID_BYTES, Chosen, Record
@@ -133,7 +135,7 @@ class _Engine:
     def seen(self, view: EngineView, now: float) -> EngineView:
         self.first_tokens = [one for one in self.first_tokens if one[1] > now]
         waiting = sum(first > now for first, _ in self.first_tokens)
-        return replace(
+        return structs.replace(
             view,
             waiting_ms=max(self.free_at - now, 0.0) * 1e3,
             num_waiting=waiting,

@@ -15,7 +15,7 @@ from kvfabric import __version__
 from tests.router.standin import client_of, config_for, engines, keyring_with, registry_state
 
 VIEW = EngineView("http://e", "e", "m", model=ModelIdentity("r", bytes(32), 16), tokenizer="byte")
-OTHER = dataclasses.replace(
+OTHER = msgspec.structs.replace(
     VIEW, engine_id="other", model=ModelIdentity("r", bytes([1]) * 32, 32), endpoint="http://o"
 )
 NODE = NodeSight("unix:/n", True, __version__, 0.1)
@@ -45,7 +45,7 @@ def changed(**changes: object) -> Totals:
         ([NODE], [EngineSight(VIEW, (), ())], TOTALS, WARN, "no node speaks for it"),
         (
             [NODE],
-            [EngineSight(dataclasses.replace(VIEW, tokenizer="llama"), (), ("n",))],
+            [EngineSight(msgspec.structs.replace(VIEW, tokenizer="llama"), (), ("n",))],
             TOTALS,
             FAIL,
             "'llama'",

@@ -35,7 +35,7 @@ def candidate(name: str, *, layout: str = "a", hbm: int = 0, waiting_ms: float =
 def decision(*candidates: Candidate, **changes: object) -> Decision:
     ranked = policy.choose("cost", candidates, 1)
     made = Decision(TenantId("t"), ranked, "", reusable_tokens=96)
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(made, **changes)
 
 
 def outcome(reused: int, miss: MissReason = MissReason.NONE) -> Outcome:

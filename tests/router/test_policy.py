@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 from random import Random
 
 import numpy as np
@@ -28,7 +28,7 @@ NODE = NodeId("n")
 def engine(name: str, **fields: object) -> EngineView:
     rates = fetch_prior((1 << 20) / 16, Rates(answer_ms=0.01))
     view = EngineView(name, name, "m", NODE, name.encode(), MODEL, rates=rates)
-    return replace(view, **fields)  # type: ignore[arg-type]
+    return replace(view, **fields)
 
 
 def first(*candidates: Candidate) -> str:
