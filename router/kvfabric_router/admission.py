@@ -30,7 +30,7 @@ from kvfabric_router.hold import (
     room_in_ms,
 )
 from kvfabric_router.metrics import RouterMetrics
-from kvfabric_router.policy import Ranked
+from kvfabric_router.policy import FleetView, Ranked
 
 
 @dataclass(slots=True, eq=False)
@@ -121,10 +121,13 @@ class Admission:
             self._timer = None
         if self._going is not None or not self._queue:
             return
-        engines = self._fleet.view().engines
+        view = self._fleet.view()
+        engines = view.engines
         held = None
         if any(map(has_room, engines)):
-            held = next_to_go(self._queue, self._clock(), self._rank)
+            held = next_to_go(
+                self._queue, self._clock(), lambda one, demand: self._rank(one, demand, view)
+            )
         if held is not None:
             self._queue.served(held)
             self._going = held
@@ -135,12 +138,12 @@ class Admission:
             later = asyncio.get_running_loop().call_later
             self._timer = later(room_in_ms(busy) / 1e3, self._pump)
 
-    def _rank(self, held: Held[_Waiting], demand: DemandOf) -> Ranked | None:
+    def _rank(self, held: Held[_Waiting], demand: DemandOf, view: FleetView) -> Ranked | None:
         waiting = held.item
         if waiting.plan.done():
             return None  # cancelled or refused: about to leave
         try:
-            waiting.ranking = self._planner.rank(waiting.call, demand)
+            waiting.ranking = self._planner.rank(waiting.call, demand, view=view)
             self._refuse_late(waiting.ranking)
         except ApiError as exc:
             waiting.plan.set_exception(exc)

@@ -37,7 +37,7 @@ from kvfabric_router.journal import BLOCK_ID_BYTES, Journal
 from kvfabric_router.keyring_reader import KeyringReader
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.missed import why_missed
-from kvfabric_router.policy import Candidate, EngineView, Ranked, Reuse
+from kvfabric_router.policy import Candidate, EngineView, FleetView, Ranked, Reuse
 from kvfabric_router.predicted import Predicted
 from kvfabric_router.prompt import NO_LIMIT, TOKENIZERS, tokenise
 from kvfabric_router.registry_view import RegistryView
@@ -146,14 +146,16 @@ class Planner:
         """Whether the choice gets better by being made late."""
         return self._config.fabric and self._config.policy == "cost"
 
-    def rank(self, call: Call, demand: DemandOf | None = None) -> Ranking:
+    def rank(
+        self, call: Call, demand: DemandOf | None = None, *, view: FleetView | None = None
+    ) -> Ranking:
         """Who would answer it soonest, given who else waits. Raises ApiError 400, 404 or 503.
 
         Asked again for a call that waits, it reads the index again only after `REUSE_FRESH_S`, and tokenizes
-        and hashes only for a newer registry state.
+        and hashes only for a newer registry state. `view`: the fleet's of now, if the caller has it.
         """
         began = time.perf_counter()
-        engines = self._eligible(call)
+        engines = self._eligible(call, view or self._fleet.view())
         if demand is not None:
             engines = [demand(engine) for engine in engines]
         state = self._registry.usable() if self._config.fabric else None
@@ -214,15 +216,17 @@ class Planner:
 
     # ------------------------------------------------------------------ who could
 
-    def _eligible(self, call: Call) -> list[EngineView]:
+    def _eligible(self, call: Call, view: FleetView) -> list[EngineView]:
         name = call.request.model
-        if not self._fleet.knows_model(name):
-            raise ApiError(
-                404, f"The model `{name}` does not exist.", code="model_not_found", param="model"
-            )
-        taking = [e for e in self._fleet.view().engines if e.model_name == name]
-        taking = [e for e in taking if e.endpoint not in call.tried]
+        taking = [e for e in view.engines if e.model_name == name and e.endpoint not in call.tried]
         if not taking:
+            if not self._fleet.knows_model(name):
+                raise ApiError(
+                    404,
+                    f"The model `{name}` does not exist.",
+                    code="model_not_found",
+                    param="model",
+                )
             raise ApiError(503, f"No engine of `{name}` takes requests now.", code="no_engine")
         fitting = [e for e in taking if self._fits(call, e)]
         if not fitting:
@@ -245,22 +249,26 @@ class Planner:
     # ------------------------------------------------------------------ what it would cost
 
     def _candidate(self, call: Call, engine: EngineView) -> Candidate:
-        identities, matches = call.identities, call.matches
-        assert identities is not None
-        assert matches is not None
-        keys = identities.keys(engine)
-        reuse = Reuse()
-        if keys is not None and not call.tenant.opted_out and not call.no_read:
-            reuse = policy.reuse_of(
-                engine,
-                matches.of(keys),
-                matches.predicted(keys).get(engine.endpoint),
-                num_blocks=len(keys.keys),
-                block_tokens=keys.block_tokens,
-            )
+        assert call.matches is not None
+        found = call.matches.reuse.get(engine.endpoint)
+        if found is None:
+            found = call.matches.reuse[engine.endpoint] = self._reuse(call, call.matches, engine)
         tokens = tokens_of(call, engine.tokenizer)
         length = len(tokens) if tokens is not None else _guess_tokens(call.request)
-        return Candidate(engine, length, reuse)
+        return Candidate(engine, length, found)
+
+    def _reuse(self, call: Call, matches: _Matches, engine: EngineView) -> Reuse:
+        assert call.identities is not None
+        keys = call.identities.keys(engine)
+        if keys is None or call.tenant.opted_out or call.no_read:
+            return Reuse()
+        return policy.reuse_of(
+            engine,
+            matches.of(keys),
+            matches.predicted(keys).get(engine.endpoint),
+            num_blocks=len(keys.keys),
+            block_tokens=keys.block_tokens,
+        )
 
     def _draw(self, call: Call) -> int:
         """What decides between equals, or whose turn it is; another attempt is no turn of its own."""
@@ -463,10 +471,11 @@ class _Identities:
 
 
 class _Matches:
-    """The index's answers for one call: asked once for each namespace."""
+    """The index's answers for one call: asked once for each namespace. `reuse`: by endpoint, what follows."""
 
     def __init__(self, index: FleetIndex, predicted: Predicted, made_at: float) -> None:
         self.made_at = made_at
+        self.reuse: dict[str, Reuse] = {}
         self._index = index
         self._predicted = predicted
         self._answers: dict[tuple[bytes, bytes, int], dict[Holder, Present]] = {}

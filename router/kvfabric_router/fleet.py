@@ -30,6 +30,7 @@ PROBE_FAILURES = 2
 """Probes in a row that an engine may miss while it takes requests: a busy one may be late once."""
 FORGET_S = 60.0
 _SEVERAL = 3  # engines of which one of itself is not the median
+_LEAN_S = 0.1  # between two looks at what the others of a fleet are like
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +97,16 @@ class _Engine:
         found = [n for n in names if getattr(node.model, n) != getattr(own.model, n)]
         return (*found, *(["session"] if own.session != node.session else []))
 
-    def view(self, others: Rates, are_several: bool) -> EngineView:
+    def lean_on(self, others: Rates) -> None:
+        """Not seen at work yet, it counts as one of the others, not as a faster one."""
+        announced = self.announced
+        token_bytes = announced.block_bytes / announced.model.block_tokens if announced else 0.0
+        prior = fetch_prior(token_bytes, others)
+        self.activity.learner.prior(prior, is_fleets=others is not UNKNOWN)
+
+    def view(self) -> EngineView:
         announced, probed, activity = self.announced, self.probed, self.activity
         assert probed is not None, "only probed engines are shown"
-        # Not seen at work yet, it counts as one of the others, not as a faster one.
-        block = announced and announced.block_bytes / announced.model.block_tokens
-        if are_several or not activity.learner.num_sights:
-            prior = fetch_prior(block or 0.0, others)
-            activity.learner.prior(prior, is_fleets=others is not UNKNOWN)
         waiting = activity.waiting()
         return EngineView(
             endpoint=self.endpoint,
@@ -135,6 +138,8 @@ class Fleet:
         self._clock = clock
         self._engines: dict[str, _Engine] = {}
         self._named: dict[NodeId, frozenset[str]] = {}
+        self._leaning: tuple[object, ...] = ()
+        self._leaning_until = 0.0
         self.predicted = Predicted(clock=clock)
         self.distrusted: dict[NodeId, asyncio.Event] = {}
         """Set when what a node told is wrong about an engine of it, again and again: learn it anew."""
@@ -280,10 +285,22 @@ class Fleet:
     def view(self) -> FleetView:
         """The engines that take requests now."""
         taking = [engine for engine in self._engines.values() if engine.takes_requests]
+        self._lean(taking)
+        return FleetView(tuple([engine.view() for engine in taking]))
+
+    def _lean(self, taking: list[_Engine]) -> None:
+        """What is known of all engines, for those of which less is. Now and then: it changes slowly."""
+        on = tuple([(e.announced, not e.activity.learner.num_sights) for e in taking])
+        now = self._clock()
+        if now < self._leaning_until and on == self._leaning:
+            return
+        self._leaning, self._leaning_until = on, now + _LEAN_S
         learners = [engine.activity.learner for engine in taking]
         seen = [learner.rates for learner in learners if learner.num_sights]
         others = typical(seen) if seen else UNKNOWN
-        return FleetView(tuple(engine.view(others, len(seen) >= _SEVERAL) for engine in taking))
+        for engine in taking:
+            if len(seen) >= _SEVERAL or not engine.activity.learner.num_sights:
+                engine.lean_on(others)
 
     def flight(self, endpoint: str, sent: Sent) -> Flight:
         """A request about to be sent; enter it before sending."""

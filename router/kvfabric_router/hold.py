@@ -13,6 +13,7 @@ tenant the newest of that tenant's goes.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -131,8 +132,8 @@ class HoldQueue(Generic[T]):
         """Who goes next, best first: at most `limit` of each tenant, in the order of their turns."""
         self._refill()
         for tenant in sorted(self._tenants, key=lambda t: -self._deficits[t]):
-            mine = sorted(self._tenants[tenant].values(), key=lambda one: -one.ratio(now))
-            yield from mine[:limit]
+            mine = self._tenants[tenant].values()
+            yield from heapq.nlargest(limit, mine, key=lambda one: one.ratio(now))
 
     def _refill(self) -> None:
         """A new round for those that wait, once all of them have used theirs up."""
@@ -176,6 +177,8 @@ def newcomers_view(queue: HoldQueue[T]) -> DemandOf:
 
     def seen(engine: EngineView) -> EngineView:
         demand = queue.demand(engine.endpoint)
+        if not demand.num:
+            return engine
         return replace(engine, num_held=demand.num, held_ms=demand.ms)
 
     return seen

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from random import Random
-from statistics import fmean
 
 import msgspec
 import numpy as np
@@ -140,7 +139,10 @@ def cost(candidate: Candidate, *, mean_queue: float = 0.0, least: Work | None = 
     """See the module. `mean_queue`: requests that wait for a mean engine; `least`: the work of the prompt at
     the candidate that reuses most of it.
     """
-    engine, work = candidate.engine, candidate.work
+    return _terms(candidate.engine, candidate.work, mean_queue, least)
+
+
+def _terms(engine: EngineView, work: Work, mean_queue: float, least: Work | None) -> CostTerms:
     rates = engine.rates
     prefill = rates.prefill_ms(work)
     decode = rates.decode_ms(work, engine.num_decoding)
@@ -158,9 +160,13 @@ def costs(candidates: Sequence[Candidate]) -> list[Ranked]:
     """Each candidate with its cost, in the order given."""
     if not candidates:
         return []
-    mean_queue = fmean(c.engine.queue for c in candidates)
-    least = min((c.work for c in candidates), key=lambda work: work.computed)
-    return [Ranked(c, cost(c, mean_queue=mean_queue, least=least)) for c in candidates]
+    mean_queue = sum([c.engine.queue for c in candidates]) / len(candidates)
+    works = [c.work for c in candidates]
+    least = min(works, key=lambda work: work.computed)
+    return [
+        Ranked(c, _terms(c.engine, work, mean_queue, least))
+        for c, work in zip(candidates, works, strict=True)
+    ]
 
 
 def choose(policy: str, candidates: Sequence[Candidate], draw: int) -> tuple[Ranked, ...]:
@@ -217,16 +223,17 @@ def reuse_of(
     """
     if not num_blocks:
         return Reuse()
-    nothing = np.zeros(num_blocks, np.bool_)
-    hbm = nothing if predicted is None else predicted
     node = engine.node_id
     if node is None or not engine.session:
-        return Reuse(hbm_tokens=_leading(hbm) * block_tokens, is_approximate=True)
-    from_hbm = _leading(hbm | present.get(Holder(node, TierName.HBM, engine.session), nothing))
-    host = present.get(Holder(node, TierName.HOST), nothing)[from_hbm:]
-    ssd = present.get(Holder(node, TierName.SSD), nothing)[from_hbm:]
-    from_node = _leading(host | ssd)
-    from_host = int(np.count_nonzero(host[:from_node]))
+        return Reuse(hbm_tokens=_leading(predicted) * block_tokens, is_approximate=True)
+    if not present:  # most prompts are new to everybody
+        return Reuse(hbm_tokens=_leading(predicted) * block_tokens)
+    told = present.get(Holder(node, TierName.HBM, engine.session))
+    from_hbm = _leading(_either(told, predicted))
+    host, ssd = present.get(Holder(node, TierName.HOST)), present.get(Holder(node, TierName.SSD))
+    host, ssd = (None if one is None else one[from_hbm:] for one in (host, ssd))
+    from_node = _leading(_either(host, ssd))
+    from_host = 0 if host is None else int(np.count_nonzero(host[:from_node]))
     return Reuse(
         hbm_tokens=from_hbm * block_tokens,
         host_tokens=from_host * block_tokens,
@@ -234,6 +241,15 @@ def reuse_of(
     )
 
 
-def _leading(present: Present) -> int:
-    """Length of the run of True that it starts with."""
-    return len(present) if present.all() else int(present.argmin())
+def _either(one: Present | None, other: Present | None) -> Present | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
+def _leading(present: Present | None) -> int:
+    """Length of the run of True that it starts with; None stands for no True."""
+    if present is None or not present.size:
+        return 0
+    first = int(present.argmin())
+    return first if first or not present[0] else len(present)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from kvfabric_router.diagnosis import FAIL, OK, WARN, EngineSight, NodeSight, Totals, examine
 from kvfabric_router.identity import ModelIdentity

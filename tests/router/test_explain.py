@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 from kvfabric_router import policy
 from kvfabric_router.decision import Decision, Outcome

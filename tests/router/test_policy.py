@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
 from random import Random
 
 import numpy as np
@@ -17,6 +16,7 @@ from kvfabric_router.policy import (
     round_robin,
 )
 from kvfabric_router.rates import Rates, fetch_prior
+from msgspec.structs import replace
 
 from kvfabric.events.index import Holder
 from kvfabric.types import NodeId, TierName
