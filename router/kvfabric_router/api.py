@@ -317,6 +317,8 @@ class EventSplitter:
         self.rest = b""
 
     def feed(self, chunk: bytes) -> bytes:
+        if not self.rest and chunk.endswith(b"\n\n"):
+            return chunk
         data = self.rest + chunk
         marks = (b"\n\n", b"\r\n\r\n")
         end = max((at + len(m) for m in marks if (at := data.rfind(m)) >= 0), default=0)

@@ -38,7 +38,7 @@ from kvfabric_router.links import Links
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
 from kvfabric_router.probes import Prober
-from kvfabric_router.proxy import REQUEST_ID, Proxy, trace_config
+from kvfabric_router.proxy import REQUEST_ID, Proxy, client
 from kvfabric_router.registry_view import RegistryView
 from kvfabric_router.request_rate import RequestRates
 
@@ -287,11 +287,7 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
     On the way out: no new connections, answers in progress get STOP_S to end, then all is closed.
     Raises ConfigError if the address cannot be listened on.
     """
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=2.0)
-    async with aiohttp.ClientSession(
-        connector=connector, timeout=timeout, trace_configs=[trace_config()]
-    ) as http:
+    async with client() as http:
         router = _build(config, http)
         async with contextlib.AsyncExitStack() as stack:
             if router.journal is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -162,19 +162,16 @@ class Flight:
             self._activity.last_first_byte = self._clock()
             self._predicted.failed(self._expected)
 
-    @contextlib.asynccontextmanager
-    async def unless_lost(self) -> AsyncIterator[None]:
-        """Around a wait for this engine. Raises TimeoutError once the engine is given up."""
-        async with asyncio.timeout(0 if self._lost else None) as self._limit:
-            try:
-                yield
-            finally:
-                self._limit = None
+    def unless_lost(self) -> asyncio.Timeout:
+        """Around the wait for this engine's answer. Raises TimeoutError once the engine is given up."""
+        self._limit = asyncio.timeout(0 if self._lost else None)
+        return self._limit
 
     def give_up(self) -> None:
         """The engine stopped answering probes: nobody need wait for it."""
         if not self._lost and self._limit is not None:
-            self._limit.reschedule(asyncio.get_running_loop().time())
+            with contextlib.suppress(RuntimeError):  # that wait has ended
+                self._limit.reschedule(asyncio.get_running_loop().time())
         self._lost = True
 
     def stream_event(self) -> None:

@@ -8,16 +8,15 @@ request at its engine at once (the server cancels the handler's task, which clos
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 from aiohttp import web
+from yarl import URL
 
 from kvfabric.errors import TransferError
 from kvfabric.handle import SESSION_HEADER
@@ -47,8 +46,24 @@ _BUSY = frozenset({429, 503})
 _MISDIRECTED = 421
 _STREAM = "text/event-stream"
 _PASSED_ON = ("Retry-After",)
+_FAULTS = (TimeoutError, aiohttp.ClientError, OSError)
+"""What a wait for an engine ends with if the engine, or the way there, is broken."""
+
+_KEPT_URLS = 1024
 
 _log = logging.getLogger(__name__)
+
+
+def client() -> aiohttp.ClientSession:
+    """For requests to engines: as many connections as there are answers, no cookies kept between them, no
+    time limit but on connecting.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
+    )
 
 
 class EngineLost(TransferError):
@@ -82,7 +97,7 @@ class _Exchange:
 
 
 class Proxy:
-    """See the module. `http` is the caller's, made with `trace_config()`."""
+    """See the module. `http` is the caller's, made by `client()`."""
 
     def __init__(
         self,
@@ -100,6 +115,16 @@ class Proxy:
         self.http = http
         self.metrics = metrics
         self._timeout_s = timeout_s
+        self._urls: dict[str, URL] = {}
+
+    def url(self, endpoint: str, path: str) -> URL:
+        """Of an engine's `path`, one of a few; parsed once."""
+        url = self._urls.get(endpoint + path)
+        if url is None:
+            if len(self._urls) >= _KEPT_URLS:
+                self._urls.clear()
+            url = self._urls[endpoint + path] = URL(endpoint + path)
+        return url
 
     async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Answer a client's request. Raises ApiError if no engine could.
@@ -163,11 +188,14 @@ class _Attempt:
     async def run(self) -> web.StreamResponse:
         flight = self._proxy.fleet.flight(self._plan.engine.endpoint, self._plan.sent)
         with flight:
-            async with self._ask(flight) as answer:
-                if answer.status == 200 and answer.content_type == _STREAM:
-                    response: web.StreamResponse = await self._stream(answer, flight)
+            answer, piece = await self._begin(flight)
+            try:
+                if _is_stream(answer):
+                    response = await self._stream(answer, piece, flight)
                 else:
-                    response = await self._whole(answer, flight)
+                    response = self._whole(answer, piece)
+            finally:
+                answer.close()  # one that was not read to its end closes the connection
             if response.status < 400 and not self._call.result:
                 usage = self._usage
                 flight.answered(
@@ -179,22 +207,30 @@ class _Attempt:
 
     # ------------------------------------------------------------------ towards the engine
 
-    @contextlib.asynccontextmanager
-    async def _ask(self, flight: Flight) -> AsyncIterator[aiohttp.ClientResponse]:
-        url = self._plan.engine.endpoint + self._exchange.request.path
-        body = io.BytesIO(self._plan.body)  # sent in pieces: prompts are long
+    async def _begin(self, flight: Flight) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Ask, and wait for the first piece of a stream, or for all of another answer. Raises EngineLost."""
+        answer: aiohttp.ClientResponse | None = None
+        try:
+            async with flight.unless_lost():
+                answer = await self._ask()
+                if _is_stream(answer):
+                    return answer, await answer.content.readany()
+                return answer, await answer.read()
+        except BaseException as exc:
+            if answer is not None:
+                answer.close()
+            if isinstance(exc, _FAULTS):
+                raise _lost(exc) from exc
+            raise
+
+    async def _ask(self) -> aiohttp.ClientResponse:
         headers = {"Content-Type": "application/json", REQUEST_ID: self._call.request_id}
         if self._plan.has_handle:
             headers[SESSION_HEADER] = self._plan.engine.session.hex()
+        url = self._proxy.url(self._plan.engine.endpoint, self._exchange.request.path)
         with self._proxy.registry.sending(self._plan.version) as sent:
-            async with _faults(flight):
-                answer = await self._proxy.http.post(
-                    url, data=body, headers=headers, trace_request_ctx=sent
-                )
-        try:
-            yield answer
-        finally:
-            answer.close()  # an answer that was not read to its end closes the connection
+            data = _Body(self._plan.body, sent)
+            return await self._proxy.http.post(url, data=data, headers=headers)
 
     # ------------------------------------------------------------------ towards the client
 
@@ -206,9 +242,7 @@ class _Attempt:
             ENGINE_ID: self._plan.engine.engine_id,
         }
 
-    async def _whole(self, answer: aiohttp.ClientResponse, flight: Flight) -> web.Response:
-        async with _faults(flight):
-            raw = await answer.read()
+    def _whole(self, answer: aiohttp.ClientResponse, raw: bytes) -> web.Response:
         headers = self._headers(answer)
         decoded = decode_answer(raw)
         moved = read_report(decoded) if answer.status == _MISDIRECTED else None
@@ -228,30 +262,30 @@ class _Attempt:
             self._observe_first_byte()
         return response
 
-    async def _stream(self, answer: aiohttp.ClientResponse, flight: Flight) -> web.StreamResponse:
-        splitter = EventSplitter()
-        async with _faults(flight):
-            chunk = await answer.content.readany()
-        if not chunk:
+    async def _stream(
+        self, answer: aiohttp.ClientResponse, piece: bytes, flight: Flight
+    ) -> web.StreamResponse:
+        if not piece:
             raise EngineLost("it ended the stream before the first byte")
         self._observe_first_byte()
-        response = web.StreamResponse(headers=self._headers(answer))
-        response.content_type = _STREAM
-        response.headers["Cache-Control"] = "no-cache"
+        headers = {"Content-Type": _STREAM, "Cache-Control": "no-cache", **self._headers(answer)}
+        response = web.StreamResponse(headers=headers)
         self._exchange.stream = response
         await response.prepare(self._exchange.request)
+        splitter = EventSplitter()
         finished = False
-        try:
-            while chunk:
-                flight.stream_event()
-                events = splitter.feed(chunk)
+        while piece:
+            flight.stream_event()
+            events = splitter.feed(piece)
+            if events:
                 finished = finished or _is_end(events)
                 await response.write(self._usage_taken(events))
-                async with _faults():
-                    chunk = await answer.content.readany()
-        except EngineLost as exc:
-            finished = False
-            _log.warning("request %s broke off: %s", self._call.request_id, exc)
+            try:
+                piece = await answer.content.readany()
+            except _FAULTS as exc:
+                finished = False
+                _log.warning("request %s broke off: %s", self._call.request_id, _lost(exc))
+                break
         if not finished:
             self._proxy.fleet.failed(self._plan.engine.endpoint)
             return await _break_off(self._exchange)
@@ -310,16 +344,22 @@ class _Attempt:
             self._proxy.metrics.reused_tokens.labels(tenant=tenant, tier=tier).inc(tokens)
 
 
-def trace_config() -> aiohttp.TraceConfig:
-    """Makes a client session tell when a request is on its way, before its answer comes."""
+class _Body(aiohttp.BytesIOPayload):
+    """A request's body, sent in pieces because prompts are long; `sent` is called when it is on its way."""
 
-    async def sent(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
-        if context.trace_request_ctx is not None:
-            context.trace_request_ctx()
+    def __init__(self, data: bytes, sent: Callable[[], None]) -> None:
+        super().__init__(io.BytesIO(data), content_type="application/json")
+        self._sent = sent
 
-    config = aiohttp.TraceConfig()
-    config.on_request_headers_sent.append(sent)
-    return config
+    async def write_with_length(
+        self, writer: aiohttp.abc.AbstractStreamWriter, content_length: int | None
+    ) -> None:
+        await super().write_with_length(writer, content_length)
+        self._sent()
+
+
+def _is_stream(answer: aiohttp.ClientResponse) -> bool:
+    return answer.status == 200 and answer.content_type == _STREAM
 
 
 def _is_end(events: bytes) -> bool:
@@ -327,16 +367,11 @@ def _is_end(events: bytes) -> bool:
     return b"[DONE]" in events and b"[DONE]" in events_of(events)
 
 
-@contextlib.asynccontextmanager
-async def _faults(flight: Flight | None = None) -> AsyncIterator[None]:
-    """Around a wait for the engine: its faults become EngineLost, with a `flight` also silent ones."""
-    try:
-        async with flight.unless_lost() if flight else contextlib.nullcontext():
-            yield
-    except TimeoutError as exc:
-        raise EngineLost("it stopped answering") from exc
-    except (aiohttp.ClientError, OSError) as exc:
-        raise EngineLost(str(exc) or type(exc).__name__) from exc
+def _lost(fault: BaseException) -> EngineLost:
+    """What a fault of a wait for the engine means."""
+    if isinstance(fault, TimeoutError):
+        return EngineLost("it stopped answering")
+    return EngineLost(str(fault) or type(fault).__name__)
 
 
 async def _break_off(exchange: _Exchange) -> web.StreamResponse:
