@@ -35,6 +35,7 @@ class HandleSegment(msgspec.Struct, array_like=True, frozen=True):
     version: str
     incarnation: bytes
     first_token: int
+    num_tokens: int = 0
 
 
 class Handle(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
@@ -66,14 +67,15 @@ class Handle(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
 
     def to_segments(self) -> tuple[Segment, ...]:
         return tuple(
-            Segment(s.template, s.version, Incarnation(s.incarnation), s.first_token)
+            Segment(s.template, s.version, Incarnation(s.incarnation), s.first_token, s.num_tokens)
             for s in self.segments
         )
 
 
 def from_segments(segments: tuple[Segment, ...]) -> tuple[HandleSegment, ...]:
     return tuple(
-        HandleSegment(s.template, s.version, s.incarnation, s.first_token) for s in segments
+        HandleSegment(s.template, s.version, s.incarnation, s.first_token, s.num_tokens)
+        for s in segments
     )
 
 

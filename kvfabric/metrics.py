@@ -84,6 +84,7 @@ NODE_METRICS: tuple[Metric, ...] = (
     _gauge("tenant_used_bytes", "Bytes charged to a tenant", "tenant", "tier"),
     _gauge("tenant_leased_bytes", "Bytes that a tenant's requests keep from eviction", "tenant"),
     _gauge("tenant_draining_bytes", "Bytes that await proof that nobody reads them", "tenant"),
+    _gauge("tenant_pinned_bytes", "Bytes that pinned templates keep in the host tier", "tenant"),
     _gauge("leased_bytes", "Bytes that requests keep from eviction"),
     _gauge("draining_bytes", "Bytes that await proof that nobody reads them"),
     _gauge("reserved_bytes", "Bytes of parts that are being stored"),
@@ -108,6 +109,9 @@ NODE_METRICS: tuple[Metric, ...] = (
     _counter("stored_bytes", "Bytes copied from windows into the arena"),
     _counter("stores_refused", "Parts that were not reserved", "reason"),
     _counter("blocks_evicted", "Blocks that gave way to others in the host tier"),
+    _counter(
+        "pins_refused", "Blocks of pinned templates beyond a pin budget, at each use", "tenant"
+    ),
     _counter("blocks_promoted", "Blocks brought from SSD into the arena"),
     _counter("ssd_writes", "Parts sealed on SSD"),
     _counter("ssd_errors", "Reads and writes that SSD failed"),

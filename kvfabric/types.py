@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
 TenantId = NewType("TenantId", str)
@@ -159,12 +159,16 @@ UNKNOWN_COST = RecomputeCost()
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The tokens of one registered template version inside a prompt, from `first_token` on."""
+    """The tokens of one registered template version inside a prompt, from `first_token` on.
+
+    `num_tokens`: length of its text, 0 where nobody said; it follows from the rest and is no part of it.
+    """
 
     template: str
     version: str
     incarnation: Incarnation
     first_token: int
+    num_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,9 @@ def _run(args: argparse.Namespace) -> int:
 
 STATUS = Command("what a node holds and serves", "node", configure_status, _run)
 TENANT = Command("tenants: create, list, set, key, usage, offboard", "node", configure_tenant, _run)
-TEMPLATE = Command("templates: register, list, promote", "node", configure_template, _run)
+TEMPLATE = Command(
+    "templates: register, list, promote, pin, unpin", "node", configure_template, _run
+)
 INVALIDATE = Command(
     "take a template, tenant, model or adapter out of reach", "node", configure_invalidate, _run
 )

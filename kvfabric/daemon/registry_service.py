@@ -176,6 +176,23 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
         return await self._receipt(change, who, started, requested_at, for_good=False)
 
     @unary
+    async def PinTemplate(self, request: pb.PinTemplateRequest, context: Any) -> pb.Template:
+        template = await self._registry.pin_template(
+            request.name,
+            request.version,
+            ttl_s=request.ttl_s,
+            requested_by=requested_by(context),
+        )
+        return template_to_pb(template)
+
+    @unary
+    async def UnpinTemplate(self, request: pb.UnpinTemplateRequest, context: Any) -> pb.Template:
+        template = await self._registry.unpin_template(
+            request.name, request.version, requested_by=requested_by(context)
+        )
+        return template_to_pb(template)
+
+    @unary
     async def GetReceipt(self, request: pb.GetReceiptRequest, context: Any) -> pb.Receipt:
         wait_s = min(max(0.0, request.wait_s), MAX_RECEIPT_WAIT_S)
         receipt = await self._receipt_of(request.receipt_id, {}, lambda r: r.is_final, wait_s)

@@ -94,6 +94,9 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
             ssd_bytes=tenant.ssd_bytes,
             leased_bytes=tenant.leased_bytes,
             ssd_written_bytes=tenant.ssd_written_bytes,
+            pinned_bytes=tenant.pinned_bytes,
+            pin_max_bytes=tenant.pin_max_bytes,
+            pins_refused=tenant.pins_refused,
         )
         for tenant in store.tenants
     ]
@@ -206,3 +209,5 @@ def _store_samples(store: StoreStatistics) -> Iterator[Sample]:
         yield Sample(_PREFIX + "tenant_used_bytes", usage.ssd_bytes, (usage.tenant, TierName.SSD))
         yield Sample(_PREFIX + "tenant_leased_bytes", usage.leased_bytes, (usage.tenant,))
         yield Sample(_PREFIX + "tenant_draining_bytes", usage.draining_bytes, (usage.tenant,))
+        yield Sample(_PREFIX + "tenant_pinned_bytes", usage.pinned_bytes, (usage.tenant,))
+        yield Sample(_PREFIX + "pins_refused", usage.pins_refused, (usage.tenant,))

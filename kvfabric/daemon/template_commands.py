@@ -1,9 +1,11 @@
-"""`kvfabric template`: register, list, promote."""
+"""`kvfabric template`: register, list, promote, pin, unpin."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from kvfabric.daemon.admin_printing import (
@@ -35,6 +37,17 @@ def configure_template(parser: argparse.ArgumentParser) -> None:
     promote.add_argument("position", nargs="?", default="", metavar="V")
     promote.add_argument("--version", default="", metavar="V", help="the same as V")
     common(promote, _template_promote)
+    pin = verbs.add_parser(
+        "pin", help="keep the serving version's blocks in the host tier for a while"
+    )
+    pin.add_argument("name", metavar="NAME")
+    pin.add_argument("--version", default="", metavar="V", help="default: the one that serves")
+    pin.add_argument("--ttl", type=float, required=True, metavar="SECONDS", help="then it ends")
+    common(pin, _template_pin)
+    unpin = verbs.add_parser("unpin", help="end a pin before its time")
+    unpin.add_argument("name", metavar="NAME")
+    unpin.add_argument("--version", default="", metavar="V", help="default: whichever is pinned")
+    common(unpin, _template_unpin)
 
 
 def _template_register(args: argparse.Namespace) -> int:
@@ -76,12 +89,42 @@ def _template_list(args: argparse.Namespace) -> int:
             template.state,
             "public" if template.is_public else "-",
             f"{len(template.text)} bytes",
+            _pin(template.pinned_until),
             template.incarnation.hex()[:DIGEST_DIGITS],
         )
         for template in templates
     ]
-    header = ("template", "version", "state", "shared", "text", "incarnation")
+    header = ("template", "version", "state", "shared", "text", "pinned", "incarnation")
     return print_lines(table(header, rows))
+
+
+def _pin(until: float) -> str:
+    if until <= time.time():
+        return "-"
+    return f"until {datetime.fromtimestamp(until, UTC).isoformat(timespec='seconds')}"
+
+
+def _template_pin(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    request = pb.PinTemplateRequest(name=args.name, version=args.version, ttl_s=args.ttl)
+    with client(args) as node:
+        template = node.call(node.registry.PinTemplate, request)
+    if args.json:
+        return print_json(template)
+    end = _pin(template.pinned_until)
+    return print_lines([f"template {template.name} {template.version} is pinned {end}"])
+
+
+def _template_unpin(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    request = pb.UnpinTemplateRequest(name=args.name, version=args.version)
+    with client(args) as node:
+        template = node.call(node.registry.UnpinTemplate, request)
+    if args.json:
+        return print_json(template)
+    return print_lines([f"template {template.name} {template.version} is not pinned any more"])
 
 
 def _template_promote(args: argparse.Namespace) -> int:

@@ -80,6 +80,11 @@ def _quota_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requests-per-s", type=float, metavar="N", help="taken by each router; 0: no limit"
     )
+    parser.add_argument(
+        "--pin-budget",
+        metavar="SIZE",
+        help="most bytes that pinned templates keep in host; 0: none; default: its floor and 5%% of the tier",
+    )
 
 
 def _tenant_create(args: argparse.Namespace) -> int:
@@ -94,6 +99,7 @@ def _tenant_create(args: argparse.Namespace) -> int:
             lease_max_bytes=sizes["lease_max"],
             ssd_write_bytes_per_day=sizes["ssd_write_per_day"],
             requests_per_s=args.requests_per_s or 0.0,
+            pin_max_bytes=_pin_budget(args, None),
         ),
     )
     with client(args) as node:
@@ -125,6 +131,7 @@ def _tenant_list(args: argparse.Namespace) -> int:
             size(tenant.limits.lease_max_bytes) if tenant.limits.lease_max_bytes else "-",
             _per_day(tenant.limits.ssd_write_bytes_per_day),
             f"{tenant.limits.requests_per_s:g}/s" if tenant.limits.requests_per_s else "-",
+            "-" if tenant.limits.pin_max_bytes is None else size(tenant.limits.pin_max_bytes),
             f"{tenant.max_age_s:g} s" if tenant.max_age_s else "-",
             _cache_state(tenant),
             _keys(tenant),
@@ -132,7 +139,7 @@ def _tenant_list(args: argparse.Namespace) -> int:
         for tenant in tenants
     ]
     header = ("name", "id", "host max/floor", "ssd max/floor", "leases", "ssd writes", "requests")
-    return print_lines(table((*header, "max age", "cache", "keys"), rows))
+    return print_lines(table((*header, "pins", "max age", "cache", "keys"), rows))
 
 
 def _per_day(num_bytes: int) -> str:
@@ -188,7 +195,8 @@ def _set_limits(
     request: pb.SetTenantRequest,
     old: TenantLimits,
 ) -> None:
-    if args.lease_max is args.ssd_write_per_day is args.requests_per_s is None:
+    given = (args.lease_max, args.ssd_write_per_day, args.requests_per_s, args.pin_budget)
+    if all(one is None for one in given):
         return
     target, rate = request.limits, args.requests_per_s
     target.SetInParent()
@@ -197,6 +205,16 @@ def _set_limits(
         args, sizes, "ssd_write_per_day", old.ssd_write_bytes_per_day
     )
     target.requests_per_s = old.requests_per_s if rate is None else rate
+    pin_budget = _pin_budget(args, old.pin_max_bytes)
+    if pin_budget is not None:
+        target.pin_max_bytes = pin_budget
+
+
+def _pin_budget(args: argparse.Namespace, old: int | None) -> int | None:
+    """None: what every tenant has."""
+    if args.pin_budget is None:
+        return old
+    return None if args.pin_budget == "default" else parse_size(args.pin_budget, "--pin-budget")
 
 
 def _given(args: argparse.Namespace, sizes: dict[str, int], flag: str, old: int) -> int:
@@ -265,10 +283,22 @@ def _tenant_usage(args: argparse.Namespace) -> int:
             size(u.ssd_bytes),
             size(u.leased_bytes),
             size(u.ssd_written_bytes),
+            f"{size(u.pinned_bytes)} / {size(u.pin_max_bytes)}",
+            u.pins_refused,
         )
         for name, u in named
     ]
-    return print_lines(table(("name", "id", "host", "ssd", "leased", "ssd written"), rows))
+    header = (
+        "name",
+        "id",
+        "host",
+        "ssd",
+        "leased",
+        "ssd written",
+        "pinned / budget",
+        "over budget",
+    )
+    return print_lines(table(header, rows))
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, int]:

@@ -172,14 +172,16 @@ class TierQuota(_message.Message):
     def __init__(self, max_bytes: _Optional[int] = ..., floor_bytes: _Optional[int] = ...) -> None: ...
 
 class TenantLimits(_message.Message):
-    __slots__ = ("lease_max_bytes", "ssd_write_bytes_per_day", "requests_per_s")
+    __slots__ = ("lease_max_bytes", "ssd_write_bytes_per_day", "requests_per_s", "pin_max_bytes")
     LEASE_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
     SSD_WRITE_BYTES_PER_DAY_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PIN_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
     lease_max_bytes: int
     ssd_write_bytes_per_day: int
     requests_per_s: float
-    def __init__(self, lease_max_bytes: _Optional[int] = ..., ssd_write_bytes_per_day: _Optional[int] = ..., requests_per_s: _Optional[float] = ...) -> None: ...
+    pin_max_bytes: int
+    def __init__(self, lease_max_bytes: _Optional[int] = ..., ssd_write_bytes_per_day: _Optional[int] = ..., requests_per_s: _Optional[float] = ..., pin_max_bytes: _Optional[int] = ...) -> None: ...
 
 class ExpiringKey(_message.Message):
     __slots__ = ("digest", "expires_at")
@@ -214,20 +216,24 @@ class Tenant(_message.Message):
     def __init__(self, tenant_id: _Optional[str] = ..., name: _Optional[str] = ..., api_key_digests: _Optional[_Iterable[bytes]] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., expiring_keys: _Optional[_Iterable[_Union[ExpiringKey, _Mapping]]] = ..., is_offboarded: _Optional[bool] = ...) -> None: ...
 
 class Template(_message.Message):
-    __slots__ = ("name", "version", "incarnation", "text", "is_public", "state")
+    __slots__ = ("name", "version", "incarnation", "text", "is_public", "state", "pinned_until", "pin_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IS_PUBLIC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_UNTIL_FIELD_NUMBER: _ClassVar[int]
+    PIN_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     incarnation: bytes
     text: bytes
     is_public: bool
     state: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ..., state: _Optional[str] = ...) -> None: ...
+    pinned_until: float
+    pin_s: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ..., state: _Optional[str] = ..., pinned_until: _Optional[float] = ..., pin_s: _Optional[float] = ...) -> None: ...
 
 class RegistryState(_message.Message):
     __slots__ = ("registry_id", "version", "epochs", "tenants", "templates")
@@ -348,6 +354,24 @@ class RegisterTemplateRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ...) -> None: ...
 
 class PromoteTemplateRequest(_message.Message):
+    __slots__ = ("name", "version")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class PinTemplateRequest(_message.Message):
+    __slots__ = ("name", "version", "ttl_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    ttl_s: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class UnpinTemplateRequest(_message.Message):
     __slots__ = ("name", "version")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -526,18 +550,24 @@ class TierStatus(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., draining_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class TenantUsage(_message.Message):
-    __slots__ = ("tenant_id", "host_bytes", "ssd_bytes", "leased_bytes", "ssd_written_bytes")
+    __slots__ = ("tenant_id", "host_bytes", "ssd_bytes", "leased_bytes", "ssd_written_bytes", "pinned_bytes", "pin_max_bytes", "pins_refused")
     TENANT_ID_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     SSD_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SSD_WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PIN_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     tenant_id: str
     host_bytes: int
     ssd_bytes: int
     leased_bytes: int
     ssd_written_bytes: int
-    def __init__(self, tenant_id: _Optional[str] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., ssd_written_bytes: _Optional[int] = ...) -> None: ...
+    pinned_bytes: int
+    pin_max_bytes: int
+    pins_refused: int
+    def __init__(self, tenant_id: _Optional[str] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., ssd_written_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., pin_max_bytes: _Optional[int] = ..., pins_refused: _Optional[int] = ...) -> None: ...
 
 class RegistryStatus(_message.Message):
     __slots__ = ("home", "state", "detail", "lease_left_s", "num_holders", "num_restores", "num_errors")

@@ -294,6 +294,16 @@ class RegistryServiceStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.PromoteTemplateRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
                 _registered_method=True)
+        self.PinTemplate = channel.unary_unary(
+                '/kvfabric.v1.RegistryService/PinTemplate',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.PinTemplateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Template.FromString,
+                _registered_method=True)
+        self.UnpinTemplate = channel.unary_unary(
+                '/kvfabric.v1.RegistryService/UnpinTemplate',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.UnpinTemplateRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Template.FromString,
+                _registered_method=True)
         self.Invalidate = channel.unary_unary(
                 '/kvfabric.v1.RegistryService/Invalidate',
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.InvalidateRequest.SerializeToString,
@@ -374,6 +384,19 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinTemplate(self, request, context):
+        """Keeps blocks of the version that serves in every host tier for a while, within pin budgets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinTemplate(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Invalidate(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -438,6 +461,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.PromoteTemplate,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.PromoteTemplateRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.SerializeToString,
+            ),
+            'PinTemplate': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinTemplate,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.PinTemplateRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Template.SerializeToString,
+            ),
+            'UnpinTemplate': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinTemplate,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.UnpinTemplateRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Template.SerializeToString,
             ),
             'Invalidate': grpc.unary_unary_rpc_method_handler(
                     servicer.Invalidate,
@@ -721,6 +754,60 @@ class RegistryService:
             '/kvfabric.v1.RegistryService/PromoteTemplate',
             kvfabric_dot_protocol_dot_kvfabric__pb2.PromoteTemplateRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinTemplate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.RegistryService/PinTemplate',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.PinTemplateRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Template.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinTemplate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.RegistryService/UnpinTemplate',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.UnpinTemplateRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Template.FromString,
             options,
             channel_credentials,
             insecure,

@@ -222,6 +222,29 @@ class Registry(ABC):
             )
         )[1]
 
+    async def pin_template(
+        self, name: str, version: str, *, ttl_s: float, requested_by: str = ""
+    ) -> TemplateVersion:
+        """Keep this version's blocks in every host tier for `ttl_s` seconds, within pin budgets. `version`
+        empty: the one that serves."""
+        now = time.time()
+        return (
+            await self.commit(
+                lambda state: changes.pin_template(state, name, version, now=now, ttl_s=ttl_s),
+                requested_by,
+            )
+        )[0]
+
+    async def unpin_template(
+        self, name: str, version: str, *, requested_by: str = ""
+    ) -> TemplateVersion:
+        """End a pin before its time."""
+        return (
+            await self.commit(
+                lambda state: changes.unpin_template(state, name, version), requested_by
+            )
+        )[0]
+
     # ------------------------------------------------------------------ invalidation
 
     async def invalidate(

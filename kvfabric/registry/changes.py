@@ -1,8 +1,9 @@
 """What each change makes of a `RegistryState`. Pure: no I/O, no clock; randomness is minted here.
 
 Every function takes a state and returns a `Draft`: the state after, and what to write into the audit log.
-The epoch of the scope rises at every change, rollback included. Nothing is ever deleted: an incarnation
-that was struck off stays known as such.
+The epoch of the scope rises at every change, rollback included; but not at a pin, which changes nothing of
+what may be served and must fence nobody. Nothing is ever deleted: an incarnation that was struck off stays
+known as such.
 
     register ---> SERVING  (no other version of the name serves)
         |            ^ |
@@ -52,6 +53,7 @@ MAX_ALL_TEXT_BYTES = 2 << 20
 """All template texts together: every holder gets the whole state in one message."""
 MAX_TENANTS = 4096
 MAX_API_KEYS = 64
+MAX_PIN_S = 30 * 86_400.0
 MIN_DIGEST_PREFIX = 8
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 
@@ -238,11 +240,11 @@ def promote_template(state: RegistryState, name: str, version: str) -> Draft[Non
             "register its text as a new version"
         )
     changed = [
-        replace(known, state=RETIRED)
+        known.put(RETIRED)
         for known in state.templates.values()
-        if known.name == name and known.state == SERVING
+        if known.name == name and known.state == SERVING and known is not chosen
     ]
-    changed.append(replace(chosen, state=SERVING))
+    changed.append(chosen.put(SERVING))
     return _template_draft(state, name, changed, None, "promote_template")
 
 
@@ -250,12 +252,38 @@ def withdraw_template(state: RegistryState, name: str, version: str, *, purge: b
     """`version` empty: all of them. Retired comes back by promote; purged never does."""
     target = PURGED if purge else RETIRED
     changed = [
-        replace(known, state=target)
-        for known in _versions(state, name, version)
-        if known.state != PURGED
+        known.put(target) for known in _versions(state, name, version) if known.state != PURGED
     ]
     action = "purge_template" if purge else "retire_template"
     return _template_draft(state, name, changed, None, action)
+
+
+def pin_template(
+    state: RegistryState, name: str, version: str, *, now: float, ttl_s: float
+) -> Draft[TemplateVersion]:
+    """Blocks of this version's text stay in every host tier, within budgets, until `ttl_s` after `now` (Unix
+    seconds). `version` empty: the one that serves. Pinned again, only the new end counts."""
+    if not 0 < ttl_s <= MAX_PIN_S:
+        raise ConfigError(f"a pin lasts up to {MAX_PIN_S:.0f} seconds, not {ttl_s}")
+    known = _versions(state, name, version)
+    serving = [one for one in known if one.state == SERVING]
+    if not serving:
+        raise Conflict(
+            f"template {name} {known[0].version} is {known[0].state}, and only what serves is pinned: "
+            "`kvfabric template promote` it first"
+        )
+    pinned = replace(serving[0], pinned_until=now + ttl_s, pin_s=ttl_s)
+    detail = f"{pinned.version} for {ttl_s:g} s"
+    return _pin_draft(state, pinned, "pin_template", detail)
+
+
+def unpin_template(state: RegistryState, name: str, version: str) -> Draft[TemplateVersion]:
+    """`version` empty: whichever is pinned. Raises Conflict if none is."""
+    pinned = [known for known in _versions(state, name, version) if known.pinned_until]
+    if not pinned:
+        raise Conflict(f"template {name} {version} is not pinned".replace("  ", " "))
+    free = replace(pinned[0], pinned_until=0.0, pin_s=0.0)
+    return _pin_draft(state, free, "unpin_template", free.version)
 
 
 # ---------------------------------------------------------------------- other scopes
@@ -337,6 +365,16 @@ def _template_draft(
     return _draft(after, template_scope(name), result, action, detail)
 
 
+def _pin_draft(
+    state: RegistryState, template: TemplateVersion, action: str, detail: str
+) -> Draft[TemplateVersion]:
+    rows = {(template.name, template.version): template}
+    after = replace(state, version=state.version + 1, templates=_with(state.templates, rows))
+    scope = template_scope(template.name)
+    epoch = state.epoch(scope)
+    return Draft(after, template, action, scope, epoch, epoch, detail)
+
+
 def _with(rows: Mapping[Key, Value], changed: Mapping[Key, Value]) -> Mapping[Key, Value]:
     return MappingProxyType({**rows, **changed})
 
@@ -371,9 +409,10 @@ def _check_quotas(tenant: Tenant) -> None:
         ("lease_max_bytes", tenant.limits.lease_max_bytes),
         ("ssd_write_bytes_per_day", tenant.limits.ssd_write_bytes_per_day),
         ("requests_per_s", tenant.limits.requests_per_s),
+        ("pin_max_bytes", tenant.limits.pin_max_bytes or 0),
     ):
         if not 0 <= limit < float("inf"):
-            raise ConfigError(f"tenant {tenant.name}: {name} is {limit}; 0 means no limit")
+            raise ConfigError(f"tenant {tenant.name}: {name} is {limit}; it is 0 or more")
     if not 0 <= tenant.max_age_s < float("inf"):
         raise ConfigError(f"tenant {tenant.name}: max_age_s is {tenant.max_age_s}; 0 means none")
 

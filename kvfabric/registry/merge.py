@@ -5,7 +5,8 @@ that holds an older part of a holder's history gets the rest back as it was. Whe
 each other (a fail-over lost writes, then new ones were made) every row is decided on its own:
 
     epochs       the higher one and 1 more, wherever the two sides differ: what is in flight is fenced
-    templates    purged on one side is purged; else the side with the higher epoch; of equal ones, retired
+    templates    purged on one side is purged; else the side with the higher epoch; of equal ones, retired;
+                 pinned only if both sides say so, until the sooner of the two ends
     tenants      the side with the higher epoch; API keys that both sides know; opted out or offboarded if
                  one says so
     incarnations a fresh one wherever the two sides differ: blocks of neither side are reachable
@@ -112,13 +113,24 @@ def _template(key: tuple[str, str], mine: RegistryState, theirs: RegistryState) 
     difference = mine.epoch(scope) - theirs.epoch(scope)
     winner = (ours if difference > 0 else other) or ours or other
     assert winner is not None
+    winner = _pinned_on_both(winner, ours, other)
     if any(side is not None and side.state == PURGED for side in (ours, other)):
-        return replace(winner, state=PURGED)
-    serves_on_winning_side = winner is (ours if difference > 0 else other)
+        return winner.put(PURGED)
+    serves_on_winning_side = (ours if difference > 0 else other) is not None
     agreed = ours is not None and other is not None and ours.state == other.state
     if winner.state == SERVING and not (agreed or (difference and serves_on_winning_side)):
-        return replace(winner, state=RETIRED)
+        return winner.put(RETIRED)
     return winner
+
+
+def _pinned_on_both(
+    winner: TemplateVersion, ours: TemplateVersion | None, other: TemplateVersion | None
+) -> TemplateVersion:
+    sides = [side for side in (ours, other) if side is not None and side.pinned_until]
+    if len(sides) < 2:
+        return replace(winner, pinned_until=0.0, pin_s=0.0)
+    sooner = min(sides, key=lambda side: side.pinned_until)
+    return replace(winner, pinned_until=sooner.pinned_until, pin_s=sooner.pin_s)
 
 
 def _tenants(mine: RegistryState, theirs: RegistryState) -> dict[TenantId, Tenant]:

@@ -8,7 +8,7 @@ still read or store.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from kvfabric.types import (
@@ -41,11 +41,13 @@ class TenantLimits:
 
     `lease_max_bytes`: under leases or draining, on each node. `ssd_write_bytes_per_day`: written to SSD by
     each node, see `tiers.write_budget`. `requests_per_s`: taken by each router, bursts of a second's worth.
+    `pin_max_bytes`: of blocks that pinned templates keep in each host tier; 0: none, None: see `store.quota`.
     """
 
     lease_max_bytes: int = 0
     ssd_write_bytes_per_day: int = 0
     requests_per_s: float = 0.0
+    pin_max_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,11 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class TemplateVersion:
-    """One registration. The incarnation is minted once and never used again for anything else."""
+    """One registration. The incarnation is minted once and never used again for anything else.
+
+    `pinned_until`: Unix seconds, 0 for not pinned. `pin_s`: for how long it was pinned; whoever's clock is
+    wrong keeps it no longer than that. Only what serves is pinned.
+    """
 
     name: str
     version: str
@@ -78,6 +84,14 @@ class TemplateVersion:
     text: bytes
     is_public: bool = False
     state: str = SERVING
+    pinned_until: float = 0.0
+    pin_s: float = 0.0
+
+    def put(self, state: str) -> TemplateVersion:
+        """In that state. A pin ends with the service."""
+        if state == SERVING:
+            return replace(self, state=state)
+        return replace(self, state=state, pinned_until=0.0, pin_s=0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ def limits_to_pb(limits: TenantLimits) -> pb.TenantLimits:
         lease_max_bytes=limits.lease_max_bytes,
         ssd_write_bytes_per_day=limits.ssd_write_bytes_per_day,
         requests_per_s=limits.requests_per_s,
+        pin_max_bytes=limits.pin_max_bytes,
     )
 
 
@@ -45,6 +46,7 @@ def limits_from_pb(message: pb.TenantLimits) -> TenantLimits:
         lease_max_bytes=message.lease_max_bytes,
         ssd_write_bytes_per_day=message.ssd_write_bytes_per_day,
         requests_per_s=message.requests_per_s,
+        pin_max_bytes=message.pin_max_bytes if message.HasField("pin_max_bytes") else None,
     )
 
 
@@ -88,6 +90,8 @@ def template_to_pb(template: TemplateVersion) -> pb.Template:
         text=template.text,
         is_public=template.is_public,
         state=template.state,
+        pinned_until=template.pinned_until,
+        pin_s=template.pin_s,
     )
 
 
@@ -104,6 +108,8 @@ def _template_from_pb(message: pb.Template) -> TemplateVersion:
         text=message.text,
         is_public=message.is_public,
         state=message.state,
+        pinned_until=message.pinned_until,
+        pin_s=message.pin_s,
     )
 
 

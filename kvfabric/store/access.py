@@ -30,13 +30,23 @@ class Access:
         *,
         registry: Callable[[], RegistryState | None],
         now: Callable[[], int],
+        on_state: Callable[[RegistryState], None],
     ) -> None:
         self._residency = residency
         self._index = residency.index
         self._leases = leases
         self._registry = registry
         self._now = now
+        self._on_state = on_state
         self._state: RegistryState | None = None
+
+    def refresh(self) -> RegistryState | None:
+        """The registry's state; `on_state` hears of each new one before anything is decided by it."""
+        state = self._registry()
+        if state is not None and state is not self._state:
+            self._state = state
+            self._on_state(state)
+        return state
 
     def to_read(self, request: Request) -> MissReason:
         """Why this request may read nothing; NONE if it may."""
@@ -60,12 +70,9 @@ class Access:
         return MissReason.TIER_DOWN.value if self._residency.arena is None else ""
 
     def _fence(self, grant: RequestGrant) -> MissReason:
-        state = self._registry()
+        state = self.refresh()
         if state is None:
             return MissReason.NO_EPOCH_LEASE
-        if state is not self._state:
-            self._state = state
-            self._residency.configure(state.tenants)
         return state.fence_reason(grant.epochs, grant.segments)
 
     def _opted_out(self, grant: RequestGrant) -> bool:

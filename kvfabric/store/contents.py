@@ -70,8 +70,9 @@ class Contents(msgspec.Struct, frozen=True):
     """Columns are packed little-endian vectors. A place is a position in the block columns counted from 1.
 
     Blocks: keys 32 B; parents (place, 0: none), lineages (position from 1; 0: a stub, known as a parent
-    only), block indexes, stored_at: u32; freq, flags: u8. Parts: owner (place), page, generation: u32;
-    ordinal u8; checksum 16 B. `started`: CLOCK_MONOTONIC seconds that `stored_at` counts from.
+    only), block indexes, stored_at: u32; freq, flags, texts (none from an earlier release): u8. Parts: owner
+    (place), page, generation: u32; ordinal u8; checksum 16 B. `started`: CLOCK_MONOTONIC seconds that
+    `stored_at` counts from.
     """
 
     started: float
@@ -93,6 +94,7 @@ class Contents(msgspec.Struct, frozen=True):
     checksums: bytes
     detached: tuple[DetachedEntry, ...]
     sessions: tuple[SessionEntry, ...]
+    texts: bytes = b""
 
 
 # ---------------------------------------------------------------------- out
@@ -132,6 +134,7 @@ def describe(residency: Residency, leases: LeaseBook, *, started: float) -> Cont
         **_parts_of(index, rows),
         detached=_detached_of(residency, places),
         sessions=tuple(_session_of(session, places) for session in leases.sessions.values()),
+        texts=index.texts.array[rows].tobytes(),
     )
 
 
@@ -255,6 +258,8 @@ def _restore_rows(contents: Contents, residency: Residency) -> Rows:
     flags = np.frombuffer(contents.flags, np.uint8)
     index.freq.array[rows] = np.frombuffer(contents.freq, np.uint8)
     index.flags.array[rows] |= flags & HIT
+    if contents.texts:
+        index.texts.array[rows] = np.frombuffer(contents.texts, np.uint8)
     return rows
 
 

@@ -52,9 +52,14 @@ HIT = 4  # used a second time, and not yet tried on SSD for it
 SPILLING = 8  # queued for or on its way to SSD
 LIVE = 16  # the row is in use
 USED = 32  # matched at least once since it was last written to SSD
+PINNED = 64  # not to be evicted from the arena, see `pins`
 
 MAX_PARTS = 254
 """Of one block; a count of 255 is never reached and marks a layout nobody has declared yet."""
+
+
+MAX_TEXTS = 8
+"""Templates of a prompt, the first ones, of which it is known whose text a block lies in."""
 
 
 class Column(NamedTuple):
@@ -129,6 +134,8 @@ class BlockIndex:
         self.available_parts = self.column(np.uint8)
         self.freq = self.column(np.uint8)
         self.flags = self.column(np.uint8)
+        # In which templates' texts a block lies: bit i for incarnation i of its lineage.
+        self.texts = self.column(np.uint8)
 
         self.part_next = self.column(np.uint32)
         self.part_state = self.column(np.uint8)
@@ -151,6 +158,9 @@ class BlockIndex:
         self.lineage_bytes = _column(np.int64, 64)
         self.lineage_parts = _column(np.uint8, 64)
         self.lineage_levels: list[CostLevels] = [NEUTRAL]
+        # Which of its incarnations are pinned, as bits like those of `texts`.
+        self.lineage_pins = _column(np.uint8, 64)
+        self.pinned: frozenset[bytes] = frozenset()
         # READY bytes as charged, kept with every change: what a withdrawal takes is read, not counted.
         self.host_bytes = np.zeros(64, dtype=np.int64)
         self.ssd_bytes = np.zeros(64, dtype=np.int64)
@@ -268,8 +278,10 @@ class BlockIndex:
             parts = following
         lineages = self.lineage.array[rows]
         np.subtract.at(self._lineage_rows, lineages, 1)
-        for column in (self.parent, self.lineage, self.block_index, self.first_part, self.freq):
+        for column in (self.parent, self.lineage, self.block_index, self.first_part):
             column.array[rows] = 0
+        self.freq.array[rows] = 0
+        self.texts.array[rows] = 0
         self.keys.array[rows] = 0
         self._rows.give(rows)
         for lineage in set(lineages.tolist()):
@@ -347,6 +359,7 @@ class BlockIndex:
         for name in lineage.names:
             self._named.setdefault(name, set()).add(number)
         self.lineage_tenant.cell[number] = tenant_slot
+        self.lineage_pins.cell[number] = self._pin_bits(lineage)
         stored = self.layouts.setdefault(
             lineage.layout_fingerprint, StoredLayout(lineage.layout_fingerprint)
         )
@@ -357,6 +370,20 @@ class BlockIndex:
         """Lineages that have one of these names."""
         empty: set[int] = set()
         return empty.union(*(self._named.get(name, empty) for name in names))
+
+    def set_pinned(self, incarnations: frozenset[bytes]) -> bool:
+        """Templates that are pinned from now on; whether that changes anything for a lineage there is."""
+        changed = self.named(incarnations ^ self.pinned)
+        self.pinned = incarnations
+        for number in changed:
+            self.lineage_pins.cell[number] = self._pin_bits(self.lineage_of(number))
+        return bool(changed)
+
+    def _pin_bits(self, lineage: Lineage) -> int:
+        if not self.pinned:
+            return 0
+        known = enumerate(lineage.incarnations[:MAX_TEXTS])
+        return sum(1 << place for place, one in known if one in self.pinned)
 
     def known_lineages(self) -> Iterable[Lineage]:
         """Those that rows have."""
@@ -398,6 +425,7 @@ class BlockIndex:
         self.lineage_tenant = _longer(self.lineage_tenant, size)
         self.lineage_bytes = _longer(self.lineage_bytes, size)
         self.lineage_parts = _longer(self.lineage_parts, size)
+        self.lineage_pins = _longer(self.lineage_pins, size)
         more = np.zeros(size // 2, dtype=np.int64)
         self._lineage_rows = np.append(self._lineage_rows, more)
         self.host_bytes = np.append(self.host_bytes, more)

@@ -20,13 +20,13 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from kvfabric.errors import Overloaded, RemoteProtocolError
-from kvfabric.store.index import Lineage, Rows, StoredLayout
+from kvfabric.store.index import MAX_TEXTS, Lineage, Rows, StoredLayout
 from kvfabric.store.quota import distinct_values
 from kvfabric.store.residency import Residency
 from kvfabric.types import PUBLIC_TENANT, Segment, SessionId, TenantId
@@ -59,11 +59,30 @@ class RequestGrant:
     no_store: bool
     no_read: bool
 
+    @property
+    def text_blocks(self) -> int:
+        """From this block on none lies in a template's text."""
+        ends = (segment.first_token + segment.num_tokens for segment in self.segments)
+        return max(ends, default=0) // self.block_tokens
+
+    def texts(self, blocks: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint8]:
+        """Of each of these blocks of the prompt, by number, in whose text it is: it begins with the text or
+        later and ends within. Bit i stands for incarnation i of the block's lineage."""
+        bits = np.zeros(len(blocks), dtype=np.uint8)
+        for place, segment in enumerate(self._in_order()[:MAX_TEXTS]):
+            end = (segment.first_token + segment.num_tokens) // self.block_tokens
+            within = (blocks >= segment.first_token // self.block_tokens) & (blocks < end)
+            bits[within] |= 1 << place
+        return bits
+
+    def _in_order(self) -> list[Segment]:
+        return sorted(self.segments, key=lambda segment: segment.first_token)
+
     def lineages(
         self, layout_fingerprint: bytes, first: int, count: int
     ) -> Iterator[tuple[int, Lineage]]:
         """(number of blocks, lineage) in order for the `count` blocks from block `first` on."""
-        ordered = sorted(self.segments, key=lambda segment: segment.first_token)
+        ordered = self._in_order()
         starts = [segment.first_token // self.block_tokens for segment in ordered]
         end = first + count
         bounds = sorted(
@@ -156,6 +175,9 @@ class LeaseBook:
         self._lease_share = lease_share
         self._rights = residency.index.column(np.uint32)
         self._lapsed = residency.index.column(np.uint32)
+        residency.pins.is_held = lambda rows: (
+            (self._rights.array[rows] > 0) | (self._lapsed.array[rows] > 0)
+        )
         # (deadline as it was when queued, number, whose). A lease that was renewed is queued anew when
         # its turn comes, so renewing costs nothing; one that ended meanwhile is passed over.
         self._due: list[tuple[float, int, Request | Reservation]] = []
@@ -229,6 +251,7 @@ class LeaseBook:
             first = rows[(self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)]
             self._lapsed.array[rows] += 1
             self._count("lapsed", first, +1)
+            self._residency.pins.held(first)
             request.rows, request.lapsed = rows, True
 
     def end_reservations(self) -> None:
@@ -337,7 +360,9 @@ class LeaseBook:
         first = rows[self._rights.array[rows] == 0]
         self._rights.array[rows] += 1
         self._count("leased", first, +1)
-        self._count("lapsed", first[self._lapsed.array[first] > 0], -1)
+        had_lapsed = self._lapsed.array[first] > 0
+        self._count("lapsed", first[had_lapsed], -1)
+        self._residency.pins.held(first[~had_lapsed])
 
     def _lapse(self, request: Request) -> None:
         if request.lapsed or not len(request.rows):
@@ -354,12 +379,15 @@ class LeaseBook:
         self._rights.array[rows] -= 1
         last = rows[self._rights.array[rows] == 0]
         self._count("leased", last, -1)
-        self._count("lapsed", last[self._lapsed.array[last] > 0], +1)
+        has_lapsed = self._lapsed.array[last] > 0
+        self._count("lapsed", last[has_lapsed], +1)
+        self._residency.pins.let_go(last[~has_lapsed])
 
     def _drop_lapsed(self, rows: Rows) -> None:
         self._lapsed.array[rows] -= 1
         idle = (self._rights.array[rows] == 0) & (self._lapsed.array[rows] == 0)
         self._count("lapsed", rows[idle], -1)
+        self._residency.pins.let_go(rows[idle])
 
     def _count(self, what: Literal["leased", "lapsed"], rows: Rows, sign: int) -> None:
         for tenant, num_bytes in self._totals(rows):

@@ -8,9 +8,9 @@ to LRU wherever users come back after more than a tenth of the turnover). Times 
 compute again (`cost`). Unless the least recently used block of all is worth more than that one even with its
 statistical error taken off, it goes itself: without evidence this is leaf LRU.
 
-A queue holds exactly the blocks that could go now: with bytes in the arena, without a hold, and without
-a child in the arena (leaf first: a child is worthless without its parent). An inner block is in no queue;
-when its last child goes, it takes the place that its own last use gives it.
+A queue holds exactly the blocks that could go now: with bytes in the arena, without a hold or a pin, and
+without a child in the arena (leaf first: a child is worthless without its parent). An inner block is in no
+queue; when its last child goes, it takes the place that its own last use gives it.
 
 A queue is a list for each stretch of time, oldest first, linked through columns of the index. Stretches
 grow with what the queue spans, so there are at most `MAX_STRETCHES`: finding a victim and putting a block
@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfabric.store.cost import MAX_LEVEL
-from kvfabric.store.index import HIT, QUEUED, BlockIndex, Rows
+from kvfabric.store.index import HIT, PINNED, QUEUED, BlockIndex, Rows
 from kvfabric.store.quota import distinct_values
 from kvfabric.store.reuse import NUM_CLASSES, ReuseModel, Worth
 
@@ -191,14 +191,14 @@ class EvictionPolicy:
             (index.host_parts.array[rows] > 0)
             & (index.holds.array[rows] == 0)
             & (index.host_children.array[rows] == 0)
-            & (index.flags.array[rows] & QUEUED == 0)
+            & (index.flags.array[rows] & (QUEUED | PINNED) == 0)
         )
         for row in rows[could_go].tolist():
             if not index.flags.cell[row] & QUEUED:
                 self._enqueue(row, first=False)
 
     def withdraw(self, rows: Iterable[int]) -> None:
-        """These queued blocks can not go for now: they got a hold or a child."""
+        """These queued blocks can not go for now: they got a hold, a pin or a child."""
         index = self._index
         for row in rows:
             if index.flags.cell[row] & QUEUED:
@@ -267,7 +267,7 @@ class EvictionPolicy:
             or not parent
             or not index.host_parts.cell[parent]
             or index.holds.cell[parent]
-            or index.flags.cell[parent] & QUEUED
+            or index.flags.cell[parent] & (QUEUED | PINNED)
         ):
             return 0
         if (

@@ -4,7 +4,8 @@ Charged are RESERVED, READY and DRAINING bytes, in whole slots. Three rules (des
 
 * a tenant's hard maximum is never passed: the store is refused once its own evictable blocks are gone;
 * a floor is guaranteed: an eviction for somebody else never takes a tenant below it, and bytes nobody
-  can evict (reserved, leased, draining) above their owners' floors never exceed what the floors leave;
+  can evict (reserved, leased, draining, pinned) above their owners' floors never exceed what the floors
+  leave;
 * whoever is furthest above its budget goes first. Budget = floor + an equal share of what the floors
   leave, among the tenants present.
 
@@ -12,6 +13,10 @@ Leased and draining bytes above one's floor are at most a tenth of the tier, so 
 cache from turning over, and never more than the tenant's own `lease_max_bytes`. The public
 namespace has no such bound of its own: what is public is chosen by the operator, and one tenant's leases
 on it must not make another's request miss.
+
+Blocks that a pinned template keeps are bounded per tenant, whatever is pinned: by `pin_max_bytes`, or by its
+floor and a twentieth of the tier, then at most half of its maximum so that it can store something else too.
+Above the floors, all tenants together may pin half of what these leave.
 
 `strict`: every tenant of the registry has a fixed room, its floor and an equal share of what the floors
 leave, as floor and maximum in one. What one tenant does then never moves another's blocks; what nobody
@@ -30,10 +35,16 @@ import numpy.typing as npt
 from kvfabric.registry.state import Tenant, TierQuota
 from kvfabric.types import PUBLIC_TENANT, TenantId
 
-Field = Literal["reserved", "ready", "detached", "leased", "lapsed"]
+Field = Literal["reserved", "ready", "detached", "leased", "lapsed", "pinned", "pinned_idle"]
 
 MAX_FLOORS = 0.9
 """Of a tier's capacity: floors beyond that are scaled down together."""
+
+PIN_SHARE = 0.05
+"""Of the tier, above its floor: what a tenant without a pin budget of its own may have pinned."""
+
+PIN_POOL = 0.5
+"""Of what the floors leave: pinned bytes of all tenants above their floors."""
 
 AHEAD_SHARE = 1 / 64
 """Of the host tier, kept free between reserves, so that they seldom have to evict."""
@@ -45,6 +56,7 @@ class Account:
 
     `leased`: READY under at least one live lease. `lapsed`: READY under ended rights only. `detached`:
     left READY while somebody may still read them. Physical bytes are counted once, however many hold them.
+    `pinned`: READY and kept by a pin; `pinned_idle`: those of them under nobody's right, past or present.
     """
 
     tenant: TenantId
@@ -53,9 +65,12 @@ class Account:
     detached: int = 0
     leased: int = 0
     lapsed: int = 0
+    pinned: int = 0
+    pinned_idle: int = 0
     max_bytes: int = 0
     floor_bytes: int = 0
     lease_max_bytes: int = 0
+    pin_max_bytes: int = 0
 
     @property
     def used(self) -> int:
@@ -69,6 +84,10 @@ class Account:
     def held(self) -> int:
         """Bytes that readers' rights, past or present, keep from being freed."""
         return self.leased + self.lapsed + self.detached
+
+    @property
+    def unevictable(self) -> int:
+        return self.reserved + self.held + self.pinned_idle
 
 
 class TierAccounts:
@@ -126,8 +145,19 @@ class TierAccounts:
             account.floor_bytes = int(quota.floor_bytes * scale)
             tenant = self._tenants.get(account.tenant)
             account.lease_max_bytes = tenant.limits.lease_max_bytes if tenant else 0
+        floored = [account.floor_bytes for account in self.accounts]
         if self._strict:
             self._divide()
+        for account, floor_bytes in zip(self.accounts, floored, strict=True):
+            account.pin_max_bytes = self._pin_budget(account, floor_bytes)
+
+    def _pin_budget(self, account: Account, floor_bytes: int) -> int:
+        tenant = self._tenants.get(account.tenant)
+        own = tenant.limits.pin_max_bytes if tenant else None
+        if own is None:
+            share = floor_bytes + int(PIN_SHARE * self.capacity_bytes)
+            own = min(share, account.max_bytes // 2)
+        return min(own, account.max_bytes)
 
     def _divide(self) -> None:
         """What is kept free between reserves stays free: nobody is evicted for it."""
@@ -174,15 +204,32 @@ class TierAccounts:
     def room_to_reserve(self, slot: int) -> int:
         """Bytes this tenant may have reserved beyond those it has, by hard maximum and floors alone."""
         mine = self.accounts[slot]
-        pinned = {account.tenant: account.reserved + account.held for account in self.accounts}
+        return max(0, min(self._room_by_floors(mine), mine.max_bytes - mine.unevictable))
+
+    def _room_by_floors(self, mine: Account) -> int:
+        """Bytes of this tenant that may become unevictable, with every floor still to be had."""
         above = sum(
-            max(0, pinned[account.tenant] - account.floor_bytes)
+            max(0, account.unevictable - account.floor_bytes)
             for account in self.accounts
             if account is not mine
         )
-        by_floors = self.unfloored_bytes - above + mine.floor_bytes - pinned[mine.tenant]
-        by_maximum = mine.max_bytes - mine.reserved - mine.detached
-        return max(0, min(by_floors, by_maximum))
+        return self.unfloored_bytes - above + mine.floor_bytes - mine.unevictable
+
+    def room_to_pin(self, slot: int) -> int:
+        """Bytes that may be pinned beyond those that are."""
+        room = min(-self.over_pin_budget(slot), self._room_by_floors(self.accounts[slot]))
+        return max(0, room)
+
+    def over_pin_budget(self, slot: int) -> int:
+        """Bytes that have to be unpinned; negative: that may be pinned, as far as budgets go."""
+        mine = self.accounts[slot]
+        above = sum(
+            max(0, account.pinned - account.floor_bytes)
+            for account in self.accounts
+            if account is not mine
+        )
+        pool = max(0, int(PIN_POOL * self.unfloored_bytes) - above)
+        return mine.pinned - min(mine.pin_max_bytes, mine.floor_bytes + pool)
 
     def room_to_lease(self, slot: int, share: float) -> int:
         """Bytes that may be leased beyond those that are: `share` of the tier above the floor."""

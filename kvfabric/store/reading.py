@@ -65,6 +65,7 @@ class Reader:
             fresh = self._leases.lease(request, rows)
             if holder.counts:
                 self._use(fresh)
+                self._pin(request.grant, rows)
         if holder.counts:
             self._count(in_host, len(words), reason)
         return Matched(
@@ -142,6 +143,12 @@ class Reader:
         if self.ssd is not None:
             unsealed = (index.host_parts.array[fresh] > 0) & (index.ssd_parts.array[fresh] == 0)
             self.ssd.offer(fresh[unsealed])
+
+    def _pin(self, grant: RequestGrant, rows: Rows) -> None:
+        """A prompt's leading blocks, as far as they lie in the texts of templates."""
+        rows = rows[: grant.text_blocks]
+        if len(rows):
+            self._residency.pins.read(rows, grant.texts(np.arange(len(rows))))
 
     # -- load ----------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Owns the slots. Callers are the store's verbs; all methods are sync, hence atomi
 each leaves these true (`check` proves them in tests):
 
     bytes charged = reserved + ready + detached of all accounts <= capacity
+    what is pinned is READY here, and so is what it hangs on; no queue has it (`pins`)
     every allocated slot belongs to one HOST part, one write under way, or one detached entry
     a slot is freed only when no hold is on its row: a hold is a reader, a writer or the SSD tier's reader
     the host tier's events say exactly which blocks are READY there
@@ -21,8 +22,19 @@ import numpy.typing as npt
 
 from kvfabric.failpoints import failpoint
 from kvfabric.registry.state import Tenant
-from kvfabric.store.index import HIT, HOST, LOADING, QUEUED, RESERVED, SSD, BlockIndex, Rows
+from kvfabric.store.index import (
+    HIT,
+    HOST,
+    LOADING,
+    PINNED,
+    QUEUED,
+    RESERVED,
+    SSD,
+    BlockIndex,
+    Rows,
+)
 from kvfabric.store.misses import Misses
+from kvfabric.store.pins import Pins
 from kvfabric.store.policy import EvictionPolicy
 from kvfabric.store.quota import AHEAD_SHARE, TierAccounts
 from kvfabric.tiers.arena import PAGE_BYTES, Arena, Slots, slot_bytes
@@ -112,6 +124,7 @@ class Residency:
         self.host = host
         self.ssd = ssd
         self.policy = EvictionPolicy(index)
+        self.pins = Pins(index, host, self.policy)
         self.misses = Misses()
         self.arena: Arena | None = None
         self.save: Callable[[int], bool] = lambda _row: False
@@ -130,6 +143,7 @@ class Residency:
         """The registry's tenants and what each may have, from now on."""
         self.host.configure(tenants)
         self.ssd.configure(tenants)
+        self.pins.budgets_changed()
         self.write_budgets.configure(
             {tenant.tenant_id: tenant.limits.ssd_write_bytes_per_day for tenant in tenants.values()}
         )
@@ -371,6 +385,7 @@ class Residency:
         self.num_host_blocks += len(complete)
         for run in self.runs(complete):
             self._events.stored(TierName.HOST, run.namespace_tag, run.parent, run.keys)
+        self.pins.extend(complete)
         return len(complete)
 
     def _complete(self, rows: Rows) -> npt.NDArray[np.bool_]:
@@ -417,6 +432,7 @@ class Residency:
         index = self.index
         if not index.host_parts.cell[row]:
             return
+        self.pins.dropped(row)
         removal = _Removal(wipe=wipe)
         tenant = index.lineage_tenant.cell[index.lineage.cell[row]]
         parent = index.parent.cell[row]
@@ -573,6 +589,7 @@ class Residency:
                 index.host_parts.cell[row] > 0
                 and not index.holds.cell[row]
                 and not index.host_children.cell[row]
+                and not index.flags.cell[row] & PINNED
             )
             assert bool(index.flags.cell[row] & QUEUED) == evictable, f"queue of row {row}"
         host = self.host
@@ -584,6 +601,7 @@ class Residency:
         detached = sum(slot.num_bytes for slot in (*slots, *self.unwiped)) + self.overdue_bytes
         assert detached == sum(account.detached for account in host.accounts)
         assert host.used <= host.capacity_bytes
+        self.pins.check()
         assert int(self._complete(live[index.lineage.array[live] != 0]).sum()) == (
             self.num_host_blocks
         )

@@ -13,12 +13,14 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     contents   all of it as data, for a successor
     scrub      the arena's bytes, checked anew     purging  for good, and zeroed
     sampling   what lies here, for probes
-    turns      how all of it shares the event loop
+    pins       what is not evicted          turns    how all of it shares the event loop
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +37,7 @@ from kvfabric.store.access import Access
 from kvfabric.store.contents import Contents
 from kvfabric.store.index import MAX_PARTS, BlockIndex, Lineage
 from kvfabric.store.lease import LeaseBook, RequestGrant
+from kvfabric.store.pins import PinDeadlines
 from kvfabric.store.purging import Purger, is_made_of
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import Reader
@@ -97,7 +100,8 @@ class StoreLimits:
 @dataclass(frozen=True, slots=True)
 class TenantUsage:
     """Bytes of one tenant. `host` and `ssd` are what it is charged there, draining included;
-    `ssd_written` since the start of the process."""
+    `ssd_written` since the start of the process; `pins_refused`: blocks of pinned templates that found no
+    room in `pin_max`, at each use."""
 
     tenant: TenantId
     host_bytes: int
@@ -105,6 +109,9 @@ class TenantUsage:
     leased_bytes: int
     draining_bytes: int
     ssd_written_bytes: int
+    pinned_bytes: int
+    pin_max_bytes: int
+    pins_refused: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +158,8 @@ class BlockStore:
     """An async context manager: entering indexes what the SSD tier holds, leaving ends its tasks.
 
     `registry` returns None while the node holds no epoch lease: then everything misses. `ssd`, if it is
-    there from the start, is entered before and left after the store, which becomes its owner.
+    there from the start, is entered before and left after the store, which becomes its owner. `clock` is
+    monotonic; `wall_clock` says, in Unix seconds, when a pin that the store hears of is to end.
     """
 
     def __init__(
@@ -162,10 +170,13 @@ class BlockStore:
         clock: Callable[[], float],
         events: EventSink,
         ssd: Tier | None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.limits = limits
         self._registry = registry
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._pin_deadlines = PinDeadlines()
         self._started = clock()
         self._tier = ssd
         self._index = BlockIndex(limits.max_blocks)
@@ -189,7 +200,13 @@ class BlockStore:
             reservation_s=limits.reservation_s,
             lease_share=limits.lease_share,
         )
-        access = Access(self._residency, self._leases, registry=registry, now=self._now)
+        self._access = access = Access(
+            self._residency,
+            self._leases,
+            registry=registry,
+            now=self._now,
+            on_state=self._configure,
+        )
         self._pool = IoPool(limits.copy_threads, "kvfabric-copy")
         self.turns = Turns()
         self._reader = Reader(self._residency, self._leases, access, lease_s=limits.lease_s)
@@ -243,6 +260,15 @@ class BlockStore:
     def _offboarded(self) -> frozenset[TenantId]:
         state = self._registry()
         return offboarded_tenants(state) if state is not None else frozenset()
+
+    def _configure(self, state: RegistryState) -> None:
+        self._residency.configure(state.tenants)
+        self._refresh_pins(state)
+
+    def _refresh_pins(self, state: RegistryState) -> None:
+        templates = state.templates.values()
+        live = self._pin_deadlines.live(templates, now=self._clock(), wall=self._wall_clock())
+        self._residency.pins.configure(live)
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `work` in the background, anew after each `thaw`."""
@@ -484,9 +510,10 @@ class BlockStore:
                 await asyncio.sleep(0)  # before it asks for another
 
     async def _keep_house(self) -> None:
-        """End rights on time, charge dead SSD bytes, wipe, scrub; until cancelled."""
+        """End rights and pins on time, charge dead SSD bytes, wipe, scrub; until cancelled."""
         while True:
             await asyncio.sleep(_HOUSE_S)
+            await self.settle_pins()
             more = True
             while more:
                 await self.turns.wait()
@@ -500,6 +527,15 @@ class BlockStore:
                 await self.scrub(int(self.limits.scrub_bytes_per_s * _HOUSE_S))
             if self._ssd is not None and self.limits.ssd_scrub_bytes_per_s:
                 self._start_scrubbing_ssd(self._ssd)
+
+    async def settle_pins(self) -> None:
+        """Pin and unpin what is to be by now. On cancellation: the rest is done next time."""
+        state = self._access.refresh()
+        if state is not None:
+            self._refresh_pins(state)
+        if self._residency.pins.is_stale:
+            for _ in self._residency.pins.settle():
+                await self.turns.wait()
 
     def _start_scrubbing_ssd(self, ssd: SsdTraffic) -> None:
         """A task of its own: a slow disk must not keep house from being kept. One at a time."""
@@ -537,6 +573,8 @@ class BlockStore:
         CapacityError and RemoteProtocolError, and is of no use then."""
         contents.restore(held, self._residency, self._leases)
         self._started = held.started
+        if self._access.refresh() is not None:
+            deque(self._residency.pins.settle(), maxlen=0)
 
     # -- statistics ----------------------------------------------------------------------------------
 
@@ -589,6 +627,9 @@ class BlockStore:
                 leased_bytes=account.leased,
                 draining_bytes=account.draining,
                 ssd_written_bytes=self._residency.write_budgets.written[account.tenant],
+                pinned_bytes=account.pinned,
+                pin_max_bytes=account.pin_max_bytes,
+                pins_refused=self._residency.pins.refused[slot],
             )
             for slot, account in enumerate(self._host.accounts)
         )

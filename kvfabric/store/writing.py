@@ -225,6 +225,7 @@ class Writer:
         if len(wanted):
             positions = wanted + span.start
             rows = self._rows_for(chain, positions, lineage, tenant)
+            self._index.texts.array[rows] |= reservation.grant.texts(positions + chain.first)
             self._index.ensure_parts(rows, session.layout.num_parts)
             parts = self._index.parts(rows, chain.ordinal)
             self._residency.begin(rows, parts, reservation.slot_bytes, RESERVED)

@@ -128,7 +128,7 @@ class RegistryTests(ABC):
     async def test_limits_and_rotated_keys_are_kept_also_after_reopening(
         self, tmp_path: Path
     ) -> None:
-        limits = TenantLimits(1 << 30, 3 << 30, 2.5)
+        limits = TenantLimits(1 << 30, 3 << 30, 2.5, 1 << 20)
         async with self.open_registry(tmp_path) as registry:
             await registry.create_tenant("acme", NO_QUOTA, NO_QUOTA)
             await registry.set_tenant("acme", TenantChange(limits=limits))
@@ -203,6 +203,57 @@ class RegistryTests(ABC):
             again = await registry.register_template("greeting", "v2", b"hello v1", is_public=False)
             assert again.state == SERVING
             assert again.incarnation != registry.state.templates["greeting", "v1"].incarnation
+
+    async def test_a_pin_is_kept_fences_nobody_and_ends_with_the_service(
+        self, tmp_path: Path
+    ) -> None:
+        async with self.open_registry(tmp_path) as registry:
+            v1 = await self.register(registry, "v1")
+            await self.register(registry, "v2")
+            segment = Segment("greeting", "v1", v1.incarnation, 0)
+            epochs = registry.state.epochs_of([template_scope("greeting")])
+            version = registry.state.version
+            pinned = await registry.pin_template("greeting", "", ttl_s=60.0)
+            assert (pinned.version, pinned.pin_s) == ("v1", 60.0)
+            assert registry.state.version == version + 1
+            assert registry.state.fence_reason(epochs, [segment]) is MissReason.NONE
+            assert [record.action for record in await registry.audit_log()][-1] == "pin_template"
+        async with self.open_registry(tmp_path) as registry:
+            assert registry.state.templates["greeting", "v1"] == pinned
+            again = await registry.pin_template("greeting", "v1", ttl_s=5.0)
+            assert again.pinned_until < pinned.pinned_until
+            with pytest.raises(Conflict, match="promote"):
+                await registry.pin_template("greeting", "v2", ttl_s=60.0)
+            await registry.promote_template("greeting", "v1")  # which serves already
+            assert self.pins(registry) == {"v1": 5.0, "v2": 0.0}
+            await registry.promote_template("greeting", "v2")
+            assert self.pins(registry) == {"v1": 0.0, "v2": 0.0}
+            for purge in (False, True):
+                await registry.promote_template("greeting", "v2")
+                await registry.pin_template("greeting", "v2", ttl_s=60.0)
+                assert self.pins(registry)["v2"] == 60.0
+                await registry.invalidate("template", "greeting", "v2", purge=purge)
+                assert self.pins(registry)["v2"] == 0.0
+            await registry.promote_template("greeting", "v1")
+            await registry.pin_template("greeting", "", ttl_s=60.0)
+            assert (await registry.unpin_template("greeting", "")).version == "v1"
+            assert self.pins(registry) == {"v1": 0.0, "v2": 0.0}
+
+    async def test_pins_that_cannot_be_right_change_nothing(self, tmp_path: Path) -> None:
+        async with self.open_registry(tmp_path) as registry:
+            await self.register(registry, "v1")
+            before = registry.state
+            for ttl_s in (0.0, -1.0, float("nan"), float("inf"), 31 * 86_400.0):
+                with pytest.raises(ConfigError, match="up to"):
+                    await registry.pin_template("greeting", "", ttl_s=ttl_s)
+            with pytest.raises(NotFound, match="template list"):
+                await registry.pin_template("parting", "", ttl_s=1.0)
+            with pytest.raises(Conflict, match="greeting v1 is not pinned"):
+                await registry.unpin_template("greeting", "v1")
+            with pytest.raises(ConfigError, match="pin_max_bytes"):
+                limits = TenantLimits(pin_max_bytes=-1)
+                await registry.set_tenant("default", TenantChange(limits=limits))
+            assert registry.state is before
 
     async def test_templates_that_cannot_be_right_change_nothing(self, tmp_path: Path) -> None:
         async with self.open_registry(tmp_path) as registry:
@@ -340,6 +391,9 @@ class RegistryTests(ABC):
 
     def states(self, registry: Registry) -> dict[str, str]:
         return {t.version: t.state for t in registry.state.templates.values()}
+
+    def pins(self, registry: Registry) -> dict[str, float]:
+        return {t.version: t.pin_s for t in registry.state.templates.values()}
 
     def rogue(
         self, make: Callable[[RegistryState], RegistryState]

@@ -141,6 +141,7 @@ class StoreRig:
     ) -> None:
         self.layout = layout or make_layout()
         self.clock = FakeClock()
+        self.wall = FakeClock()
         self.events = RecordedEvents()
         self.state: RegistryState | None = RegistryState()
         size = num_slots * PART_BYTES
@@ -153,6 +154,7 @@ class StoreRig:
             clock=self.clock,
             events=self.events,
             ssd=ssd,
+            wall_clock=self.wall,
         )
 
     async def __aenter__(self) -> Self:

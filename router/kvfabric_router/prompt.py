@@ -115,12 +115,16 @@ class TemplateIndex:
         public = [len(n.text) for place, n in used if place == 0 and n.version.is_public]
         return Recognised(
             segments=tuple(
-                Segment(n.version.name, n.version.version, n.version.incarnation, place)
-                for place, n in sorted(used, key=_prompt_order)
+                _segment(needle, place) for place, needle in sorted(used, key=_prompt_order)
             ),
             cacheable_tokens=end if withdrawn else NO_LIMIT,
             public_tokens=min(max(public, default=0), end),
         )
+
+
+def _segment(needle: _Needle, place: int) -> Segment:
+    version = needle.version
+    return Segment(version.name, version.version, version.incarnation, place, len(needle.text))
 
 
 def _prompt_order(found: tuple[int, _Needle]) -> tuple[int, str, str]:

@@ -143,6 +143,9 @@ async def test_usage_names_tenants(shell: Shell) -> None:
             "ssd_bytes": 0,
             "leased_bytes": 0,
             "ssd_written_bytes": 0,
+            "pinned_bytes": 0,
+            "pin_max_bytes": 0,
+            "pins_refused": 0,
         }
     ]
 
@@ -283,6 +286,7 @@ async def test_limits_of_a_tenant_are_set_shown_and_kept(shell: Shell) -> None:
         "lease_max_bytes": 1 << 30,
         "ssd_write_bytes_per_day": 3 << 30,
         "requests_per_s": 5.0,
+        "pin_max_bytes": None,
     }
     out, _ = await shell.run("tenant", "list")
     assert "3.0 GiB/day" in out
@@ -292,6 +296,53 @@ async def test_limits_of_a_tenant_are_set_shown_and_kept(shell: Shell) -> None:
     assert (again.limits.requests_per_s, again.limits.lease_max_bytes) == (0.0, 1 << 30)
     _, err = await shell.run("tenant", "set", "acme", "--requests-per-s", "-1", code=2)
     assert "requests_per_s" in err
+
+
+async def test_pin_budgets_are_set_shown_and_kept(shell: Shell) -> None:
+    await shell.run("tenant", "create", "acme", "--pin-budget", "2GiB")
+    await shell.run("tenant", "set", "acme", "--lease-max", "1GiB")
+    out, _ = await shell.run("tenant", "list")
+    assert "2.0 GiB" in out
+
+    def budget() -> int | None:
+        (found,) = [t for t in shell.registry.state.tenants.values() if t.name == "acme"]
+        return found.limits.pin_max_bytes
+
+    assert budget() == 2 << 30
+    for text, expected in (("0", 0), ("default", None), ("1MiB", 1 << 20)):
+        await shell.run("tenant", "set", "acme", "--pin-budget", text)
+        assert budget() == expected
+    _, err = await shell.run("tenant", "set", "acme", "--pin-budget", "much", code=2)
+    assert "--pin-budget" in err
+
+
+async def test_a_template_is_pinned_and_unpinned(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("You are kind.")
+    file = ("--file", str(tmp_path / "t"))
+    await shell.run("template", "register", "greeting", "--version", "1", *file)
+    before = shell.registry.state
+    out, _ = await shell.run("template", "pin", "greeting", "--ttl", "60")
+    assert "template greeting 1 is pinned until 20" in out
+    listed, _ = await shell.run("template", "list")
+    assert "until 20" in listed
+    (plain,) = (await shell.json("template", "list"))["templates"]
+    assert plain["pin_s"] == 60.0
+    assert plain["pinned_until"] > 60.0
+    assert shell.registry.state.epochs == before.epochs
+    out, _ = await shell.run("template", "unpin", "greeting", "--version", "1")
+    assert "not pinned any more" in out
+    assert "until" not in (await shell.run("template", "list"))[0]
+    for arguments, code, words in (
+        (("unpin", "greeting"), 1, "is not pinned"),
+        (("unpin", "parting"), 1, "template list"),
+        (("pin", "greeting", "--version", "2", "--ttl", "1"), 1, "template list"),
+        (("pin", "greeting", "--ttl", "0"), 2, "up to"),
+        (("pin", "greeting", "--ttl", "nan"), 2, "up to"),
+        (("pin", "greeting", "--ttl", "1e9"), 2, "up to"),
+    ):
+        _, err = await shell.run("template", *arguments, code=code)
+        assert words in err
+        assert err.count("\n") == 1
 
 
 async def test_api_keys_are_rotated_with_and_without_grace(shell: Shell) -> None:

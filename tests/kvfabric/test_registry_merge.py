@@ -32,6 +32,9 @@ MAKE: dict[str, Change] = {
     "register 2": lambda state: _register(state, "2"),
     "promote 1": lambda state: changes.promote_template(state, "t", "1").state,
     "promote 2": lambda state: changes.promote_template(state, "t", "2").state,
+    "pin 1": lambda state: changes.pin_template(state, "t", "1", now=0.0, ttl_s=60.0).state,
+    "pin 1 later": lambda state: changes.pin_template(state, "t", "1", now=9.0, ttl_s=60.0).state,
+    "unpin": lambda state: changes.unpin_template(state, "t", "").state,
     "retire": lambda state: changes.withdraw_template(state, "t", "", purge=False).state,
     "purge 1": lambda state: changes.withdraw_template(state, "t", "1", purge=True).state,
     "model": lambda state: changes.invalidate_scope(state, "model:m", "retire_model").state,
@@ -99,6 +102,13 @@ def test_believing_the_store_alone_brings_it_back(
         check(["register 1"], ours, [])
 
 
+def test_believing_the_winner_pins_what_one_side_unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(["register 1", "pin 1"], ["unpin"], [])
+    monkeypatch.setattr(merge, "_pinned_on_both", lambda winner, *_: winner)
+    with pytest.raises(AssertionError):
+        check(["register 1", "pin 1"], ["unpin"], [])
+
+
 def check(common: list[str], ours: list[str], theirs: list[str]) -> None:
     fork = after(start(), common)
     mine, other = after(fork, ours), after(fork, theirs)
@@ -111,6 +121,8 @@ def check(common: list[str], ours: list[str], theirs: list[str]) -> None:
             merged = found.templates[key]
             if template.state == PURGED:
                 assert merged.state == PURGED
+            assert merged.pinned_until <= template.pinned_until
+            assert merged.state == SERVING or not merged.pinned_until
             # Served under an unchanged epoch only by the very incarnation that both served.
             if merged.state == SERVING and found.epoch(f"template:{key[0]}") == side.epoch(
                 f"template:{key[0]}"
