@@ -138,7 +138,7 @@ def _user() -> str:
 def to_plain(message: Message) -> dict[str, Any]:
     """A message as JSON can carry it: bytes in hex, text as text, every field there; null for an optional
     value that is not."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         is_value = field.message_type is None and field.has_presence
         if is_value and not message.HasField(field.name):

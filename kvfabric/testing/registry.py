@@ -250,9 +250,9 @@ class RegistryTests(ABC):
                 await registry.pin_template("parting", "", ttl_s=1.0)
             with pytest.raises(Conflict, match="greeting v1 is not pinned"):
                 await registry.unpin_template("greeting", "v1")
+            less_than_none = TenantChange(limits=TenantLimits(pin_max_bytes=-1))
             with pytest.raises(ConfigError, match="pin_max_bytes"):
-                limits = TenantLimits(pin_max_bytes=-1)
-                await registry.set_tenant("default", TenantChange(limits=limits))
+                await registry.set_tenant("default", less_than_none)
             assert registry.state is before
 
     async def test_templates_that_cannot_be_right_change_nothing(self, tmp_path: Path) -> None:
