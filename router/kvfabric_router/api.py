@@ -196,6 +196,11 @@ def _value(given: _Fields, name: str) -> Any:
         raise ApiError(400, f"`{name}` cannot be read: {exc}", param=name) from exc
 
 
+def _integer(value: object) -> object:
+    """JSON has one kind of number: 5.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _prompt(given: _Fields) -> tuple[str | None, list[int] | None]:
     prompt = _value(given, "prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list | str):
@@ -206,6 +211,8 @@ def _prompt(given: _Fields) -> tuple[str | None, list[int] | None]:
         raise ApiError(400, "`prompt` must be text or token ids, not empty", param="prompt")
     if all(isinstance(one, list | str) and one for one in prompt):
         return None, None
+    if not all(type(one) is int for one in prompt):
+        prompt = [_integer(one) for one in prompt]
     try:
         return None, msgspec.convert(prompt, list[int])
     except msgspec.ValidationError as exc:
@@ -231,7 +238,7 @@ def _chat(given: _Fields) -> tuple[str | None, None]:
 
 def _max_tokens(given: _Fields, path: str) -> int:
     for name in ("max_completion_tokens", "max_tokens"):
-        value = _value(given, name)
+        value = _integer(_value(given, name))
         if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

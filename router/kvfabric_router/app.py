@@ -37,13 +37,13 @@ from kvfabric_router.journal import Journal
 from kvfabric_router.links import Links
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
+from kvfabric_router.openapi import TTFT_OBJECTIVE, document
 from kvfabric_router.probes import Prober
 from kvfabric_router.proxy import REQUEST_ID, Proxy, client
 from kvfabric_router.registry_view import RegistryView
 from kvfabric_router.request_rate import RequestRates
 
 MAX_IN_FLIGHT = 2048
-TTFT_OBJECTIVE = "x-kvfabric-ttft-objective-ms"
 STOP_S = 30.0
 """How long answers in progress may take to end when the router stops."""
 
@@ -60,7 +60,10 @@ async def _openai_errors(request: web.Request, handler: _Handler) -> web.StreamR
     except ApiError as exc:
         return _error(exc)
     except web.HTTPException as exc:
-        return _error(ApiError(exc.status, f"{exc.reason}: {request.method} {request.path}"))
+        response = _error(ApiError(exc.status, f"{exc.reason}: {request.method} {request.path}"))
+        if "Allow" in exc.headers:
+            response.headers["Allow"] = exc.headers["Allow"]
+        return response
     except KVFabricError:
         _log.exception("%s %s", request.method, request.path)
         return _error(ApiError(500, "The router failed on this request."))
@@ -104,6 +107,7 @@ class Router:
                 web.get("/healthz", self.healthz),
                 web.get("/readyz", self.readyz),
                 web.get("/metrics", self.metrics_text),
+                web.get("/openapi.json", self.describe),
             ]
         )
         return app
@@ -197,6 +201,10 @@ class Router:
         totals = self.metrics.totals(self.index.statistics().num_blocks)
         found = diagnosis.examine(self.links.sights(), self.fleet.sights(), totals)
         return _json({"findings": found})
+
+    async def describe(self, request: web.Request) -> web.Response:
+        """This API as an OpenAPI document."""
+        return _json(document())
 
     async def metrics_text(self, request: web.Request) -> web.Response:
         """Prometheus metrics."""

@@ -249,7 +249,9 @@ class _Attempt:
         if moved is not None and moved.session != self._plan.engine.session:
             raise SessionMoved(moved)
         if answer.status >= 400 and not (isinstance(decoded, dict) and "error" in decoded):
-            raw = error_body(answer.status, f"The engine answered {answer.status}.")
+            raw = error_body(
+                answer.status, _words(decoded) or f"The engine answered {answer.status}."
+            )
         if answer.status in _BUSY:
             headers.setdefault("Retry-After", "1")
         response = web.Response(
@@ -360,6 +362,12 @@ class _Body(aiohttp.BytesIOPayload):
 
 def _is_stream(answer: aiohttp.ClientResponse) -> bool:
     return answer.status == 200 and answer.content_type == _STREAM
+
+
+def _words(answer: object) -> str:
+    """What an error that has not the OpenAI shape says: SGLang's `message`, FastAPI's `detail`."""
+    said = [answer.get(name) for name in ("message", "detail")] if isinstance(answer, dict) else []
+    return next((one for one in said if isinstance(one, str)), "")
 
 
 def _is_end(events: bytes) -> bool:

@@ -47,6 +47,7 @@ class StandInEngine:
         self.model = "reference"
         self.is_fabric = True
         self.requests: list[dict[str, Any]] = []
+        self.raw: list[bytes] = []
         self.headers: list[Mapping[str, str]] = []
         self.cancelled = asyncio.Event()
         self.num_running = 0
@@ -55,6 +56,8 @@ class StandInEngine:
         self.checks_session = True
         self.misdirected = 0
         self.status = 200
+        self.answer = b""
+        """Instead of its own: JSON, or whole events for who streams."""
         self.break_after: int | None = None
         self.texts: tuple[str, ...] = ("a", "b")
         self.says_done = True
@@ -64,7 +67,7 @@ class StandInEngine:
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
-        app = web.Application()
+        app = web.Application(client_max_size=1 << 30)
         app.add_routes(
             [
                 web.get("/v1/models", self._models),
@@ -100,16 +103,22 @@ class StandInEngine:
         return {"object": "list", "data": [model]}
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = msgspec.json.decode(await request.read())
+        raw = await request.read()
+        body = msgspec.json.decode(raw)
         meant = request.headers.get(SESSION_HEADER, self.session.hex())
         if self.checks_session and meant != self.session.hex():
             self.misdirected += 1
             return web.json_response(self._report(), status=421)
         self.requests.append(body)
+        self.raw.append(raw)
         self.headers.append(request.headers)
         self.arrived.set()
         self.num_running += 1
         try:
+            if self.answer:
+                is_stream = self.status == 200 and body.get("stream")
+                content_type = "text/event-stream" if is_stream else "application/json"
+                return web.Response(status=self.status, body=self.answer, content_type=content_type)
             if self.status != 200:
                 error = {"error": {"message": "engine says no", "type": "x", "code": "y"}}
                 return web.json_response(error, status=self.status)
