@@ -246,6 +246,14 @@ def _lease(path: Path) -> Finding:
             registry = client.call(client.admin.Status, pb.StatusRequest()).registry
     except KVFabricError as exc:
         return Finding("epoch lease", WARN, f"not known: {exc}", "see the admin socket")
+    if registry.tenants_without_keys:
+        return Finding(
+            "keys of the fleet",
+            WARN,
+            f"no keys of {len(registry.tenants_without_keys)} tenants, whose requests reuse nothing here",
+            "do nodes reach each other over mTLS (`listen`, `tls_dir`)? Else give them one keyring_dir; "
+            "if no node has the keys any more: `kvfabric tenant claim-keys`",
+        )
     if registry.state == "serving":
         return Finding("epoch lease", OK, f"{registry.home}, {registry.num_holders} holders")
     advice = "until it has one every lookup is a miss; it heals by itself once the directory does"

@@ -1,7 +1,8 @@
 """Keyring: tenant secrets, data keys and handle keys, wrapped by a root key, in one 0600 file.
 
 Held by nodes and routers only: never by engines, Redis, events or logs. Nodes write, one at a time where they
-share it; whoever meets a tenant or key id that it does not know reads again.
+share it; whoever meets a tenant or key id that it does not know reads again. Nodes of a fleet that share no
+file system have one each, and get from each other what they lack (`registry.fleet_keys`).
 
 File: magic, version, 12-byte nonce, AES-256-GCM(root key) over MessagePack. The header is the associated
 data. It is replaced by write, fsync, rename, fsync of the directory: a reader sees the old or the new one.
@@ -15,11 +16,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import logging
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _PR_SET_DUMPABLE = 4
 _MAGIC = b"KVFKEYS1"
+_CHECK_PERSON, _CHECK_BYTES = b"kvfabric keyring", 16
 _NONCE_BYTES = 12
 SECRET_BYTES = 32
 _READ_TRIES = 3
@@ -45,6 +49,19 @@ class _Contents(msgspec.Struct):
     data_keys: dict[str, bytes] = {}
     handle_keys: dict[int, bytes] = {}
     current_handle_key: int = 0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SharedKeys:
+    """What holders of a fleet's keys give each other. Data keys are not among it: SSD files are local.
+
+    `fleet_check`: the giver's `check` of the keys that every keyring has.
+    """
+
+    fleet_check: bytes
+    tenant_secrets: Mapping[TenantId, bytes]
+    handle_keys: Mapping[int, bytes]
+    current_handle_key: int
 
 
 class Keyring:
@@ -180,6 +197,74 @@ class Keyring:
         key_id = self._contents.current_handle_key
         return key_id, self._contents.handle_keys[key_id]
 
+    def check(self, tenant: TenantId) -> bytes:
+        """16 bytes that tell whether two keyrings have the same secret for a tenant, and nothing of the
+        secret (256 random bits cannot be searched); empty without one. Those of every keyring have one
+        together."""
+        self._refresh()
+        return self._check(tenant)
+
+    def _check(self, tenant: TenantId) -> bytes:
+        known = self._contents.tenant_secrets
+        names = _OF_EVERY_KEYRING if tenant in _OF_EVERY_KEYRING else (tenant,)
+        if not all(name in known for name in names):
+            return b""
+        return _check_of(known[name] for name in names)
+
+    def read_generation(self) -> int:
+        """Of the file as it is now."""
+        self._refresh()
+        return self._contents.generation
+
+    def lacking(self, checks: Mapping[TenantId, bytes]) -> dict[TenantId, bytes]:
+        """Those of which this has no secret, or another one."""
+        self._refresh()
+        return {name: check for name, check in checks.items() if self._check(name) != check}
+
+    def shared(self, tenants: Collection[TenantId]) -> SharedKeys:
+        """For another holder: secrets of these tenants, as far as they are here, and handle keys."""
+        fleet_check = self.check(PUBLIC_TENANT)
+        known = self._contents
+        return SharedKeys(
+            fleet_check,
+            {name: known.tenant_secrets[name] for name in tenants if name in known.tenant_secrets},
+            dict(known.handle_keys),
+            known.current_handle_key,
+        )
+
+    def adopt(self, given: SharedKeys, checks: Mapping[TenantId, bytes]) -> frozenset[TenantId]:
+        """Take in, durably, secrets that have these checks, and handle keys that are newer than ours, or of
+        the fleet that we were not of; a tenant's data key stays, or is made. Whose secrets were taken."""
+        with self._locked():
+            self.reload()
+            known = self._contents
+            secrets_now, data_keys = dict(known.tenant_secrets), dict(known.data_keys)
+            taken: set[TenantId] = set()
+            for tenant, check in checks.items():
+                names = _OF_EVERY_KEYRING if tenant in _OF_EVERY_KEYRING else (tenant,)
+                found = [given.tenant_secrets.get(name, b"") for name in names]
+                if _check_of(found) == check:
+                    secrets_now.update(zip(names, found, strict=True))
+                    taken.update(names)
+            for name in taken - data_keys.keys():
+                data_keys[name] = secrets.token_bytes(SECRET_BYTES)
+            handle_keys = given.handle_keys, given.current_handle_key
+            if not taken.intersection(_OF_EVERY_KEYRING) and (
+                given.current_handle_key <= known.current_handle_key
+            ):
+                handle_keys = known.handle_keys, known.current_handle_key
+            if taken or handle_keys[1] != known.current_handle_key:
+                self._save(
+                    _Contents(
+                        known.generation,
+                        secrets_now,
+                        data_keys,
+                        dict(handle_keys[0]),
+                        handle_keys[1],
+                    )
+                )
+        return frozenset(taken)
+
     def add_tenant(self, tenant: TenantId) -> None:
         """Give a tenant a random secret and data key, durably. A tenant that has them keeps them."""
         with self._locked():
@@ -296,6 +381,43 @@ class Keyring:
         sealed = AESGCM(root).encrypt(nonce, msgspec.msgpack.encode(contents), _MAGIC)
         _write_private(self._path, _MAGIC + nonce + sealed)
         self._contents, self._read_file = contents, self._file_now()
+
+
+class MemoryKeyring(Keyring):
+    """Of a router that shares no file with a node: what it has goes with the process."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), Path())
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._contents.handle_keys
+
+    def reload(self) -> None:
+        """There is nothing to read."""
+
+    def _refresh(self) -> None: ...
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        yield
+
+    def _save(self, contents: _Contents, root_key_path: Path | None = None) -> None:
+        contents.generation += 1
+        self._contents = contents
+
+    def _save_under_new_root(self, contents: _Contents) -> None:
+        self._save(contents)
+
+
+_OF_EVERY_KEYRING = (DEFAULT_TENANT, PUBLIC_TENANT)
+
+
+def _check_of(secrets_of: Iterable[bytes]) -> bytes:
+    digest = hashlib.blake2b(digest_size=_CHECK_BYTES, person=_CHECK_PERSON)
+    for secret in secrets_of:
+        digest.update(secret)
+    return digest.digest()
 
 
 def _without(keys: dict[str, bytes], gone: Collection[str]) -> dict[str, bytes]:

@@ -97,6 +97,7 @@ NODE_METRICS: tuple[Metric, ...] = (
     _gauge("adoption_waits_processes", "Processes that still have an earlier daemon's arena"),
     _gauge("arena_adopted_info", "1 if the arena is an earlier daemon's"),
     _gauge("registry_version", "Version of the registry's state"),
+    _gauge("tenants_without_keys", "Tenants whose secret the fleet has and this node has not"),
     _gauge("registry_holders", "Nodes and routers registered in the directory"),
     _gauge("epoch_lease_valid", "1 if the epochs may be believed; at 0 every lookup is a miss"),
     _gauge("event_sequence", "Number of the newest batch of the event stream"),

@@ -1,8 +1,8 @@
 """The admin plane of a node: gRPC on a 0600 Unix socket, for routers and administrators.
 
-Serves `NodeEvents`, `RegistryService`, `NodeAdmin` and the standard health service. It decides nothing
-about registry, leases or events: it translates. Whoever can open the socket is trusted as the node's own
-user is (design 2); `kvfabric-requested-by` in the metadata is for the audit log, not for access.
+Serves `NodeEvents`, `RegistryService`, `NodeAdmin`, `KeyringService` and the standard health service. It
+decides nothing about registry, leases or events: it translates. Whoever can open the socket is trusted as the
+node's own user is (design 2); `kvfabric-requested-by` in the metadata is for the audit log, not for access.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvfabric.daemon.admin_sources import AdminSources
-from kvfabric.daemon.node_services import NodeAdmin, NodeEvents
+from kvfabric.daemon.node_services import KeyringService, NodeAdmin, NodeEvents
 from kvfabric.daemon.peers import PeerCheck, TcpListener
 from kvfabric.daemon.registry_service import RegistryService
 from kvfabric.errors import ConfigError
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.holders import Holders
 
-SERVICES = ("kvfabric.v1.NodeEvents", "kvfabric.v1.RegistryService", "kvfabric.v1.NodeAdmin")
+SERVICES = tuple(
+    f"kvfabric.v1.{name}"
+    for name in ("NodeEvents", "RegistryService", "NodeAdmin", "KeyringService")
+)
 MAX_REQUEST_BYTES = 1 << 20
 MAX_REPLY_BYTES = 16 << 20
 _MAX_RPCS = 1024
@@ -75,6 +78,8 @@ class AdminServer:
         pb_grpc.add_NodeEventsServicer_to_server(events, server)  # type: ignore[no-untyped-call]
         admin = NodeAdmin(self._sources, self.node_id, self._clock)
         pb_grpc.add_NodeAdminServicer_to_server(admin, server)  # type: ignore[no-untyped-call]
+        keys = KeyringService(self._sources)
+        pb_grpc.add_KeyringServiceServicer_to_server(keys, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         bind_private(server, self.path)
         if self._tcp is not None:

@@ -35,6 +35,9 @@ def _status(args: argparse.Namespace) -> int:
         f"registry {registry.home}: {registry.state}, {registry.num_holders} holders, "
         f"restored {registry.num_restores} times" + (f": {registry.detail}" * bool(registry.detail))
     )
+    if registry.tenants_without_keys:
+        names = ", ".join(registry.tenants_without_keys)
+        lines.append(f"no keys of tenants {names}: their requests reuse nothing here")
     lines += table(
         ("tier", "state", "used", "capacity", "draining", "blocks"),
         [
@@ -72,7 +75,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 STATUS = Command("what a node holds and serves", "node", configure_status, _run)
-TENANT = Command("tenants: create, list, set, key, usage, offboard", "node", configure_tenant, _run)
+TENANT = Command(
+    "tenants: create, list, set, key, usage, offboard, claim-keys", "node", configure_tenant, _run
+)
 TEMPLATE = Command(
     "templates: register, list, promote, pin, unpin", "node", configure_template, _run
 )

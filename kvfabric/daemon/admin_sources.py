@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.events.stream import EventStream
@@ -12,6 +13,9 @@ from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.base import Registry
 from kvfabric.store.scrub import ScrubReport
 from kvfabric.types import TierName
+
+if TYPE_CHECKING:
+    from kvfabric.registry.fleet_keys import FleetKeys
 
 Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
 
@@ -33,5 +37,6 @@ class AdminSources:
     resident: Callable[[TierName], Runs]
     turn: Callable[[], Awaitable[None]]
     reports: bool = False
+    fleet_keys: FleetKeys | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
     lookups: Lookups = field(default_factory=Lookups)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from kvfabric import handle as handles
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.sessions import Session
-from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError
+from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError, UnknownTenant
 from kvfabric.hashing import namespace_key, namespace_tag
 from kvfabric.keyring import Keyring
 from kvfabric.protocol.messages import (
@@ -77,6 +77,8 @@ class Services:
     lookups: Lookups = field(default_factory=Lookups)
     heard: Callable[[bytes, Ping], Pong] = lambda _session, _ping: Pong(0, ())
     """A session says what its HBM let go of, and is told what to."""
+    key_unknown: Callable[[], None] = lambda: None
+    """Called when a request names a tenant or is signed with a key that is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +247,16 @@ CONCURRENT: Mapping[type[Request], Callable[[Caller, Any], Awaitable[Reply]]] = 
 
 def _terms_of(caller: Caller, message: OpenHandle) -> _Terms:
     services, session = caller.services, caller.session
-    opened = handles.open_handle(
-        message.handle,
-        services.keyring.handle_keys(),
-        audience=session.id,
-        now=services.wall_clock(),
-    )
+    try:
+        opened = handles.open_handle(
+            message.handle,
+            services.keyring.handle_keys(),
+            audience=session.id,
+            now=services.wall_clock(),
+        )
+    except BadHandle:
+        services.key_unknown()  # perhaps: signed with a key that another node has by now
+        raise
     # Engines decorate the id that the router gave a request (vLLM: `cmpl-ID-0`); none invents another.
     if opened.request_id not in message.request_id:
         raise BadHandle("handle was made for another request")
@@ -300,7 +306,12 @@ def _namespace_key(caller: Caller, tenant: TenantId) -> bytes:
         hello.adapter,
         hello.adapter_revision,
     )
-    return namespace_key(namespace, caller.services.keyring.tenant_secret(tenant))
+    try:
+        secret = caller.services.keyring.tenant_secret(tenant)
+    except UnknownTenant:
+        caller.services.key_unknown()
+        raise
+    return namespace_key(namespace, secret)
 
 
 def _opted_out(caller: Caller, tenant: TenantId) -> bool:

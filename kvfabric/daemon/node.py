@@ -15,8 +15,9 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 from kvfabric.config import NodeConfig, split_address
 from kvfabric.daemon import garbage
@@ -45,7 +46,7 @@ from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol.messages import BlockRun, EngineEvents
-from kvfabric.registry.home import open_registry
+from kvfabric.registry.home import fleet_keys, open_registry
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
@@ -131,6 +132,7 @@ class Node:
         _make_private(config.keyring_path)
         self.keyring = Keyring.create_or_open(config.keyring_path)
         self.registry = await stack.enter_async_context(open_registry(config))
+        self.fleet_keys = fleet_keys(self.registry, config, self.keyring)
         self.keeper = ArenaKeeper(config.state_dir / "arena.json", self.boot_id, config.host_bytes)
         stack.callback(self.keeper.close)
         await stack.enter_async_context(self._ssd_stack)  # left after the store
@@ -178,16 +180,18 @@ class Node:
         self.takeovers = await stack.enter_async_context(self._make_takeover_server())
         # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        background = (
-            self._await_arena(),
-            self._await_ssd(),
-            garbage.collect(self.store.turns.wait),
-            self.withdrawals.run(),
-            self.auditor.run(),
-        )
-        for work in background:
+        for work in self._background():
             stack.callback(group.create_task(work).cancel)
         stack.enter_context(garbage.own_schedule())
+
+    def _background(self) -> Iterator[Coroutine[Any, Any, None]]:
+        yield self._await_arena()
+        yield self._await_ssd()
+        yield garbage.collect(self.store.turns.wait)
+        yield self.withdrawals.run()
+        yield self.auditor.run()
+        if self.fleet_keys is not None:
+            yield self.fleet_keys.run()
 
     async def _open_front(self) -> None:
         """What routers and administrators ask."""
@@ -266,6 +270,7 @@ class Node:
             wall_clock=time.time,
             lookups=self.lookups,
             heard=self.withdrawals.heard,
+            key_unknown=(lambda: None) if self.fleet_keys is None else self.fleet_keys.wake,
         )
         return EngineServer(options, services, self.sessions)
 
@@ -278,6 +283,7 @@ class Node:
             resident=self._resident,
             turn=self.store.turns.wait,
             reports=True,
+            fleet_keys=self.fleet_keys,
             scrub=self.store.scrub_all,
             lookups=self.lookups,
         )

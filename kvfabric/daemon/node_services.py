@@ -1,4 +1,4 @@
-"""`NodeEvents` and `NodeAdmin`: what a node holds, for routers and administrators."""
+"""`NodeEvents`, `NodeAdmin`, `KeyringService`: what a node holds, for whoever may know."""
 
 from __future__ import annotations
 
@@ -78,6 +78,26 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
             )
             await self._sources.turn()
         yield events.snapshot_batch([], end=True)
+
+
+class KeyringService(pb_grpc.KeyringServiceServicer):
+    """For nodes and routers of the fleet; who may ask is `peers.PeerCheck`'s."""
+
+    def __init__(self, sources: AdminSources) -> None:
+        self._sources = sources
+
+    @unary
+    async def Fetch(self, request: pb.FetchKeysRequest, context: Any) -> pb.SharedKeys:
+        keys = self._sources.fleet_keys
+        if keys is None:
+            raise NotFound("this node is in no directory: its keyring is its own")
+        given = keys.give(request.tenant_ids)
+        return pb.SharedKeys(
+            fleet_check=given.fleet_check,
+            tenant_secrets={str(name): secret for name, secret in given.tenant_secrets.items()},
+            handle_keys=dict(given.handle_keys),
+            current_handle_key=given.current_handle_key,
+        )
 
 
 class NodeAdmin(pb_grpc.NodeAdminServicer):

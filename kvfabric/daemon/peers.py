@@ -16,15 +16,18 @@ from kvfabric.tls import Reloaded, peer_identity, server_credentials
 
 _NAMES = "x509_subject_alternative_name"
 _HEALTH = "/grpc.health."
+_SECRETS = "/kvfabric.v1.KeyringService/"
 _ALLOWED = {
     "admin": ("/",),
     "router": (
         "/kvfabric.v1.NodeEvents/",
         "/kvfabric.v1.RegistryService/Watch",
         "/kvfabric.v1.RegistryService/RenewLease",
+        _SECRETS,
     ),
-    "node": ("/kvfabric.v1.NodeEvents/",),
+    "node": ("/kvfabric.v1.NodeEvents/", _SECRETS),
 }
+_HOLDERS_OF_SECRETS = ("node", "router")
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,8 @@ def is_allowed(identity: Identity | None, method: str) -> bool:
     """`identity` None: a certificate that says nothing of ours."""
     if method.startswith(_HEALTH):
         return identity is not None
+    if method.startswith(_SECRETS) and getattr(identity, "role", "") not in _HOLDERS_OF_SECRETS:
+        return False
     prefixes = _ALLOWED.get(identity.role, ()) if identity is not None else ()
     return method.startswith(prefixes)
 
@@ -113,11 +118,17 @@ class PeerCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 async def _check(context: Any, method: str) -> None:
     if b"ssl" not in context.auth_context().get("transport_security_type", ()):
-        return  # the Unix socket, or plain TCP where that was asked for
+        # The Unix socket, or plain TCP where that was asked for: not for secrets.
+        if method.startswith(_SECRETS) and not context.peer().startswith("unix:"):
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED, "keys go over mTLS only: give nodes a tls_dir"
+            )
+        return
     identity = identity_in(context)
     if not is_allowed(identity, method):
         who = identity or "a certificate without kvfabric://ROLE/NAME"
         log.warning("%s refused to %s", method, who)
+        needs = "node or router" if method.startswith(_SECRETS) else "admin"
         await context.abort(
-            grpc.StatusCode.PERMISSION_DENIED, f"{who} may not call {method}: it needs role admin"
+            grpc.StatusCode.PERMISSION_DENIED, f"{who} may not call {method}: it needs role {needs}"
         )

@@ -33,7 +33,7 @@ from kvfabric.registry.wire import (
     tenant_to_pb,
 )
 from kvfabric.registry.withdrawn import receipt_id
-from kvfabric.types import TierName, model_scope
+from kvfabric.types import DEFAULT_TENANT, TierName, model_scope
 
 MAX_FLOOR_SHARE = 0.9
 MAX_RECEIPT_WAIT_S = 25.0
@@ -97,7 +97,7 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
             host,
             ssd,
             limits=limits_from_pb(request.limits),
-            tenant_id=tenant_id,
+            minted=(tenant_id, self._sources.keyring.check(tenant_id)),
             requested_by=requested_by(context),
         )
         return pb.TenantCreated(tenant=tenant_to_pb(tenant), api_key=api_key)
@@ -191,6 +191,14 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
             request.name, request.version, requested_by=requested_by(context)
         )
         return template_to_pb(template)
+
+    @unary
+    async def ClaimKeys(self, request: pb.ClaimKeysRequest, context: Any) -> pb.KeysClaimed:
+        keyring = self._sources.keyring
+        mine = {one: keyring.check(one) for one in self._registry.state.tenants}
+        checks = {one: check for one, check in mine.items() if check and one != DEFAULT_TENANT}
+        await self._registry.claim_keys(checks, anew=True, requested_by=requested_by(context))
+        return pb.KeysClaimed(num_tenants=len(checks))
 
     @unary
     async def GetReceipt(self, request: pb.GetReceiptRequest, context: Any) -> pb.Receipt:

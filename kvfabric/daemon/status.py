@@ -39,6 +39,7 @@ def node_samples(node: Node) -> Iterator[Sample | Distribution]:
         ("registry_version", node.registry.state.version),
         ("registry_holders", registry.num_holders),
         ("registry_restores", registry.num_restores),
+        ("tenants_without_keys", len(_lacking(node))),
         ("epoch_lease_valid", registry.state == "serving"),
         ("event_sequence", node.events.sequence),
         ("protocol_errors", counts.protocol_errors),
@@ -58,7 +59,11 @@ def node_samples(node: Node) -> Iterator[Sample | Distribution]:
     yield Distribution(_PREFIX + "withdrawal_visible_seconds", node.auditor.visible_s)
 
 
-def _registry_status(status: RegistryStatus) -> pb.RegistryStatus:
+def _lacking(node: Node) -> list[str]:
+    return [] if node.fleet_keys is None else sorted(node.fleet_keys.lacking())
+
+
+def _registry_status(status: RegistryStatus, lacking: list[str]) -> pb.RegistryStatus:
     return pb.RegistryStatus(
         home=status.home,
         state=status.state,
@@ -67,6 +72,7 @@ def _registry_status(status: RegistryStatus) -> pb.RegistryStatus:
         num_holders=status.num_holders,
         num_restores=status.num_restores,
         num_errors=status.num_errors,
+        tenants_without_keys=lacking,
     )
 
 
@@ -109,7 +115,7 @@ def node_status(node: Node, *, sealed_keys: bool) -> pb.NodeStatus:
         arena_adopted=node.keeper.adopted,
         counters=_counters(node, store),
         sealed_keys=sorted(keys),
-        registry=_registry_status(node.registry.status),
+        registry=_registry_status(node.registry.status, _lacking(node)),
         audit=_audit_status(node.auditor),
     )
 

@@ -62,6 +62,10 @@ def configure_tenant(parser: argparse.ArgumentParser) -> None:
     )
     offboard.add_argument("name", metavar="NAME")
     common(offboard, _tenant_offboard)
+    claim = verbs.add_parser(
+        "claim-keys", help="make this node's keyring the fleet's, if no node has the one that was"
+    )
+    common(claim, _claim_keys)
     common(verbs.add_parser("usage", help="bytes that each tenant has here"), _tenant_usage)
 
 
@@ -263,6 +267,16 @@ def _tenant_offboard(args: argparse.Namespace) -> int:
         request = pb.OffboardTenantRequest(name=args.name)
         receipt = node.call(node.registry.OffboardTenant, request)
     return print_receipt(args, receipt)
+
+
+def _claim_keys(args: argparse.Namespace) -> int:
+    from kvfabric.protocol import kvfabric_pb2 as pb
+
+    with client(args) as node:
+        claimed = node.call(node.registry.ClaimKeys, pb.ClaimKeysRequest())
+    if args.json:
+        return print_json(claimed)
+    return print_lines([f"the fleet's keys are this node's, of {claimed.num_tenants} tenants"])
 
 
 def _tenant_usage(args: argparse.Namespace) -> int:

@@ -192,7 +192,7 @@ class ExpiringKey(_message.Message):
     def __init__(self, digest: _Optional[bytes] = ..., expires_at: _Optional[float] = ...) -> None: ...
 
 class Tenant(_message.Message):
-    __slots__ = ("tenant_id", "name", "api_key_digests", "host", "ssd", "max_age_s", "opted_out", "limits", "expiring_keys", "is_offboarded")
+    __slots__ = ("tenant_id", "name", "api_key_digests", "host", "ssd", "max_age_s", "opted_out", "limits", "expiring_keys", "is_offboarded", "key_check")
     TENANT_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     API_KEY_DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +203,7 @@ class Tenant(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     EXPIRING_KEYS_FIELD_NUMBER: _ClassVar[int]
     IS_OFFBOARDED_FIELD_NUMBER: _ClassVar[int]
+    KEY_CHECK_FIELD_NUMBER: _ClassVar[int]
     tenant_id: str
     name: str
     api_key_digests: _containers.RepeatedScalarFieldContainer[bytes]
@@ -213,7 +214,40 @@ class Tenant(_message.Message):
     limits: TenantLimits
     expiring_keys: _containers.RepeatedCompositeFieldContainer[ExpiringKey]
     is_offboarded: bool
-    def __init__(self, tenant_id: _Optional[str] = ..., name: _Optional[str] = ..., api_key_digests: _Optional[_Iterable[bytes]] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., expiring_keys: _Optional[_Iterable[_Union[ExpiringKey, _Mapping]]] = ..., is_offboarded: _Optional[bool] = ...) -> None: ...
+    key_check: bytes
+    def __init__(self, tenant_id: _Optional[str] = ..., name: _Optional[str] = ..., api_key_digests: _Optional[_Iterable[bytes]] = ..., host: _Optional[_Union[TierQuota, _Mapping]] = ..., ssd: _Optional[_Union[TierQuota, _Mapping]] = ..., max_age_s: _Optional[float] = ..., opted_out: _Optional[bool] = ..., limits: _Optional[_Union[TenantLimits, _Mapping]] = ..., expiring_keys: _Optional[_Iterable[_Union[ExpiringKey, _Mapping]]] = ..., is_offboarded: _Optional[bool] = ..., key_check: _Optional[bytes] = ...) -> None: ...
+
+class FetchKeysRequest(_message.Message):
+    __slots__ = ("tenant_ids",)
+    TENANT_IDS_FIELD_NUMBER: _ClassVar[int]
+    tenant_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tenant_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SharedKeys(_message.Message):
+    __slots__ = ("fleet_check", "tenant_secrets", "handle_keys", "current_handle_key")
+    class TenantSecretsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    class HandleKeysEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: bytes
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[bytes] = ...) -> None: ...
+    FLEET_CHECK_FIELD_NUMBER: _ClassVar[int]
+    TENANT_SECRETS_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_KEYS_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_HANDLE_KEY_FIELD_NUMBER: _ClassVar[int]
+    fleet_check: bytes
+    tenant_secrets: _containers.ScalarMap[str, bytes]
+    handle_keys: _containers.ScalarMap[int, bytes]
+    current_handle_key: int
+    def __init__(self, fleet_check: _Optional[bytes] = ..., tenant_secrets: _Optional[_Mapping[str, bytes]] = ..., handle_keys: _Optional[_Mapping[int, bytes]] = ..., current_handle_key: _Optional[int] = ...) -> None: ...
 
 class Template(_message.Message):
     __slots__ = ("name", "version", "incarnation", "text", "is_public", "state", "pinned_until", "pin_s")
@@ -320,6 +354,16 @@ class OffboardTenantRequest(_message.Message):
     name: str
     wait_s: float
     def __init__(self, name: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class ClaimKeysRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class KeysClaimed(_message.Message):
+    __slots__ = ("num_tenants",)
+    NUM_TENANTS_FIELD_NUMBER: _ClassVar[int]
+    num_tenants: int
+    def __init__(self, num_tenants: _Optional[int] = ...) -> None: ...
 
 class CreateApiKeyRequest(_message.Message):
     __slots__ = ("name",)
@@ -570,7 +614,7 @@ class TenantUsage(_message.Message):
     def __init__(self, tenant_id: _Optional[str] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., ssd_written_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., pin_max_bytes: _Optional[int] = ..., pins_refused: _Optional[int] = ...) -> None: ...
 
 class RegistryStatus(_message.Message):
-    __slots__ = ("home", "state", "detail", "lease_left_s", "num_holders", "num_restores", "num_errors")
+    __slots__ = ("home", "state", "detail", "lease_left_s", "num_holders", "num_restores", "num_errors", "tenants_without_keys")
     class NumErrorsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -585,6 +629,7 @@ class RegistryStatus(_message.Message):
     NUM_HOLDERS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESTORES_FIELD_NUMBER: _ClassVar[int]
     NUM_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_WITHOUT_KEYS_FIELD_NUMBER: _ClassVar[int]
     home: str
     state: str
     detail: str
@@ -592,7 +637,8 @@ class RegistryStatus(_message.Message):
     num_holders: int
     num_restores: int
     num_errors: _containers.ScalarMap[str, int]
-    def __init__(self, home: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., lease_left_s: _Optional[float] = ..., num_holders: _Optional[int] = ..., num_restores: _Optional[int] = ..., num_errors: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    tenants_without_keys: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, home: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ..., lease_left_s: _Optional[float] = ..., num_holders: _Optional[int] = ..., num_restores: _Optional[int] = ..., num_errors: _Optional[_Mapping[str, int]] = ..., tenants_without_keys: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
     __slots__ = ("node_id", "boot_id", "version", "uptime_s", "tiers", "engines", "usage", "registry_version", "arena_adopted", "counters", "sealed_keys", "registry", "audit")

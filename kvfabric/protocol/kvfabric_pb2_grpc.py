@@ -314,6 +314,11 @@ class RegistryServiceStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.GetReceiptRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.FromString,
                 _registered_method=True)
+        self.ClaimKeys = channel.unary_unary(
+                '/kvfabric.v1.RegistryService/ClaimKeys',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ClaimKeysRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.KeysClaimed.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -409,6 +414,13 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ClaimKeys(self, request, context):
+        """Makes this node's keyring the fleet's, when no node has the one that was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -481,6 +493,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.GetReceipt,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.GetReceiptRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Receipt.SerializeToString,
+            ),
+            'ClaimKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClaimKeys,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ClaimKeysRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.KeysClaimed.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -872,6 +889,33 @@ class RegistryService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ClaimKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.RegistryService/ClaimKeys',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.ClaimKeysRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.KeysClaimed.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class NodeAdminStub:
     """For administrators.
@@ -982,6 +1026,84 @@ class NodeAdmin:
             '/kvfabric.v1.NodeAdmin/Scrub',
             kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class KeyringServiceStub:
+    """Secrets that holders of a fleet give each other: over mTLS with role node or router, or the Unix socket; never
+    over plain TCP.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Fetch = channel.unary_unary(
+                '/kvfabric.v1.KeyringService/Fetch',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.FetchKeysRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SharedKeys.FromString,
+                _registered_method=True)
+
+
+class KeyringServiceServicer:
+    """Secrets that holders of a fleet give each other: over mTLS with role node or router, or the Unix socket; never
+    over plain TCP.
+    """
+
+    def Fetch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KeyringServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Fetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.FetchKeysRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SharedKeys.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kvfabric.v1.KeyringService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kvfabric.v1.KeyringService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class KeyringService:
+    """Secrets that holders of a fleet give each other: over mTLS with role node or router, or the Unix socket; never
+    over plain TCP.
+    """
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.KeyringService/Fetch',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.FetchKeysRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.SharedKeys.FromString,
             options,
             channel_credentials,
             insecure,

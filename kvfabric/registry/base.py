@@ -141,16 +141,19 @@ class Registry(ABC):
         ssd: TierQuota,
         *,
         limits: TenantLimits | None = None,
-        tenant_id: TenantId | None = None,
+        minted: tuple[TenantId, bytes] | None = None,
         requested_by: str = "",
     ) -> tuple[Tenant, str]:
-        """The tenant and its first API key, which is shown this once."""
+        """The tenant and its first API key, which is shown this once. `minted`: its id and the check of its
+        secret (`Keyring.check`), if it has one."""
+        tenant_id, key_check = minted or (changes.mint_tenant_id(), b"")
         tenant = Tenant(
-            tenant_id or changes.mint_tenant_id(),
+            tenant_id,
             name,
             host=host,
             ssd=ssd,
             limits=limits or TenantLimits(),
+            key_check=key_check,
         )
         api_key = changes.mint_api_key()
         return (
@@ -197,6 +200,16 @@ class Registry(ABC):
         """End a tenant for good. Secrets and blocks are for the nodes to destroy."""
         return (
             await self.commit(lambda state: changes.offboard_tenant(state, name), requested_by)
+        )[1]
+
+    async def claim_keys(
+        self, checks: Mapping[TenantId, bytes], *, anew: bool = False, requested_by: str = ""
+    ) -> Change:
+        """Say of which secrets (`Keyring.check`) the fleet's are; see `changes.claim_keys`."""
+        return (
+            await self.commit(
+                lambda state: changes.claim_keys(state, checks, anew=anew), requested_by
+            )
         )[1]
 
     # ------------------------------------------------------------------ templates

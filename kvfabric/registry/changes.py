@@ -200,6 +200,26 @@ def offboard_tenant(state: RegistryState, name: str) -> Draft[Tenant]:
     return _tenant_draft(after, new, new, "offboard_tenant")
 
 
+def claim_keys(
+    state: RegistryState, checks: Mapping[TenantId, bytes], *, anew: bool = False
+) -> Draft[None]:
+    """Say which secrets are the fleet's: of tenants of which nobody did, or of all of these (`anew`). Raises
+    Conflict if there are none."""
+    claimed = {
+        tenant_id: replace(tenant, key_check=checks[tenant_id])
+        for tenant_id, tenant in state.tenants.items()
+        if checks.get(tenant_id, tenant.key_check) != tenant.key_check
+        and not tenant.is_offboarded
+        and (anew or not tenant.key_check)
+    }
+    if not claimed:
+        raise Conflict("there are no keys to claim: the fleet has these, or others")
+    after = replace(state, tenants=_with(state.tenants, claimed))
+    return _draft(
+        after, tenant_scope(PUBLIC_TENANT), None, "claim_keys", f"of {len(claimed)} tenants"
+    )
+
+
 def _present(state: RegistryState, name: str) -> Tenant:
     found = tenant_named(state, name)
     if found.is_offboarded:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from kvfabric.config import NodeConfig, RouterConfig
 from kvfabric.errors import ConfigError
+from kvfabric.keyring import Keyring
 from kvfabric.registry.base import Registry
 from kvfabric.registry.embedded import EmbeddedRegistry
+from kvfabric.tls import Security
 
 if TYPE_CHECKING:
+    from kvfabric.registry.fleet_keys import FleetKeys
     from kvfabric.registry.redis.registry import RedisRegistry
 
 
@@ -18,8 +21,24 @@ def open_registry(config: NodeConfig) -> Registry:
     """A node's, to be entered. Raises ConfigError for a directory that cannot be meant."""
     if not config.directory:
         return EmbeddedRegistry(config.state_dir / "registry")
-    address = config.advertise or config.listen or f"unix:{config.admin_socket_path}"
-    return join_directory(config, kind="node", name=config.name, address=address)
+    return join_directory(config, kind="node", name=config.name, address=_own_address(config))
+
+
+def fleet_keys(registry: Registry, config: NodeConfig, keyring: Keyring) -> FleetKeys | None:
+    """What keeps a node's keyring the fleet's; None for a registry that is the node's own."""
+    if not config.directory:
+        return None
+    from kvfabric.registry.fleet_keys import FleetKeys
+    from kvfabric.registry.redis.registry import RedisRegistry
+
+    assert isinstance(registry, RedisRegistry)
+    security = Security("node", config.tls_path if config.tls_dir else None, config.insecure)
+    address = _own_address(config)
+    return FleetKeys(registry, lambda: keyring, security, own_address=address, claims=True)
+
+
+def _own_address(config: NodeConfig) -> str:
+    return config.advertise or config.listen or f"unix:{config.admin_socket_path}"
 
 
 def join_directory(

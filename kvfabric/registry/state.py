@@ -56,6 +56,8 @@ class Tenant:
 
     `expiring_keys`: (digest, Unix seconds) of keys that a rotation left for a while; they are not among
     `api_key_digests`. `is_offboarded`: for good; its keys and secrets are gone, its id is not used again.
+    `key_check`: of its secret (`Keyring.check`), so that whoever has none or another one can tell; of the
+    tenant `public`, of the secrets that all keyrings of the fleet have. Empty: nobody said.
     """
 
     tenant_id: TenantId
@@ -68,6 +70,7 @@ class Tenant:
     limits: TenantLimits = TenantLimits()
     expiring_keys: tuple[tuple[bytes, float], ...] = ()
     is_offboarded: bool = False
+    key_check: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ def tenant_to_pb(tenant: Tenant) -> pb.Tenant:
             pb.ExpiringKey(digest=digest, expires_at=at) for digest, at in tenant.expiring_keys
         ],
         is_offboarded=tenant.is_offboarded,
+        key_check=tenant.key_check,
     )
 
 
@@ -79,6 +80,7 @@ def _tenant_from_pb(message: pb.Tenant) -> Tenant:
         limits=limits_from_pb(message.limits),
         expiring_keys=tuple((key.digest, key.expires_at) for key in message.expiring_keys),
         is_offboarded=message.is_offboarded,
+        key_check=message.key_check,
     )
 
 

@@ -245,6 +245,11 @@ def _json(value: object, *, status: int = 200) -> web.Response:
     )
 
 
+def security_of(config: RouterConfig) -> Security:
+    """How this router reaches nodes."""
+    return Security("router", config.tls_path if config.tls_dir else None, config.insecure)
+
+
 def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
     fleet = Fleet(clock=time.monotonic)
     fleet.configure(config.engines)
@@ -262,7 +267,7 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
     planner = Planner(config, fleet=fleet, index=index, registry=registry, metrics=metrics)
     planner.journal = journal
 
-    security = Security("router", config.tls_path if config.tls_dir else None, config.insecure)
+    security = security_of(config)
 
     def link(target: str, is_first: bool) -> NodeLink:
         return NodeLink(
@@ -306,9 +311,13 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
                 # Imported here: Redis and LMDB are there only where a directory is used.
                 from kvfabric_router import directory
 
-                registry = await stack.enter_async_context(directory.join(config, router.registry))
+                registry = await stack.enter_async_context(
+                    directory.join(config, router.registry, router.planner.keyring)
+                )
                 found = functools.partial(directory.node_targets, registry)
                 work.append(directory.follow(registry, router.registry))
+                keys = directory.fleet_keys(registry, router.planner.keyring, security_of(config))
+                work.append(keys.run())
             work.append(router.links.run(found))
             await stack.enter_async_context(_background(*work))
             url = await stack.enter_async_context(_listening(router))

@@ -131,7 +131,7 @@ class Planner:
         self._index = index
         self._registry = registry
         self._metrics = metrics
-        self._keyring = KeyringReader(config.keyring_path)
+        self.keyring = KeyringReader(config.keyring_path, in_memory=bool(config.directory))
         self._rng = rng or random.Random()
         self._turn = 0
         # Without the fabric there is nothing to weigh.
@@ -160,7 +160,7 @@ class Planner:
             engines = [demand(engine) for engine in engines]
         state = self._registry.usable() if self._config.fabric else None
         if call.identities is None or call.identities.state is not state:
-            call.identities = _Identities(call, state, self._keyring, self._registry)
+            call.identities = _Identities(call, state, self.keyring, self._registry)
             call.matches = None
         now = time.monotonic()
         if call.matches is None or now - call.matches.made_at > REUSE_FRESH_S:
@@ -467,6 +467,7 @@ class _Identities:
                 keyring.tenant_secret(self._call.tenant.tenant_id)
         except UnknownTenant:
             self._keyring.reread()  # the tenant is newer than what was read
+            self._keyring.unknown()
         return keyring
 
 

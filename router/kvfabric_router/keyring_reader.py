@@ -1,14 +1,15 @@
-"""The keyring as the router reads it: there or not yet, and read again when it may have changed."""
+"""The keyring as the router has it: a node's file, read again when it may have changed, or in memory only."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from kvfabric.errors import ConfigError
-from kvfabric.keyring import Keyring
+from kvfabric.keyring import Keyring, MemoryKeyring
+from kvfabric.types import TenantId
 
 REREAD_S = 10.0
 """Handle keys rotate rarely and the one before stays valid: this is soon enough."""
@@ -17,9 +18,21 @@ _log = logging.getLogger(__name__)
 
 
 class KeyringReader:
-    """Opens the keyring when it is first there. A file that cannot be read leaves what was read before."""
+    """Opens the keyring when it is first there. A file that cannot be read leaves what was read before.
 
-    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+    `in_memory`: without a file, what other holders of the fleet give (`registry.fleet_keys`) is kept here.
+    `unknown` is called when a tenant is not in it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        in_memory: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.unknown: Callable[[], None] = lambda: None
+        self._memory = MemoryKeyring() if in_memory else None
         self._directory = directory
         self._clock = clock
         self._keyring: Keyring | None = None
@@ -30,7 +43,19 @@ class KeyringReader:
         """None as long as there is no keyring; then requests are served without reuse."""
         if self._keyring is None or self._clock() - self._read_at >= REREAD_S:
             self.reread()
+        if self._keyring is None and self._memory is not None and not self._memory.is_empty:
+            return self._memory
         return self._keyring
+
+    def own(self) -> MemoryKeyring | None:
+        """What is to be kept up by this process; None where there is a node's file."""
+        self.current()
+        return None if self._keyring is not None else self._memory
+
+    def forget(self, tenants: Collection[TenantId]) -> None:
+        """Of tenants that ended. In a node's file, the node does it."""
+        if self._memory is not None:
+            self._memory.remove_tenants(tenants)
 
     def reread(self) -> None:
         """Read the file now (a few hundred bytes); at most once a millisecond."""
@@ -45,6 +70,6 @@ class KeyringReader:
                 self._keyring.reload()
             self._reported = ""
         except ConfigError as exc:
-            if str(exc) != self._reported:
+            if str(exc) != self._reported and self._memory is None:
                 _log.warning("keyring: %s", exc)
             self._reported = str(exc)

@@ -85,7 +85,10 @@ class Fleet:
 async def fleet(directory: Path, redis: RedisServer) -> AsyncIterator[Fleet]:
     addresses = free_addresses(5)
     pki.init(directory / "pki")
-    shared = ["--directory", redis.url, "--keyring-dir", str(directory / "keys")]
+    shared = [
+        "--directory",
+        redis.url,
+    ]  # and no file: secrets go from node to node and to the router
     async with AsyncExitStack() as stack:
         children = await stack.enter_async_context(Children(directory))
         http = await stack.enter_async_context(aiohttp.ClientSession())

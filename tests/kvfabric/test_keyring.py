@@ -14,7 +14,7 @@ import pytest
 
 from kvfabric import failpoints
 from kvfabric.errors import ConfigError, UnknownTenant
-from kvfabric.keyring import Keyring
+from kvfabric.keyring import Keyring, MemoryKeyring
 from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, TenantId
 
 ACME = TenantId("t-acme")
@@ -219,3 +219,73 @@ def test_tenants_of_an_earlier_release_get_data_keys(tmp_path: Path) -> None:
     again = Keyring.create_or_open(tmp_path)
     assert len(again.data_key(DEFAULT_TENANT)) == 32
     assert Keyring.open(tmp_path).data_key(PUBLIC_TENANT) == again.data_key(PUBLIC_TENANT)
+
+
+# ---------------------------------------------------------------------- a fleet's keys
+
+
+def test_what_a_check_confirms_is_taken_and_nothing_else(tmp_path: Path) -> None:
+    """As two nodes do that began with keyrings of their own. Data keys are each one's own."""
+    first, second = (Keyring.create_or_open(_made(tmp_path / name)) for name in "ab")
+    first.add_tenant(ACME)
+    first.rotate_handle_key()
+    given = first.shared([DEFAULT_TENANT, PUBLIC_TENANT, ACME])
+    assert second.check(PUBLIC_TENANT) != first.check(PUBLIC_TENANT) == first.check(DEFAULT_TENANT)
+    wanted = {PUBLIC_TENANT: first.check(PUBLIC_TENANT), ACME: b"x" * 16}
+    assert second.lacking(wanted) == wanted
+    before = second.data_key(DEFAULT_TENANT)
+    assert second.adopt(given, wanted) == {DEFAULT_TENANT, PUBLIC_TENANT}
+    assert not second.has_keys(ACME), "the check said that it is another one"
+    assert second.adopt(given, {ACME: first.check(ACME)}) == {ACME}
+
+    again = Keyring.open(tmp_path / "b")
+    for name in (DEFAULT_TENANT, PUBLIC_TENANT, ACME):
+        assert again.tenant_secret(name) == first.tenant_secret(name)
+        assert again.data_key(name) != first.data_key(name)
+        assert again.check(name) == first.check(name)
+    assert again.data_key(DEFAULT_TENANT) == before
+    assert again.handle_keys() == first.handle_keys()
+    assert again.adopt(given, {}) == frozenset()
+    assert again.generation == second.generation, "nothing to write"
+
+
+def test_of_handle_keys_the_newest_count(tmp_path: Path) -> None:
+    first, second = (Keyring.create_or_open(_made(tmp_path / name)) for name in "ab")
+    second.adopt(first.shared(_BOTH), {PUBLIC_TENANT: first.check(PUBLIC_TENANT)})
+    second.rotate_handle_key()
+    second.adopt(first.shared(()), {})
+    assert second.current_handle_key()[0] == 2
+    first.adopt(second.shared(()), {})
+    assert first.handle_keys() == second.handle_keys()
+
+
+def test_a_check_tells_nothing_of_the_secret_and_shared_keys_show_none(tmp_path: Path) -> None:
+    keyring = Keyring.create_or_open(tmp_path)
+    given = keyring.shared(_BOTH)
+    assert len(keyring.check(PUBLIC_TENANT)) == 16
+    assert keyring.check(ACME) == b""
+    shown = repr(given) + repr(keyring.check(PUBLIC_TENANT))
+    assert not any(repr(key)[2:-1] in shown for key in given.tenant_secrets.values())
+
+
+def test_a_keyring_in_memory_has_what_it_was_given_and_forgets(tmp_path: Path) -> None:
+    node = Keyring.create_or_open(tmp_path)
+    node.add_tenant(ACME)
+    checks = {PUBLIC_TENANT: node.check(PUBLIC_TENANT), ACME: node.check(ACME)}
+    router = MemoryKeyring()
+    assert router.is_empty
+    assert router.adopt(node.shared([*_BOTH, ACME]), checks) == {*_BOTH, ACME}
+    assert router.current_handle_key() == node.current_handle_key()
+    assert router.tenant_secret(ACME) == node.tenant_secret(ACME)
+    assert router.remove_tenants([ACME]) == {ACME}
+    with pytest.raises(UnknownTenant):
+        router.tenant_secret(ACME)
+    assert {path.name for path in tmp_path.iterdir()} == {"keyring", "root.key", "keyring.lock"}
+
+
+_BOTH = (DEFAULT_TENANT, PUBLIC_TENANT)
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
