@@ -195,7 +195,7 @@ class Simulation:
             for engine in self._fleet.view().engines
         ]
         if self._policy == "cost":
-            return policy.by_cost(candidates, self._rng)
+            return policy.by_cost(candidates, self._rng.getrandbits(32))
         if self._policy == "least_loaded":
             return policy.least_loaded(candidates, self._rng)
         return policy.round_robin(candidates, next(self._turns))

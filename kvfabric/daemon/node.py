@@ -19,8 +19,8 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+from kvfabric import garbage
 from kvfabric.config import NodeConfig, split_address
-from kvfabric.daemon import garbage
 from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_sources import AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper

@@ -14,7 +14,7 @@ row of a bit matrix in the last two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,15 +87,15 @@ class FleetIndex:
     # ------------------------------------------------------------------ what happened
 
     def apply(self, node_id: str, batch: pb.EventBatch) -> None:
-        """Take a node's batch in: engines that left, then its runs in order.
+        """Take a node's batch in: engines that left, then what its runs come to.
 
         The order of batches is the caller's business (`NodeFeed`). Raises RemoteProtocolError for a run
-        that no node may send; what came before it in the batch is in.
+        that no node may send; then none of the batch's runs is in.
         """
         for engine in batch.engines:
             if engine.gone:
                 self.drop_engine(node_id, engine.session)
-        for kind, holder, keys in _merged(node_id, batch.runs):
+        for kind, holder, keys in _last_words(node_id, batch.runs):
             if kind == pb.STORED:
                 self._store(holder, keys)
             elif kind == pb.REMOVED:
@@ -120,6 +120,8 @@ class FleetIndex:
         prefixes = b"".join([key[:PREFIX_BYTES] for key in keys])
         slots = self._table.find(_mixed(namespace_tag, prefixes))
         at = np.flatnonzero(slots >= 0)
+        if not at.size:
+            return {}
         rows = self._table.values[slots[at]]
         wide = rows[:, 0] == _WIDE
         present: Present = np.zeros((max(self._holders, default=0) + 1, len(keys)), np.bool_)
@@ -169,11 +171,13 @@ class FleetIndex:
     # ------------------------------------------------------------------ one holder's blocks
 
     def _store(self, holder: Holder, keys: Keys) -> None:
+        """None of `keys` is there twice."""
         number = self._number(holder)
-        slots = self._table.insert(self._that_fit(np.unique(keys)))
+        slots = self._table.insert(self._that_fit(keys))
         rows = self._table.values[slots]
         wide = rows[:, 0] == _WIDE
-        self._set_wide(_wide_rows(rows[wide]), number)
+        if wide.any():
+            self._set_wide(_wide_rows(rows[wide]), number)
         todo = np.flatnonzero(~wide & ~(rows == number).any(axis=1))
         free = rows[todo] == 0
         room = free.any(axis=1)
@@ -197,7 +201,7 @@ class FleetIndex:
         number = self._numbers.get(holder)
         if number is None:
             return
-        slots = self._table.find(np.unique(keys))
+        slots = self._table.find(keys)
         slots = slots[slots >= 0]
         rows = self._table.values[slots]
         wide = rows[:, 0] == _WIDE
@@ -262,19 +266,35 @@ def _mixed(namespace_tag: bytes, prefixes: bytes) -> Keys:
     return np.bitwise_xor(np.frombuffer(prefixes, "<u8").astype(np.uint64, copy=False), tag)
 
 
-def _merged(node_id: str, runs: Sequence[pb.Run]) -> Iterator[tuple[int, Holder, Keys]]:
-    """Runs in order; neighbours that do the same to the same holder become one."""
-    last: tuple[int, Holder] | None = None
-    pieces: list[Keys] = []
+def _last_words(node_id: str, runs: Sequence[pb.Run]) -> list[tuple[int, Holder, Keys]]:
+    """What the runs come to: for each holder at most one of each kind, cleared first, no key twice.
+
+    A busy node tells of several engines in turn and of the same block more than once; work on the table costs
+    by the call, not by the key.
+    """
+    told: dict[Holder, list[tuple[int, Keys]]] = {}
     for run in runs:
-        step = (run.kind, _holder(node_id, run))
-        if step != last:
-            if last is not None:
-                yield (*last, np.concatenate(pieces))
-            last, pieces = step, []
-        pieces.append(_keys(run))
-    if last is not None:
-        yield (*last, np.concatenate(pieces))
+        holder = _holder(node_id, run)
+        if run.kind == pb.CLEARED:
+            told[holder] = [(pb.CLEARED, _keys(run))]
+        else:
+            told.setdefault(holder, []).append((run.kind, _keys(run)))
+    found: list[tuple[int, Holder, Keys]] = []
+    for holder, words in told.items():
+        if words[0][0] == pb.CLEARED:
+            found.append((pb.CLEARED, holder, words.pop(0)[1]))
+        if not words:
+            continue
+        keys = np.concatenate([some for _, some in words])
+        is_stored = np.repeat([kind == pb.STORED for kind, _ in words], [k.size for _, k in words])
+        keys, last = np.unique(keys[::-1], return_index=True)
+        is_stored = is_stored[::-1][last]
+        removed, stored = keys[~is_stored], keys[is_stored]
+        if removed.size:
+            found.append((pb.REMOVED, holder, removed))  # first: they make room
+        if stored.size:
+            found.append((pb.STORED, holder, stored))
+    return found
 
 
 def _holder(node_id: str, run: pb.Run) -> Holder:

@@ -22,6 +22,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from kvfabric import garbage
 from kvfabric.config import RouterConfig, split_address
 from kvfabric.errors import ConfigError, KVFabricError
 from kvfabric.events.index import FleetIndex
@@ -319,8 +320,10 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
                 keys = directory.fleet_keys(registry, router.planner.keyring, security_of(config))
                 work.append(keys.run())
             work.append(router.links.run(found))
+            work.append(garbage.collect(lambda: asyncio.sleep(0)))
             await stack.enter_async_context(_background(*work))
             url = await stack.enter_async_context(_listening(router))
+            stack.enter_context(garbage.own_schedule())
             yield dataclasses.replace(router, url=url)
 
 

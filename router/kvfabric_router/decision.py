@@ -10,7 +10,7 @@ from kvfabric_router.policy import Ranked
 from kvfabric_router.rates import Work
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """What the engine reported afterwards. `ttft_ms` from arrival; None if the answer came in one piece.
 
     `miss`: why its first missing block came from nowhere; NONE too if it does not say.
@@ -27,7 +27,7 @@ class Outcome(msgspec.Struct, frozen=True):
         return self.reused.hbm + self.reused.host + self.reused.ssd
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where a call goes and why: `ranked[0]` is the choice. Holds nothing of the prompt.
 
     `reason`: why nothing may be reused; empty if it may. `policy` with its `draw` (the seed of its ties, or

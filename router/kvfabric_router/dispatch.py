@@ -369,13 +369,13 @@ class Planner:
         decision = plan.decision
         if decision.reason:
             self._metrics.one_time_salts.labels(reason=decision.reason).inc()
-        for tier in ("hbm", "host", "ssd"):
-            self._metrics.predicted_tokens.labels(tenant=decision.tenant, tier=tier).inc(
-                getattr(plan.choice.reuse, f"{tier}_tokens")
-            )
-        self._metrics.reachable_tokens.labels(tenant=decision.tenant).inc(decision.reachable_tokens)
-        self._metrics.regret_tokens.labels(tenant=decision.tenant).inc(decision.regret_tokens)
-        self._metrics.regret_s.labels(tenant=decision.tenant).inc(decision.regret_ms / 1e3)
+        mine, reuse = self._metrics.of(decision.tenant), plan.choice.reuse
+        mine.predicted["hbm"].inc(reuse.hbm_tokens)
+        mine.predicted["host"].inc(reuse.host_tokens)
+        mine.predicted["ssd"].inc(reuse.ssd_tokens)
+        mine.reachable_tokens.inc(decision.reachable_tokens)
+        mine.regret_tokens.inc(decision.regret_tokens)
+        mine.regret_s.inc(decision.regret_ms / 1e3)
         if plan.choice.reuse.is_approximate:
             self._metrics.approximate.labels(tenant=decision.tenant).inc()
         identity = identities.of(plan.engine.tokenizer)

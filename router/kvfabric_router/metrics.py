@@ -7,8 +7,22 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from kvfabric.types import MissReason
 from kvfabric_router.diagnosis import Totals
 
+_TIERS = ("hbm", "host", "ssd")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _MILLI = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+
+class TenantMetrics:
+    """The children of one tenant that every request touches: looking one up costs more than counting."""
+
+    def __init__(self, metrics: RouterMetrics, tenant: str) -> None:
+        self.prompt_tokens = metrics.prompt_tokens.labels(tenant)
+        self.predicted = {t: metrics.predicted_tokens.labels(tenant, t) for t in _TIERS}
+        self.reused = {t: metrics.reused_tokens.labels(tenant, t) for t in (*_TIERS, "any")}
+        self.reachable_tokens = metrics.reachable_tokens.labels(tenant)
+        self.regret_tokens = metrics.regret_tokens.labels(tenant)
+        self.regret_s = metrics.regret_s.labels(tenant)
+        self.first_byte = metrics.first_byte.labels(tenant)
 
 
 class RouterMetrics:
@@ -16,6 +30,7 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         self.collectors = CollectorRegistry()
+        self._tenants: dict[str, TenantMetrics] = {}
         self.requests = self._counter(
             "requests",
             "Requests by outcome: HTTP status, disconnected or broken_off.",
@@ -91,6 +106,13 @@ class RouterMetrics:
         self.lease = self._gauge("epoch_lease_valid", "1 while the router may act on its epochs.")
         self.index_blocks = self._gauge("index_blocks", "Blocks that the index knows a holder of.")
         self.index_bytes = self._gauge("index_bytes", "Memory of the index.")
+
+    def of(self, tenant: str) -> TenantMetrics:
+        """What is counted of this tenant's requests."""
+        found = self._tenants.get(tenant)
+        if found is None:
+            found = self._tenants[tenant] = TenantMetrics(self, tenant)
+        return found
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
         return Counter(f"kvfabric_router_{name}", what, labels, registry=self.collectors)

@@ -189,10 +189,10 @@ class NodeLink:
         request = pb.WatchEventsRequest(boot_id=boot_id, from_sequence=sequence)
         async for batch in stub.Watch(request):
             self._alarm(batch.stale_serves)
-            if feed.watch(batch):
-                self._announce(feed)
-            else:
+            if not feed.watch(batch):
                 self._snapshot_needed.set()
+            elif batch.engines:
+                self._announce(feed)
         raise ConnectError("the node ended its event stream")
 
     def _alarm(self, stale_serves: int) -> None:

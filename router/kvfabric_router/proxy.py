@@ -313,9 +313,8 @@ class _Attempt:
     # ------------------------------------------------------------------ what is learned
 
     def _observe_first_byte(self) -> None:
-        tenant = self._call.tenant.tenant_id
         after_s = time.monotonic() - self._exchange.arrived
-        self._proxy.metrics.first_byte.labels(tenant=tenant).observe(after_s)
+        self._proxy.metrics.of(self._call.tenant.tenant_id).first_byte.observe(after_s)
         if self._exchange.stream is not None or self._call.request.stream:
             self._ttft_ms = after_s * 1e3
 
@@ -323,7 +322,6 @@ class _Attempt:
         usage = self._usage
         if usage is None:
             return
-        tenant = self._call.tenant.tenant_id
         self._proxy.admission.outcome(
             self._call,
             Outcome(
@@ -334,16 +332,13 @@ class _Attempt:
                 usage.completion_tokens,
             ),
         )
-        self._proxy.metrics.prompt_tokens.labels(tenant=tenant).inc(usage.prompt_tokens)
+        mine = self._proxy.metrics.of(self._call.tenant.tenant_id)
         told = usage.hbm_tokens + usage.host_tokens + usage.ssd_tokens
-        reused = {
-            "hbm": usage.hbm_tokens,
-            "host": usage.host_tokens,
-            "ssd": usage.ssd_tokens,
-            "any": max(usage.cached_tokens - told, 0),
-        }
-        for tier, tokens in reused.items():
-            self._proxy.metrics.reused_tokens.labels(tenant=tenant, tier=tier).inc(tokens)
+        mine.prompt_tokens.inc(usage.prompt_tokens)
+        mine.reused["hbm"].inc(usage.hbm_tokens)
+        mine.reused["host"].inc(usage.host_tokens)
+        mine.reused["ssd"].inc(usage.ssd_tokens)
+        mine.reused["any"].inc(max(usage.cached_tokens - told, 0))
 
 
 class _Body(aiohttp.BytesIOPayload):

@@ -40,7 +40,7 @@ _FIT_EACH, _FIT_EVERY = 16, 4
 _Vector = npt.NDArray[np.float64]
 
 
-class Work(msgspec.Struct, frozen=True):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """What one request asks of an engine before its first token, in tokens."""
 
     computed: int
@@ -49,7 +49,7 @@ class Work(msgspec.Struct, frozen=True):
     ssd: int = 0
 
 
-class Rates(msgspec.Struct, frozen=True):
+class Rates(msgspec.Struct, frozen=True, gc=False):
     """The coefficients, in milliseconds for each of what the module's formula multiplies them with.
 
     `latency_ms` is no work of the engine. `step_ms`: one token of a running answer.

@@ -126,14 +126,21 @@ def test_index_equals_a_dict_of_sets_after_any_history() -> None:
     model: dict[Holder, set[BlockKey]] = {holder: set() for holder in holders}
     for sequence in range(500):
         holder = rng.choice(holders)
-        some = rng.sample(keys, rng.randint(1, 30))
-        action = rng.choices(["store", "remove", "drop", "node"], [6, 4, 1, 0.3])[0]
-        if action == "store":
-            index.apply(holder.node_id, batch(sequence, run(pb.STORED, holder, some)))
-            model[holder] |= set(some)
-        elif action == "remove":
-            index.apply(holder.node_id, batch(sequence, run(pb.REMOVED, holder, some)))
-            model[holder] -= set(some)
+        action = rng.choices(["tell", "drop", "node"], [10, 1, 0.3])[0]
+        if action == "tell":
+            mine = [one for one in holders if one.node_id == holder.node_id]
+            runs = []
+            for _ in range(rng.choice([1, 1, 6])):
+                one, some = rng.choice(mine), rng.sample(keys, rng.randint(1, 30))
+                kind = rng.choices([pb.STORED, pb.REMOVED, pb.CLEARED], [6, 4, 0.5])[0]
+                runs.append(run(kind, one, some))
+                if kind == pb.CLEARED:
+                    model[one] = set()
+                else:
+                    model[one] = (
+                        model[one] | set(some) if kind == pb.STORED else model[one] - set(some)
+                    )
+            index.apply(holder.node_id, batch(sequence, *runs))
         elif action == "drop":
             index.drop_engine(holder.node_id, holder.engine)
             if holder.tier is TierName.HBM:

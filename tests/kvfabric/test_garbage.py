@@ -7,7 +7,7 @@ import gc
 import weakref
 from collections import Counter
 
-from kvfabric.daemon import garbage
+from kvfabric import garbage
 
 
 class Knot:

@@ -125,7 +125,7 @@ def text(seed: object, num_blocks: int) -> str:
 # ---------------------------------------------------------------------- everyone shares block 0
 
 
-def longest_first(candidates: Sequence[Candidate], rng: Random) -> tuple[Ranked, ...]:
+def longest_first(candidates: Sequence[Candidate], draw: int) -> tuple[Ranked, ...]:
     """Longest prefix, and the first of equals: what sends a whole trace to one worker."""
     ranked = sorted(policy.costs(candidates), key=lambda r: r.terms.prefill)
     return tuple(ranked)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from random import Random
 
 import pytest
 import traffic
@@ -52,7 +51,7 @@ def test_the_longest_prefix_alone_would_send_all_to_one_engine(
 ) -> None:
     """The guard taken out: without waits, and with ties at the first, one engine drowns."""
 
-    def longest(candidates: Sequence[Candidate], rng: Random) -> tuple[Ranked, ...]:
+    def longest(candidates: Sequence[Candidate], draw: int) -> tuple[Ranked, ...]:
         turns = itertools.count()
         ranked = sorted(policy.costs(candidates), key=lambda r: (r.terms.prefill, next(turns)))
         return tuple(ranked)

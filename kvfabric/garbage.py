@@ -1,8 +1,8 @@
-"""When the daemon collects cyclic garbage: often and little, in turns of the event loop.
+"""When node and router collect cyclic garbage: often and little, in turns of the event loop.
 
 Left alone, Python looks at young objects by the seven hundred, and every so often at all that survived: 3 to
 6 ms of a busy node, in the middle of a request. Here young objects are looked at every `YOUNG_S`, while they
-are few. What is there when the node has started is never looked at again.
+are few. What is there when the process has started is never looked at again.
 """
 
 from __future__ import annotations
