@@ -1,0 +1,1 @@
+"""Bytes of blocks between machines: UCX, and who asks whom for what."""

@@ -1,0 +1,487 @@
+"""UCX through ucxx: one worker of one process, tagged messages into and out of memory that is there already.
+
+`Transport` is the asyncio side, `_Progress` the one thread that calls UCX (its objects are not shared between
+threads). It sleeps on the worker's own descriptor and polls only while something is in flight. Requests come
+as vectors and are answered as one: `Posted`.
+
+What UCX does to memory ends when UCX says so. A deadline or a cancelled task ends a right, nothing more: a
+receive may write until its completion, a send may read until then, and only `Posted.quiet` tells.
+`Link.abort` makes UCX end what a link has in flight. Only a request that UCX completed with success counts as
+one: a send that the end of its link cancelled failed.
+
+UCX reads its settings when it starts. Which ones are set here, and why, is measured in
+`benchmarks/README.md`: without `rndv/am/bcopy` excluded, what goes over TCP is copied in fragments at a
+quarter of the speed. Never fork once this runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import ctypes
+import importlib
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from kvfabric.errors import ClosedError, ConfigError, ConnectError, KVFabricError
+
+log = logging.getLogger(__name__)
+
+WAKE_S = 0.02
+"""UCX sometimes does not signal its descriptor: while something is in flight it is looked at this often."""
+
+_SETTINGS = {
+    "MAX_RNDV_RAILS": "1",
+    "PROTOS": "^rndv/am/bcopy",
+    "TCP_RX_SEG_SIZE": "512k",
+    "RNDV_THRESH": "64k",
+}
+_ROUNDS = 64
+"""Of UCX's progress between two looks at what completed: while bytes come in, it always has more to do."""
+_STOP_S = 10.0
+_CLOSE_NS, _CLOSE_ATTEMPTS = 10**8, 5
+_MAP_ADDRESS, _MAP_LENGTH, _MAP_FLAGS = 1, 2, 4
+_MAP_NONBLOCK = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`net_devices`: UCX's names, comma-separated ("lo", "mlx5_0:1", "eth0"); they are a zone of trust.
+
+    `transports`: UCX_TLS; empty: `tcp` alone on loopback, elsewhere what UCX finds but shared memory, which
+    does not tell that a peer died. Whoever sets UCX_* variables is obeyed.
+    """
+
+    net_devices: str = "lo"
+    transports: str = ""
+
+    def options(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """UCX's options, without those that the environment sets."""
+        tls = self.transports or ("tcp" if self.net_devices == "lo" else "^sm")
+        all_of_them = {"TLS": tls, "NET_DEVICES": self.net_devices, **_SETTINGS}
+        return {name: v for name, v in all_of_them.items() if f"UCX_{name}" not in environment}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Memory to send or to fill, and the 64 bits under which both sides know it. `buffer` is contiguous; a
+    receive is at least as long as what is sent, or fails."""
+
+    buffer: memoryview | Any
+    tag: int
+
+
+class Posted:
+    """Requests that UCX has. `quiet`: it does not touch their memory any more."""
+
+    def __init__(self, num_messages: int) -> None:
+        self._ended: concurrent.futures.Future[tuple[str, ...]] = concurrent.futures.Future()
+        self.num_messages = num_messages
+
+    @property
+    def quiet(self) -> bool:
+        return self._ended.done()
+
+    async def outcome(self) -> tuple[str, ...]:
+        """Why each message failed, "" for those that arrived or went out. Cancelled, the requests go on."""
+        return await asyncio.shield(asyncio.wrap_future(self._ended))
+
+    def when_quiet(self, call: Callable[[], None]) -> None:
+        """`call` once, on the running loop, when all requests have ended; on it now if they have."""
+        loop = asyncio.get_running_loop()
+
+        def ended(_: object) -> None:
+            # A loop that is closed has nobody left who would be told.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(call)
+
+        self._ended.add_done_callback(ended)
+
+
+class Link:
+    """The way to one worker. Made by `Transport.connect`."""
+
+    def __init__(self, progress: _Progress, number: int) -> None:
+        self._progress = progress
+        self._number = number
+
+    def send(self, messages: Sequence[Message]) -> Posted:
+        """In the order given. Memory must not change until `Posted.quiet`."""
+        return self._progress.post(self._number, messages, is_send=True)
+
+    def receive(self, messages: Sequence[Message]) -> Posted:
+        """What arrives under these tags, from whoever knows them. Post it before the sender is asked."""
+        return self._progress.post(self._number, messages, is_send=False)
+
+    def abort(self) -> None:
+        """End what is in flight as failed, as soon as UCX can. The link is of no use afterwards."""
+        self._progress.submit(_Abort(self._number))
+
+    @property
+    def is_alive(self) -> bool:
+        """False once UCX found the peer gone, or `abort`."""
+        return self._progress.is_alive(self._number)
+
+
+class Transport:
+    """An async context manager; `async with await Transport.start(settings) as transport`.
+
+    Leaving aborts what is in flight and waits until UCX has let go of all memory.
+    """
+
+    def __init__(self, progress: _Progress) -> None:
+        self._progress = progress
+
+    @classmethod
+    async def start(cls, settings: Settings) -> Transport:
+        """Raises ConfigError: ucxx is not installed, or UCX does not start with these settings."""
+        return cls(await asyncio.to_thread(_Progress.start, settings))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await asyncio.shield(asyncio.to_thread(self._progress.stop))
+
+    @property
+    def address(self) -> bytes:
+        """What a peer connects to; some hundred bytes."""
+        return self._progress.address
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._progress.num_in_flight
+
+    async def connect(self, address: bytes) -> Link:
+        """A link to the worker at `address`. Nothing is sent yet: a dead one shows at the first message.
+        Raises ConnectError: the address is none of UCX's, or no transport reaches it."""
+        done: concurrent.futures.Future[int] = concurrent.futures.Future()
+        self._progress.submit(_Connect(address, done))
+        return Link(self._progress, await asyncio.wrap_future(done))
+
+    async def register(self, memory: memoryview) -> None:
+        """Make `memory` known to the network at once, instead of at its first use, piece by piece."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._progress.submit(_Register(memory, done))
+        await asyncio.wrap_future(done)
+
+    def information(self) -> str:
+        """What UCX says of its worker: transports, devices, protocols. For `kvfabric doctor`."""
+        return self._progress.information
+
+
+# ---------------------------------------------------------------------- the thread
+
+
+@dataclass(frozen=True, slots=True)
+class _Connect:
+    address: bytes
+    done: concurrent.futures.Future[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Register:
+    memory: memoryview
+    done: concurrent.futures.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    link: int
+
+
+@dataclass(slots=True)
+class _Post:
+    link: int
+    messages: Sequence[Message]
+    is_send: bool
+    posted: Posted
+    errors: list[str] = field(default_factory=list)
+    left: int = 0
+
+
+class _MapParameters(ctypes.Structure):
+    """`ucp_mem_map_params_t`, its fields up to the ones used here (UCX 1.10 and later)."""
+
+    _fields_ = (
+        ("field_mask", ctypes.c_uint64),
+        ("address", ctypes.c_void_p),
+        ("length", ctypes.c_size_t),
+        ("flags", ctypes.c_uint),
+        ("prot", ctypes.c_uint),
+        ("memory_type", ctypes.c_int),
+        ("exported", ctypes.c_void_p),
+        ("room", ctypes.c_uint64 * 8),
+    )
+
+
+class _Progress:
+    """All that touches UCX, on a thread of its own. `submit`, `post` and `stop` may be called from any."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._commands: collections.deque[_Connect | _Register | _Abort | _Post] = (
+            collections.deque()
+        )
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()  # of `_is_closed` beside `_commands`
+        self._is_closed = False
+        self._is_stopping = False
+        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="kvfabric-ucx", daemon=True)
+        self._links: dict[int, Any] = {}
+        self._dead: set[int] = set()
+        self._context: Any = None
+        self._worker: Any = None
+        self._next_link = 1
+        self._running: list[tuple[_Post, int, Any]] = []  # vector, its message, UCX's request
+        self.address = b""
+        self.information = ""
+        self.num_in_flight = 0
+
+    @classmethod
+    def start(cls, settings: Settings) -> _Progress:
+        self = cls(settings)
+        self._thread.start()
+        try:
+            self._started.result()
+        except BaseException:
+            self._thread.join()
+            os.close(self._wake)
+            raise
+        return self
+
+    def submit(self, command: _Connect | _Register | _Abort | _Post) -> None:
+        with self._lock:
+            if self._is_closed:
+                if isinstance(command, _Abort):
+                    return
+                raise ClosedError("the transport was closed")
+            self._commands.append(command)
+            os.eventfd_write(self._wake, 1)
+
+    def post(self, link: int, messages: Sequence[Message], *, is_send: bool) -> Posted:
+        posted = Posted(len(messages))
+        self.submit(_Post(link, messages, is_send, posted))
+        return posted
+
+    def is_alive(self, link: int) -> bool:
+        return link in self._links and link not in self._dead
+
+    def stop(self) -> None:
+        """Returns when the thread has ended, and with it every request. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = self._is_stopping = True
+            os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        os.close(self._wake)
+
+    # -- on the thread -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._open()
+        except ConfigError as exc:
+            self._started.set_exception(exc)
+            return
+        self._started.set_result(None)
+        try:
+            self._serve()
+        finally:
+            self._close()
+
+    def _open(self) -> None:
+        # Before the import: ucxx then sets variables of its own, meant for other work than this.
+        options = self._settings.options(dict(os.environ))
+        os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+        try:
+            api = importlib.import_module("ucxx._lib.libucxx")
+            array = importlib.import_module("ucxx._lib.arr")
+        except ImportError as exc:
+            raise ConfigError(
+                f"moving blocks between nodes needs ucxx: pip install 'kvfabric[ucx-cu12]' ({exc})"
+            ) from exc
+        self._api, self._array = api, array.Array
+        # UCX's own errors, which share a base that has no public name, and what ucxx says of bad arguments.
+        self._failures = (
+            api.UCXError,
+            *api.UCXBusyError.__bases__,
+            ValueError,
+            IndexError,
+            RuntimeError,
+        )
+        try:
+            self._context = api.UCXContext(options, (api.Feature.TAG, api.Feature.WAKEUP))
+            self._worker = api.UCXWorker(
+                self._context, enable_delayed_submission=False, enable_python_future=False
+            )
+            self._worker.init_blocking_progress_mode()
+        except self._failures as exc:
+            self._context = self._worker = None
+            devices = self._settings.net_devices
+            raise ConfigError(
+                f"UCX does not start on ucx.net_devices = {devices!r}: {exc}"
+            ) from exc
+        self.address = self._worker.address.tobytes()
+        self.information = f"{self._context.info}\n{self._worker.info}"
+        self._poller = select.epoll()
+        self._poller.register(self._worker.epoll_file_descriptor, select.EPOLLIN)
+        self._poller.register(self._wake, select.EPOLLIN)
+
+    def _serve(self) -> None:
+        while not (self._is_stopping and not self._commands):
+            self._take_commands()
+            self._progress()
+            # What came in while UCX was asked is asked for again before anybody sleeps.
+            if not self._commands and self._worker.arm():
+                self._poller.poll(WAKE_S if self._running else None)
+            self._clear_wake()
+
+    def _clear_wake(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return
+
+    def _take_commands(self) -> None:
+        while self._commands:
+            command = self._commands.popleft()
+            match command:
+                case _Post():
+                    self._post(command)
+                case _Connect():
+                    self._connect(command)
+                case _Register():
+                    self._register(command)
+                case _Abort():
+                    self._end_link(command.link)
+
+    def _connect(self, command: _Connect) -> None:
+        try:
+            address = self._api.UCXAddress.create_from_buffer(command.address)
+            link = self._worker.create_endpoint_from_worker_address(address, True)
+        except self._failures as exc:
+            command.done.set_exception(ConnectError(f"UCX does not reach this address: {exc}"))
+            return
+        number = self._next_link
+        self._next_link += 1
+        self._links[number] = link
+        command.done.set_result(number)
+
+    def _post(self, command: _Post) -> None:
+        link = None if command.link in self._dead else self._links.get(command.link)
+        command.left = len(command.messages)
+        command.errors = [""] * command.left
+        for number, message in enumerate(command.messages):
+            if link is None:
+                self._ended(command, number, "the link was ended")
+                continue
+            try:
+                memory = self._array(message.buffer)
+                tag = self._api.UCXXTag(message.tag)
+                ask = link.tag_send if command.is_send else link.tag_recv
+                request = ask(memory, tag)
+            except self._failures as exc:
+                self._ended(command, number, f"UCX did not take it: {exc}")
+                continue
+            self._running.append((command, number, request))
+        if not command.messages:
+            command.posted._ended.set_result(())
+        self.num_in_flight = len(self._running)
+
+    def _progress(self) -> None:
+        worker = self._worker
+        for _ in range(_ROUNDS):
+            if not worker.progress_once():
+                break
+        if not self._running:
+            return
+        going = []
+        for running in self._running:
+            command, number, request = running
+            if not request.completed:
+                going.append(running)
+                continue
+            try:
+                request.check_error()
+            except self._failures as exc:
+                self._ended(command, number, f"{type(exc).__name__}: {exc}")
+                if not self._links[command.link].alive:
+                    self._dead.add(command.link)
+            else:
+                self._ended(command, number, "")
+        self._running = going
+        self.num_in_flight = len(going)
+
+    def _ended(self, command: _Post, number: int, error: str) -> None:
+        command.errors[number] = error
+        command.left -= 1
+        if not command.left:
+            command.posted._ended.set_result(tuple(command.errors))
+
+    def _end_link(self, number: int) -> None:
+        if number in self._links and number not in self._dead:
+            self._dead.add(number)
+            # Not `close`: of a link whose peer is gone ucxx 0.52 crashes in it.
+            self._links[number].close_blocking(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)
+
+    def _register(self, command: _Register) -> None:
+        try:
+            _map_memory(self._context.handle, command.memory)
+        except KVFabricError as exc:
+            command.done.set_exception(exc)
+        else:
+            command.done.set_result(None)
+
+    def _close(self) -> None:
+        """Memory is let go of when UCX has completed everything: it is waited for, and said if it takes."""
+        for number in list(self._links):
+            self._end_link(number)
+        told = False
+        waited = 0.0
+        while self._running:
+            self._progress()
+            if self._running and self._worker.arm():
+                self._poller.poll(WAKE_S)
+                waited += WAKE_S
+            if waited > _STOP_S and not told:
+                told = True
+                log.error("UCX still has %d requests in flight after the end", len(self._running))
+        self._links.clear()
+        # ucxx keeps a worker whose links were ended in a transfer until it has been asked for these.
+        self._worker.cancel_inflight_requests(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)
+        self._progress()
+        self._poller.close()
+        self._context = self._worker = None
+
+
+def _map_memory(context: int, memory: memoryview) -> None:
+    """`ucp_mem_map`: the handle stays with UCX until the context ends. Raises ConfigError."""
+    library = ctypes.CDLL("libucp.so.0")
+    view = ctypes.c_char.from_buffer(memory)
+    parameters = _MapParameters(
+        field_mask=_MAP_ADDRESS | _MAP_LENGTH | _MAP_FLAGS,
+        address=ctypes.addressof(view),
+        length=memory.nbytes,
+        flags=_MAP_NONBLOCK,
+    )
+    handle = ctypes.c_void_p()
+    library.ucp_mem_map.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    library.ucp_mem_map.restype = ctypes.c_int8
+    status = library.ucp_mem_map(context, ctypes.byref(parameters), ctypes.byref(handle))
+    if status:
+        raise ConfigError(f"UCX cannot register {memory.nbytes} B: status {status}")

@@ -1,0 +1,196 @@
+"""UCX between two real processes: bytes, ends, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from kvfabric.errors import ClosedError, ConfigError, ConnectError
+from kvfabric.testing.ucx_peer import Peer, digest, payload, peer
+from kvfabric.transfer.ucx import Link, Message, Posted, Settings, Transport
+
+SETTINGS = Settings()
+SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    transport: Transport
+    link: Link
+    peer: Peer
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    async with await Transport.start(SETTINGS) as transport, peer(SETTINGS) as other:
+        assert await other.ask(connect=transport.address.hex())
+        yield Pair(transport, await transport.connect(other.address), other)
+
+
+def tag() -> int:
+    return secrets.randbits(64)
+
+
+async def outcome(posted: Posted) -> tuple[str, ...]:
+    async with asyncio.timeout(SECONDS):
+        return await posted.outcome()
+
+
+async def quiet(posted: Posted) -> None:
+    done = asyncio.Event()
+    posted.when_quiet(done.set)
+    async with asyncio.timeout(SECONDS):
+        await done.wait()
+    assert posted.quiet
+
+
+async def test_a_vector_arrives_where_it_was_asked_for(pair: Pair) -> None:
+    sizes = [1, 64, 4096, 65_536, 65_537, 1 << 20, 2 << 20, 5_000_001]
+    arena = np.zeros(sum(sizes) + len(sizes), np.uint8).data
+    tags, messages, at = [tag() for _ in sizes], [], 0
+    for size, its_tag in zip(sizes, tags, strict=True):
+        messages.append(Message(arena[at : at + size], its_tag))
+        at += size + 1
+    received = pair.link.receive(messages)
+    asked = [[t, size, seed] for seed, (t, size) in enumerate(zip(tags, sizes, strict=True))]
+    # In another order than they are waited for: the tag says which is which.
+    assert await pair.peer.ask(send=asked[::-1]) == [""] * len(sizes)
+    assert await outcome(received) == ("",) * len(sizes)
+    for seed, (size, message) in enumerate(zip(sizes, messages, strict=True)):
+        assert message.buffer == payload(size, seed)
+    at = 0
+    for size in sizes:
+        at += size
+        assert arena[at] == 0  # nothing beside the slots
+        at += 1
+    assert pair.transport.num_in_flight == 0
+
+
+async def test_sends_arrive_too(pair: Pair) -> None:
+    tags = [tag() for _ in range(20)]
+    buffers = [payload(100_000 + i, i) for i in range(20)]
+    pair.peer.tell(receive=[[t, len(b)] for t, b in zip(tags, buffers, strict=True)])
+    sent = pair.link.send([Message(b, t) for b, t in zip(buffers, tags, strict=True)])
+    assert await pair.peer.answer() == [["", digest(b)] for b in buffers]
+    assert await outcome(sent) == ("",) * 20
+
+
+async def test_more_than_was_asked_for_is_an_error_and_stays_outside(pair: Pair) -> None:
+    arena = memoryview(bytearray(1 << 20))
+    t = tag()
+    received = pair.link.receive([Message(arena[: 1 << 19], t)])
+    await pair.peer.ask(send=[[t, 1 << 20, 0]])
+    (error,) = await outcome(received)
+    assert "runcated" in error
+    assert not any(arena[1 << 19 :])
+
+
+async def test_an_end_of_the_link_ends_what_is_in_flight(pair: Pair) -> None:
+    """And not before UCX has let go: an outcome that was given up does not make the memory free."""
+    received = pair.link.receive([Message(memoryview(bytearray(4096)), tag()) for _ in range(3)])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await received.outcome()
+    assert not received.quiet
+    pair.link.abort()
+    assert all(await outcome(received))
+    await quiet(received)
+    assert not pair.link.is_alive
+    assert await outcome(pair.link.receive([Message(memoryview(bytearray(1)), tag())])) == (
+        "the link was ended",
+    )
+    again = await pair.transport.connect(pair.peer.address)
+    t, memory = tag(), memoryview(bytearray(70_000))
+    received = again.receive([Message(memory, t)])
+    await pair.peer.ask(send=[[t, 70_000, 7]])
+    assert await outcome(received) == ("",)
+    assert memory == payload(70_000, 7)
+
+
+def _kill_when(posted: Posted, process: int, how: signal.Signals) -> None:
+    """Without a way through the event loop, which would be too late."""
+    while not posted.quiet:
+        time.sleep(0.0002)
+    os.kill(process, how)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_peer_that_dies_or_hangs_in_a_transfer(how: signal.Signals) -> None:
+    # In a process of its own: ucxx 0.52 keeps a worker, and its listening socket, whose link was ended in
+    # the middle of a message, until the process ends.
+    process = await asyncio.create_subprocess_exec(sys.executable, __file__, str(how.value))
+    assert await process.wait() == 0
+
+
+async def _die_or_hang(how: signal.Signals) -> None:
+    """Every part either arrived whole or failed; after `quiet` nothing writes any more."""
+    size, count = 4 << 20, 60
+    arena = np.zeros(size * count, np.uint8).data
+    tags = [tag() for _ in range(count)]
+    async with await Transport.start(SETTINGS) as transport, peer(SETTINGS) as other:
+        assert await other.ask(connect=transport.address.hex())
+        link = await transport.connect(other.address)
+        posted = [
+            link.receive([Message(arena[i * size : (i + 1) * size], t)]) for i, t in enumerate(tags)
+        ]
+        other.tell(send=[[t, size, i] for i, t in enumerate(tags)])
+        await asyncio.to_thread(_kill_when, posted[0], other.process.pid, how)
+        await asyncio.sleep(0.2)
+        link.abort()
+        outcomes = [await outcome(p) for p in posted]
+        for p in posted:
+            await quiet(p)
+        before = digest(arena)
+        if how is signal.SIGSTOP:
+            os.kill(other.process.pid, signal.SIGCONT)
+            await asyncio.sleep(0.3)
+        assert digest(arena) == before
+    arrived = [i for i, (error,) in enumerate(outcomes) if not error]
+    assert arrived[:1] == [0]
+    assert len(arrived) < count, "it was too fast to be ended in between"
+    for i in arrived:
+        assert arena[i * size : (i + 1) * size] == payload(size, i)
+
+
+async def test_leaving_ends_everything(pair: Pair) -> None:
+    received = pair.link.receive([Message(memoryview(bytearray(4096)), tag())])
+    async with asyncio.timeout(SECONDS):
+        await pair.transport.__aexit__(None, None, None)
+    assert received.quiet
+    (error,) = await received.outcome()
+    assert error
+    with pytest.raises(ClosedError):
+        pair.link.receive([])
+    pair.link.abort()
+
+
+async def test_memory_is_registered_once(pair: Pair) -> None:
+    arena = np.zeros(8 << 20, np.uint8).data
+    await pair.transport.register(arena)
+    t = tag()
+    received = pair.link.receive([Message(arena[1 << 20 : 3 << 20], t)])
+    await pair.peer.ask(send=[[t, 2 << 20, 1]])
+    assert await outcome(received) == ("",)
+
+
+async def test_what_is_no_address(pair: Pair) -> None:
+    with pytest.raises(ConnectError):
+        await pair.transport.connect(b"")
+
+
+async def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="nowhere0"):
+        await Transport.start(Settings("nowhere0", "tcp"))
+
+
+if __name__ == "__main__":
+    asyncio.run(_die_or_hang(signal.Signals(int(sys.argv[1]))))
