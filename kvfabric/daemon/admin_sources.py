@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
@@ -36,6 +37,7 @@ class AdminSources:
     status: Callable[[bool], pb.NodeStatus]
     resident: Callable[[TierName], Runs]
     turn: Callable[[], Awaitable[None]]
+    models: FleetModels
     reports: bool = False
     fleet_keys: FleetKeys | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None

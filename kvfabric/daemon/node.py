@@ -25,6 +25,7 @@ from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_sources import AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.auditor import Auditor, AuditorParts
+from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.peers import tcp_listener
@@ -46,7 +47,7 @@ from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol.messages import BlockRun, EngineEvents
-from kvfabric.registry.home import fleet_keys, open_registry
+from kvfabric.registry.home import fleet_keys, holders_of, open_registry
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
@@ -133,6 +134,7 @@ class Node:
         self.keyring = Keyring.create_or_open(config.keyring_path)
         self.registry = await stack.enter_async_context(open_registry(config))
         self.fleet_keys = fleet_keys(self.registry, config, self.keyring)
+        self.models = FleetModels.of(config, self._own_models, holders_of(self.registry))
         self.keeper = ArenaKeeper(config.state_dir / "arena.json", self.boot_id, config.host_bytes)
         stack.callback(self.keeper.close)
         await stack.enter_async_context(self._ssd_stack)  # left after the store
@@ -282,6 +284,7 @@ class Node:
             status=lambda sealed_keys: node_status(self, sealed_keys=sealed_keys),
             resident=self._resident,
             turn=self.store.turns.wait,
+            models=self.models,
             reports=True,
             fleet_keys=self.fleet_keys,
             scrub=self.store.scrub_all,
@@ -295,6 +298,9 @@ class Node:
             clock=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
             tcp=tcp_listener(self.config),
         )
+
+    def _own_models(self) -> list[pb.Model]:
+        return self.withdrawals.models()
 
     def _resident(self, tier: TierName) -> Iterator[list[tuple[bytes, bytes, bytes]]]:
         for runs in self.store.resident_runs(tier, SLICE_BLOCKS):

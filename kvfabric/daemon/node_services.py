@@ -30,6 +30,7 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
             sequence=events.sequence,
             engines=events.engines,
             clock=time.time(),
+            models=self._sources.models.own(),
             stale_serves=events.stale_serves,
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 
 from kvfabric.daemon.admin_sources import AdminSources
+from kvfabric.daemon.fleet_models import check_adapter, model_revision_of
 from kvfabric.daemon.rpc import requested_by, stream, unary
 from kvfabric.errors import ConfigError, Conflict, KVFabricError, NotFound
 from kvfabric.protocol import kvfabric_pb2 as pb
@@ -24,7 +24,7 @@ from kvfabric.registry.base import Change
 from kvfabric.registry.changes import TenantChange, mint_tenant_id, tenant_named
 from kvfabric.registry.holders import Ack, Holders
 from kvfabric.registry.receipts import MADE, AckRow, ChangeRow, assemble
-from kvfabric.registry.state import RegistryState, TierQuota
+from kvfabric.registry.state import TierQuota
 from kvfabric.registry.wire import (
     limits_from_pb,
     quota_from_pb,
@@ -33,14 +33,13 @@ from kvfabric.registry.wire import (
     tenant_to_pb,
 )
 from kvfabric.registry.withdrawn import receipt_id
-from kvfabric.types import DEFAULT_TENANT, TierName, model_scope
+from kvfabric.types import DEFAULT_TENANT, TierName
 
 MAX_FLOOR_SHARE = 0.9
 MAX_RECEIPT_WAIT_S = 25.0
 _REPORT_S, _DESTROY_S = 1.0, 2.0
 """How long the answer to a change waits for what nodes report, and for what is to be destroyed."""
 _ROWS_POLL_S = 0.02
-_DIGEST = re.compile(r"([a-z0-9]+:)?[0-9a-f]{16,}")
 
 
 class RegistryService(pb_grpc.RegistryServiceServicer):
@@ -215,8 +214,13 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
         started, requested_at = self._clock(), time.time()
         who = requested_by(context)
         name = request.name
-        if request.scope == "model":
-            name = model_revision_of(self._registry.state, self._sources.events.engines, name)
+        if request.scope in ("model", "adapter"):
+            models, silent = await self._sources.models.known()
+            state = self._registry.state
+            if request.scope == "model":
+                name = model_revision_of(state, models, name, silent)
+            else:
+                check_adapter(state, models, name, silent)
         change = await self._registry.invalidate(
             request.scope, name, request.version, purge=request.purge, requested_by=who
         )
@@ -330,23 +334,3 @@ def _wait_s(request: pb.InvalidateRequest | pb.OffboardTenantRequest) -> float |
     if not request.HasField("wait_s"):
         return None
     return min(max(0.0, request.wait_s), MAX_RECEIPT_WAIT_S)
-
-
-def model_revision_of(state: RegistryState, engines: list[pb.Engine], name: str) -> str:
-    """The revision that an administrator means: itself, or the name under which engines serve it.
-
-    Raises NotFound for what is neither: an invalidation that hits nothing must not look like one.
-    """
-    served = {engine.model_revision for engine in engines if engine.model == name}
-    if len(served) > 1:
-        raise ConfigError(
-            f"engines serve {name!r} in {len(served)} revisions, name one: {', '.join(sorted(served))}"
-        )
-    if served:
-        return served.pop()
-    known = any(engine.model_revision == name for engine in engines)
-    if known or model_scope(name) in state.epochs or _DIGEST.fullmatch(name):
-        return name
-    raise NotFound(
-        f"no engine here serves a model {name!r}: name its revision (`kvfabric status` shows them)"
-    )

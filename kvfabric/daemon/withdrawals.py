@@ -25,6 +25,7 @@ from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.errors import KVFabricError, TransferError
 from kvfabric.hashing import namespace_key, namespace_tag
 from kvfabric.keyring import Keyring
+from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol.messages import Ping, Pong
 from kvfabric.registry.base import Registry
 from kvfabric.registry.receipts import (
@@ -106,6 +107,7 @@ class _Matter:
 class _Model(msgspec.Struct, frozen=True):
     """What engines of this node compute or did, as far as it is in a namespace."""
 
+    name: str
     revision: str
     fingerprint: bytes
     adapter: str
@@ -175,10 +177,21 @@ class Withdrawals:
 
     # ------------------------------------------------------------------ what engines say
 
+    def models(self) -> list[pb.Model]:
+        """What engines of this node compute, or did as far as its file goes."""
+        return [
+            pb.Model(name=one.name, revision=one.revision, adapter=one.adapter)
+            for one in self._models
+        ]
+
     def session_opened(self, session: Session) -> None:
         hello = session.hello
         model = _Model(
-            hello.model_revision, session.fingerprint, hello.adapter, hello.adapter_revision
+            hello.model,
+            hello.model_revision,
+            session.fingerprint,
+            hello.adapter,
+            hello.adapter_revision,
         )
         if model not in self._models:
             self._models.add(model)

@@ -34,7 +34,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves")
+    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves", "models")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class NodeDescription(_message.Message):
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     STALE_SERVES_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
@@ -49,7 +50,18 @@ class NodeDescription(_message.Message):
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
     clock: float
     stale_serves: int
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ...) -> None: ...
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("name", "revision", "adapter")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    revision: str
+    adapter: str
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class Engine(_message.Message):
     __slots__ = ("session", "engine_id", "endpoint", "model", "model_revision", "adapter", "adapter_revision", "layout_fingerprint", "block_tokens", "block_bytes", "gone")

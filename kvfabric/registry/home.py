@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvfabric.config import NodeConfig, RouterConfig
@@ -14,14 +14,14 @@ from kvfabric.tls import Security
 
 if TYPE_CHECKING:
     from kvfabric.registry.fleet_keys import FleetKeys
-    from kvfabric.registry.redis.registry import RedisRegistry
+    from kvfabric.registry.redis.registry import HolderRecord, RedisRegistry
 
 
 def open_registry(config: NodeConfig) -> Registry:
     """A node's, to be entered. Raises ConfigError for a directory that cannot be meant."""
     if not config.directory:
         return EmbeddedRegistry(config.state_dir / "registry")
-    return join_directory(config, kind="node", name=config.name, address=_own_address(config))
+    return join_directory(config, kind="node", name=config.name, address=own_address(config))
 
 
 def fleet_keys(registry: Registry, config: NodeConfig, keyring: Keyring) -> FleetKeys | None:
@@ -32,12 +32,32 @@ def fleet_keys(registry: Registry, config: NodeConfig, keyring: Keyring) -> Flee
     from kvfabric.registry.redis.registry import RedisRegistry
 
     assert isinstance(registry, RedisRegistry)
-    security = Security("node", config.tls_path if config.tls_dir else None, config.insecure)
-    address = _own_address(config)
-    return FleetKeys(registry, lambda: keyring, security, own_address=address, claims=True)
+    return FleetKeys(
+        registry,
+        lambda: keyring,
+        security_of(config),
+        own_address=own_address(config),
+        claims=True,
+    )
 
 
-def _own_address(config: NodeConfig) -> str:
+def holders_of(registry: Registry) -> Callable[[], Iterable[HolderRecord]] | None:
+    """Everybody in the directory; None for a registry that is the node's own."""
+    if not registry.tracks_holders:
+        return None
+    from kvfabric.registry.redis.registry import RedisRegistry
+
+    assert isinstance(registry, RedisRegistry)
+    return lambda: registry.holders
+
+
+def security_of(config: NodeConfig) -> Security:
+    """How a node reaches others."""
+    return Security("node", config.tls_path if config.tls_dir else None, config.insecure)
+
+
+def own_address(config: NodeConfig) -> str:
+    """Under which others reach a node's gRPC."""
     return config.advertise or config.listen or f"unix:{config.admin_socket_path}"
 
 

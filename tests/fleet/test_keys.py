@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ import pytest
 
 from kvfabric import pki
 from kvfabric.daemon.admin_client import AdminClient
-from kvfabric.errors import BadHandle
+from kvfabric.errors import BadHandle, NotFound
 from kvfabric.keyring import Keyring
 from kvfabric.pki import Identity
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
-from kvfabric.testing.engine import TinyEngine, payload_of
+from kvfabric.testing.engine import TinyEngine, payload_of, tiny_hello
 from kvfabric.testing.minting import Minter, keys_of
 from kvfabric.testing.processes import NodeProcess, RouterProcess, start_all, until
 from kvfabric.testing.redis import RedisServer
@@ -170,6 +171,43 @@ def only_nodes_and_routers_are_given_secrets(found: Fleet) -> None:
     until(first.has_all_keys)
 
 
+def a_model_of_one_machine(found: Fleet) -> None:
+    """Its engine is gone and its node started anew; another node is asked for it, by name."""
+    where, asked = found.machines["n3"], found.machines["n1"]
+    hello = dataclasses.replace(tiny_hello(revision="rev-2"), model="large")
+    large = Machine(where.node, where.admin, TinyEngine.connect(where.node.socket, hello))
+    keys = large.store(DEFAULT_TENANT)
+    until((where.node.state_dir / "models").exists)
+    large.engine.client.close()
+    where.engine.client.close()
+    where.node.stop()
+    where.node.start()
+    where.engine = TinyEngine.connect(where.node.socket)
+    until(where.has_all_keys)
+    assert where.on_disk(keys) == BLOCKS
+
+    def invalidate(name: str) -> pb.Receipt:
+        request = pb.InvalidateRequest(scope="model", name=name, wait_s=10)
+        receipt: pb.Receipt = asked.admin.call(asked.admin.registry.Invalidate, request)
+        return receipt
+
+    with pytest.raises(NotFound, match="there are large, tiny"):
+        invalidate("huge")
+    where.node.send(signal.SIGSTOP)
+    with pytest.raises(NotFound, match="do not answer: n3"):
+        invalidate("large")
+    where.node.send(signal.SIGCONT)
+    until(where.has_all_keys)
+    receipt = invalidate("large")
+    assert (receipt.scope, receipt.is_final) == ("model:rev-2", True)
+    assert {row.node_id: bool(row.bytes_reclaimed) for row in receipt.nodes} == {
+        "n1": False,
+        "n2": False,
+        "n3": True,
+    }
+    assert where.on_disk(keys) == 0
+
+
 def test_secrets_reach_every_node_and_end_on_every_node(tmp_path: Path) -> None:
     """One story, because starting processes takes long."""
     with fleet(tmp_path, *NAMES, num_routers=1) as found:
@@ -195,6 +233,8 @@ def test_secrets_reach_every_node_and_end_on_every_node(tmp_path: Path) -> None:
         others = machines["n2"].store(other)
         minter = Minter(machines["n1"].node.state_dir)
         assert machines["n3"].keys_of(tenant, minter) == stored["n1"]
+
+        a_model_of_one_machine(found)
 
         # A handle key that one machine rotated: the others ask for it when they are shown it first.
         machines["n1"].keyring.rotate_handle_key()

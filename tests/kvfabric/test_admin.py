@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_client import REQUESTED_BY
 from kvfabric.daemon.admin_sources import AdminSources, Runs
-from kvfabric.daemon.registry_service import model_revision_of
-from kvfabric.errors import ConfigError, CorruptBlock, NotFound, RemoteProtocolError
+from kvfabric.daemon.fleet_models import FleetModels, check_adapter, model_revision_of
+from kvfabric.errors import ConfigError, ConnectError, CorruptBlock, NotFound, RemoteProtocolError
 from kvfabric.events.index import FleetIndex, Holder, NodeFeed
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
@@ -33,6 +33,7 @@ from kvfabric.types import BlockKey, TierName, template_scope
 
 TAG, SESSION = b"tag-0001", b"s" * 16
 ENGINE = pb.Engine(session=SESSION, engine_id="e1", model="llama", model_revision="rev-1")
+MODEL = pb.Model(name="llama", revision="rev-1", adapter="lora")
 KEYS = [BlockKey(bytes([i]) * 32) for i in range(1, 5)]
 PREFIXES = b"".join(key[:8] for key in KEYS)
 
@@ -95,7 +96,10 @@ async def plane(
     events = EventStream(boot_id=b"b" * 16)
     keyring = Keyring.create_or_open(tmp_path)
     async with EmbeddedRegistry(tmp_path / "registry") as registry:
-        sources = AdminSources(registry, keyring, events, node_status, resident, Turns().wait)
+        models = FleetModels(lambda: [MODEL])
+        sources = AdminSources(
+            registry, keyring, events, node_status, resident, Turns().wait, models
+        )
         path = tmp_path / "admin.sock"
         server = AdminServer(path, sources, node_id="n1", epoch_lease_s=2.0, clock=clock)
         if holders is not None:
@@ -204,16 +208,23 @@ async def test_floors_sum_to_at_most_nine_tenths_of_a_tier(tmp_path: Path) -> No
 
 
 def test_a_model_is_named_by_its_revision_or_by_what_engines_serve() -> None:
-    state, engines = RegistryState(), [ENGINE]
-    assert model_revision_of(state, engines, "llama") == "rev-1"
-    assert model_revision_of(state, engines, "rev-1") == "rev-1"
+    state, models = RegistryState(), [MODEL]
+    assert model_revision_of(state, models, "llama") == "rev-1"
+    assert model_revision_of(state, models, "rev-1") == "rev-1"
     digest = "0123456789abcdef"
     assert model_revision_of(state, [], digest) == digest
-    with pytest.raises(NotFound):
-        model_revision_of(state, engines, "llma")
-    other = pb.Engine(model="llama", model_revision="rev-2")
+    with pytest.raises(NotFound, match=r"there are llama; not asked.*: n3"):
+        model_revision_of(state, models, "llma", ["n3"])
+    other = pb.Model(name="llama", revision="rev-2")
     with pytest.raises(ConfigError, match="rev-1, rev-2"):
-        model_revision_of(state, [ENGINE, other], "llama")
+        model_revision_of(state, [MODEL, other], "llama")
+    # Who does not answer may have another one of that name; a revision is one whoever answers.
+    with pytest.raises(ConnectError, match="rev-1, as far as nodes answer; n3"):
+        model_revision_of(state, models, "llama", ["n3"])
+    assert model_revision_of(state, models, "rev-1", ["n3"]) == "rev-1"
+    check_adapter(state, models, "lora")
+    with pytest.raises(NotFound, match="there are lora"):
+        check_adapter(state, models, "laura")
 
 
 # ---------------------------------------------------------------------- tenants and templates

@@ -14,6 +14,7 @@ import pytest
 from kvfabric import cli
 from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_sources import AdminSources
+from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
@@ -81,7 +82,13 @@ async def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> AsyncIter
     async with EmbeddedRegistry(tmp_path / "registry") as registry:
         keyring = Keyring.create_or_open(tmp_path)
         sources = AdminSources(
-            registry, keyring, events, node_status, lambda _: iter(()), Turns().wait
+            registry,
+            keyring,
+            events,
+            node_status,
+            lambda _: iter(()),
+            Turns().wait,
+            FleetModels(list),
         )
         path = tmp_path / "admin.sock"
         server = AdminServer(

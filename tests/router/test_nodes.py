@@ -16,6 +16,7 @@ from kvfabric_router.registry_view import RegistryView
 from kvfabric.config import RouterConfig
 from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_sources import AdminSources, Runs
+from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.events.index import Holder
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
@@ -51,6 +52,7 @@ class NodePart:
             lambda sealed_keys: pb.NodeStatus(),
             self._resident,
             Turns().wait,
+            FleetModels(list),
         )
         ahead = 0.0
         self.server = AdminServer(
