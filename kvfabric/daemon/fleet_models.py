@@ -98,7 +98,7 @@ def model_revision_of(
     if known or model_scope(name) in state.epochs or _DIGEST.fullmatch(name):
         return name
     raise NotFound(
-        f"no engine serves a model {name!r}{_listed(m.name for m in models)}{_but(silent)}"
+        f"no engine serves a model or revision {name!r}{_listed(m.name for m in models)}{_but(silent)}"
     )
 
 
