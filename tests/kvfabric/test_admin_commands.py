@@ -88,7 +88,7 @@ async def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> AsyncIter
             node_status,
             lambda _: iter(()),
             Turns().wait,
-            FleetModels(list),
+            FleetModels(lambda: [pb.Model(name=ENGINE.model, revision=ENGINE.model_revision)]),
         )
         path = tmp_path / "admin.sock"
         server = AdminServer(
@@ -213,7 +213,7 @@ async def test_errors_are_one_line_with_what_to_do(shell: Shell, tmp_path: Path)
         (("template", "promote", "t", "1", "--version", "2"), 2, "name one version"),
         (("template", "register", "t", "--version", "1", "--file", "/no/file"), 2, "/no/file"),
         (("invalidate", "tenant", "default", "--version", "1"), 2, "--version"),
-        (("invalidate", "model", "lama"), 1, "kvfabric status"),
+        (("invalidate", "model", "lama"), 1, "there are llama"),
     ):
         out, err = await shell.run(*arguments, code=code)
         assert out == ""
