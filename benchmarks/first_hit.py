@@ -7,6 +7,7 @@ what is accounted for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -37,16 +38,13 @@ async def main() -> None:
         ssd_scrub_bytes_per_s=0,  # files may be holes
     )
     arena = Arena.create(limits.host_bytes)
-    async with (
-        tier,
-        BlockStore(
-            limits=limits,
-            registry=RegistryState,
-            clock=time.monotonic,
-            events=events,
-            ssd=tier,
-        ) as store,
-    ):
+    store = BlockStore(
+        limits=limits, registry=RegistryState, clock=time.monotonic, events=events, ssd=None
+    )
+    # In the order in which a node starts and stops.
+    async with contextlib.AsyncExitStack() as tiers, store:
+        await tiers.enter_async_context(tier)
+        await store.attach_ssd(tier)
         store.attach_arena(arena)
         store.open_session(SESSION, make_layout(part_bytes=part))
         store.open_request(SESSION, "r", GRANT)

@@ -237,7 +237,7 @@ class BlockIndex:
         self.parent.array[rows] = parents
         self.lineage.array[rows] = lineages
         self.block_index.array[rows] = indexes
-        np.add.at(self.child_rows.array, parents, 1)
+        np.add.at(self.child_rows.array, parents, np.uint32(1))  # 1 would be cast each time
         np.add.at(self._lineage_rows, lineages, 1)
 
     def key(self, row: int) -> BlockKey:

@@ -373,7 +373,7 @@ class Residency:
         np.add.at(index.host_bytes, index.lineage.array[rows], num_bytes)
         if len(arrived):
             parents = index.parent.array[arrived]
-            np.add.at(index.host_children.array, parents, 1)
+            np.add.at(index.host_children.array, parents, np.uint32(1))
             self.policy.withdraw(parents[(index.flags.array[parents] & QUEUED) != 0].tolist())
             self.policy.arrive(arrived)
         num_complete = self._announce(rows)
@@ -558,7 +558,7 @@ class Residency:
     def restored(self, rows: Rows) -> None:
         """These rows were filled in with parts in the arena by hand: count them, queue nothing yet."""
         index = self.index
-        np.add.at(index.host_children.array, index.parent.array[rows], 1)
+        np.add.at(index.host_children.array, index.parent.array[rows], np.uint32(1))
         self.policy.restored(rows)
         self.num_host_blocks += int(np.count_nonzero(self._complete(rows)))
 

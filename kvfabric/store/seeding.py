@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvfabric.store.index import HOST, NO_ROW, RESERVED, SSD, BlockIndex, Lineage, Rows
 from kvfabric.store.residency import Residency
-from kvfabric.tiers.base import Flags, Location, RecordBatch, Tier
+from kvfabric.tiers.base import Flags, Location, RecordBatch, Tier, distinct
 from kvfabric.types import PartSpec, TenantId
 
 
@@ -59,18 +59,22 @@ class Seeder:
     def _place(self, batch: RecordBatch) -> Rows:
         """Rows of these blocks, made where they are new, below parents that may stay stubs."""
         index = self._index
-        above = key_words(batch.rows["parent"])
-        rows = self._rows_of(key_words(batch.rows["key"]))
-        parents, has_parent = np.zeros_like(rows), above.any(axis=1)
-        parents[has_parent] = self._rows_of(above[has_parent])
-        places = batch.rows["block_index"]
-        unknown_parent = (parents != NO_ROW) & (index.lineage.array[parents] == 0)
-        index.block_index.array[parents[unknown_parent]] = places[unknown_parent] - 1
+        words, above = key_words(batch.rows["key"]), key_words(batch.rows["parent"])
+        rows, places = self._rows_of(words), batch.rows["block_index"]
+        parents, has_parent = np.zeros_like(rows), _is_any(above)
+        # Nearly every record's parent is the record before it: these are not looked up again.
+        follows = np.flatnonzero(has_parent[1:] & ~_is_any(above[1:] ^ words[:-1])) + 1
+        parents[follows] = rows[follows - 1]
+        has_parent[follows] = False
+        looked_up = self._rows_of(above[has_parent])
+        parents[has_parent] = looked_up
+        unknown = index.lineage.array[looked_up] == 0
+        index.block_index.array[looked_up[unknown]] = places[has_parent][unknown] - 1
         new = np.flatnonzero(index.lineage.array[rows] == 0)
-        new = new[_distinct(rows[new])]
+        new = new[_firsts(rows[new])]
         if len(new):
             numbers = np.zeros(1 + max(batch.lineages), dtype=np.uint32)
-            for number in np.unique(batch.rows["lineage"][new]).tolist():
+            for number in distinct(batch.rows["lineage"][new]):
                 lineage = batch.lineages[number]
                 numbers[number] = index.intern_lineage(
                     lineage, self._residency.tenant_slot(lineage.tenant)
@@ -85,7 +89,7 @@ class Seeder:
         missing = np.flatnonzero(rows == NO_ROW)
         while len(missing):
             # Of keys that begin alike, which only somebody who tries makes, one a turn.
-            new = missing[_distinct(words[missing, 0])]
+            new = missing[_firsts(words[missing, 0])]
             rows[new] = self._index.insert(words[new])
             missing = missing[rows[missing] == NO_ROW]
             rows[missing] = self._index.lookup(words[missing])
@@ -96,7 +100,7 @@ class Seeder:
         """Which of the batch are sealed now: one record a part, of a block that is what it says."""
         index, taken = self._index, []
         for ordinal, own in self._by_ordinal(batch, rows):
-            own = own[_distinct(rows[own])]
+            own = own[_firsts(rows[own])]
             index.ensure_parts(rows[own], ordinal + 1)
             parts = index.parts(rows[own], ordinal)
             fresh = self._may_seal(parts, batch.rows["checksum"][own])
@@ -126,11 +130,12 @@ class Seeder:
         """(ordinal in the layout, which of the batch), by kinds of part."""
         fields = ("lineage", "group", "shard", "num_bytes")
         kinds = np.stack([batch.rows[name].astype(np.uint64) for name in fields], axis=1)
-        distinct = kinds[:1] if (kinds == kinds[:1]).all() else np.unique(kinds, axis=0)
+        are_equal = bool((kinds == kinds[:1]).all())
+        different = kinds[:1] if are_equal else np.unique(kinds, axis=0)
         by_ordinal: dict[int, list[npt.NDArray[np.intp]]] = {}
-        for kind in distinct:
+        for kind in different:
             lineage, group, shard, num_bytes = (int(value) for value in kind)
-            own = np.flatnonzero((kinds == kind).all(axis=1))
+            own = np.arange(len(kinds)) if are_equal else np.flatnonzero(~_is_any(kinds ^ kind))
             # A key that names two lineages: the first that came counts.
             same = _lineage_is(self._index, rows[own], batch.lineages[lineage])
             layout = self._index.layouts[batch.lineages[lineage].layout_fingerprint]
@@ -145,8 +150,17 @@ def key_words(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(keys).view(np.uint64).reshape(-1, 4)
 
 
-def _distinct(values: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.intp]:
-    """Where the first of each value is. Nearly always all differ, which sorting alone tells fastest."""
+def _is_any(words: npt.NDArray[np.uint64]) -> Flags:
+    """Of (n, 4) words: which rows are not zeros."""
+    found: Flags = (words[:, 0] | words[:, 1] | words[:, 2] | words[:, 3]) != 0
+    return found
+
+
+def _firsts(values: npt.NDArray[np.unsignedinteger[Any]]) -> npt.NDArray[np.intp]:
+    """Where the first of each value is. Nearly always all differ: rows that are new ascend, and of others
+    sorting alone tells fastest."""
+    if (values[1:] > values[:-1]).all():
+        return np.arange(len(values))
     ordered = np.sort(values)
     if (ordered[1:] != ordered[:-1]).all():
         return np.arange(len(values))

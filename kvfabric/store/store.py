@@ -233,6 +233,7 @@ class BlockStore:
         self._residency.room_is_low = self._room_is_low.set
         self._start(self._keep_house)
         self._start(self._keep_room)
+        self._start(self._touch_index)
         if self._tier is not None:
             await self.attach_ssd(self._tier)
         return self
@@ -492,8 +493,11 @@ class BlockStore:
         """Whole seconds since the start, from 1: what the index keeps as a block's time."""
         return int(self._clock() - self._started) + 1
 
-    async def _touch(self, arena: Arena) -> None:
+    async def _touch_index(self) -> None:
+        """While an SSD tier opens, which fills it: the kernel clears a page in the time of six rows."""
         await self._pool.run(self._index.touch)
+
+    async def _touch(self, arena: Arena) -> None:
         for offset in range(0, arena.size_bytes, _TOUCH_BYTES):
             length = min(_TOUCH_BYTES, arena.size_bytes - offset)
             await self._pool.run(partial(arena.touch, offset, length))

@@ -84,6 +84,12 @@ ROW = np.dtype(
 """One record in a `RecordBatch`. `num_bytes` is the payload's; `check` is the index's own business."""
 
 
+def distinct(numbers: npt.NDArray[Any]) -> set[int]:
+    """The values in a vector that nearly always has one: a tenth of the time of np.unique then."""
+    few = numbers[:1] if (numbers == numbers[:1]).all() else numbers
+    return set(few.tolist())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordBatch:
     """Records of one file as a vector `rows` of `ROW`, by offset; `lineages` says what its numbers mean."""
@@ -94,6 +100,10 @@ class RecordBatch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def used_lineages(self) -> set[int]:
+        """Numbers of those that some record has."""
+        return distinct(self.rows["lineage"])
 
     def chosen(self, which: npt.NDArray[Any] | slice) -> RecordBatch:
         """Those of a mask, an index vector or a slice."""

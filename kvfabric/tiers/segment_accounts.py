@@ -39,7 +39,7 @@ class Segment:
         self.tail = int(batch.rows["offset"][-1]) + int(sizes[-1])
         self.records = int(live.sum())
         lineages = batch.rows["lineage"]
-        for number in np.unique(lineages).tolist():
+        for number in batch.used_lineages():
             tenant, own = batch.lineages[number].tenant, lineages == number
             self.live[tenant] += int(sizes[own & live].sum())
             self.dead[tenant] += int(sizes[own & ~live].sum())

@@ -199,7 +199,7 @@ class SegmentIndex:
         key = _NUMBER.pack(number)
         with self._transaction() as (txn, tables):
             try:
-                live = _live(self._batch(txn, tables, number))
+                live = live_of(self._batch(txn, tables, number))
             except CorruptBlock:
                 live = RecordBatch(number, np.zeros(0, ROW), {})
             txn.delete(key, db=tables.extents)
@@ -288,7 +288,7 @@ class SegmentIndex:
             return self._batch(txn, tables, number)
 
     def live(self, number: int) -> RecordBatch:
-        return _live(self.batch(number))
+        return live_of(self.batch(number))
 
     @property
     def lineages(self) -> Mapping[int, Lineage]:
@@ -322,9 +322,10 @@ class SegmentIndex:
         rows = np.ascontiguousarray(pairs[:, len(key) :]).view(ROW).reshape(-1)
         if not np.array_equal(rows["check"], _checks(rows, number)):
             raise CorruptBlock(f"index rows of segment {number:08x} are damaged")
-        if not self._lineages.keys() >= set(np.unique(rows["lineage"]).tolist()):
+        batch = RecordBatch(number, rows, self._lineages)
+        if not self._lineages.keys() >= batch.used_lineages():
             raise CorruptBlock(f"index rows of segment {number:08x} have unknown lineages")
-        return RecordBatch(number, rows, self._lineages)
+        return batch
 
     def _put_rows(
         self, txn: lmdb.Transaction[bytes], tables: _Tables, file: int, rows: Rows
@@ -431,7 +432,8 @@ class SegmentIndex:
                 raise kind(f"index {self._path}: {exc}") from exc
 
 
-def _live(batch: RecordBatch) -> RecordBatch:
+def live_of(batch: RecordBatch) -> RecordBatch:
+    """Of all records of a file those that count."""
     is_live = batch.rows["is_live"] != 0
     return batch if is_live.all() else batch.chosen(is_live)
 

@@ -24,12 +24,14 @@ from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.records import PAGE_BYTES
 from kvfabric.tiers.segment_accounts import Segment
 from kvfabric.tiers.segment_file import SegmentFile, numbers_in, path_of
-from kvfabric.tiers.segment_index import SegmentIndex
+from kvfabric.tiers.segment_index import SegmentIndex, live_of
 from kvfabric.tiers.segment_scan import Scanned, scan
 
 _LOG = logging.getLogger(__name__)
 _SCANS = 16
 """Files whose headers are read side by side, since each is read one page after the other."""
+KEPT_BYTES = 256 << 20
+"""Of rows that are kept for whoever opens: of two million records."""
 _COMMITTED = 64
 """Files that go into the index in one transaction."""
 
@@ -38,7 +40,8 @@ _COMMITTED = 64
 class Recovered:
     """`active`: the segment to fill further, if any; `spare`: an empty one, if any. `is_rebuilt`: files were
     there, and no sound index. `unavailable`: bytes by number of files that the disk did not open: whatever is
-    in them is there again at another opening, perhaps."""
+    in them is there again at another opening, perhaps. `live`: what is live in each file, of the first files
+    as far as it fits `KEPT_BYTES`, so that whoever opens needs not read it again."""
 
     index: SegmentIndex
     segments: dict[int, Segment]
@@ -46,6 +49,20 @@ class Recovered:
     spare: Segment | None
     is_rebuilt: bool
     unavailable: dict[int, int]
+    live: dict[int, RecordBatch]
+
+
+class _Kept:
+    """`Recovered.live` in the making."""
+
+    def __init__(self) -> None:
+        self.batches: dict[int, RecordBatch] = {}
+        self._left = KEPT_BYTES
+
+    def add(self, batch: RecordBatch) -> None:
+        self._left -= batch.rows.nbytes
+        if self._left >= 0:
+            self.batches[batch.file] = live_of(batch)
 
 
 def recover(
@@ -57,19 +74,20 @@ def recover(
     map_bytes = (64 << 20) + capacity_bytes // 8
     segments: dict[int, Segment] = {}
     unavailable: dict[int, int] = {}
+    kept = _Kept()
     index = SegmentIndex.open(directory, map_bytes, ops)
     is_rebuilt = index is None
     try:
         if index is not None:
             try:
-                unavailable = _load(directory, index, segments, ops, cipher)
+                unavailable = _load(directory, index, segments, ops, cipher, kept)
             except CorruptBlock as exc:
                 _LOG.warning("index in %s: %s", directory, exc)
                 _close(index, segments)
-                index, is_rebuilt, unavailable = None, True, {}
+                index, is_rebuilt, unavailable, kept = None, True, {}, _Kept()
         if index is None:
             index = SegmentIndex.create(directory, map_bytes, ops)
-            _rebuild(directory, index, segments, ops, cipher)
+            _rebuild(directory, index, segments, ops, cipher, kept)
         index.trust()
         others = [
             segment
@@ -90,7 +108,13 @@ def recover(
     active = filled[-1] if filled and not is_rebuilt else None
     spare = empty[0] if empty else None
     return Recovered(
-        index, segments, active, spare, is_rebuilt and bool(filled), unavailable=unavailable
+        index,
+        segments,
+        active,
+        spare,
+        is_rebuilt and bool(filled),
+        unavailable,
+        live={number: batch for number, batch in kept.batches.items() if number in segments},
     )
 
 
@@ -108,6 +132,7 @@ def _load(
     segments: dict[int, Segment],
     ops: FileOps,
     cipher: RecordCipher | None,
+    kept: _Kept,
 ) -> dict[int, int]:
     """Open the files that the index knows, and read all of it; forget the ones that are missing. Returns
     the bytes of those that do not open."""
@@ -126,14 +151,15 @@ def _load(
                 _LOG.warning("segment %08x is lost with %d parts: %s", number, len(parts), exc)
             else:
                 _LOG.warning("segment %08x is left alone: %s", number, exc)
-                used.update(np.unique(index.batch(number).rows["lineage"]).tolist())
+                used |= index.batch(number).used_lineages()
                 unavailable[number] = header.num_bytes
             continue
         segments[number] = segment
         on_disk.discard(number)
         batch = index.batch(number)
         segment.load(batch)
-        used.update(np.unique(batch.rows["lineage"]).tolist())
+        kept.add(batch)
+        used |= batch.used_lineages()
     index.keep_lineages(used)
     for number in on_disk:  # being made or reclaimed when the process died: nothing in it counts
         _remove(directory, number, ops)
@@ -146,6 +172,7 @@ def _rebuild(
     segments: dict[int, Segment],
     ops: FileOps,
     cipher: RecordCipher | None,
+    kept: _Kept,
 ) -> None:
     """Fill an empty index from the files themselves."""
     numbers = numbers_in(ops, directory)
@@ -171,6 +198,7 @@ def _rebuild(
         index.load_rows(batches[first : first + _COMMITTED])
     for batch in batches:
         segments[batch.file].load(batch)
+        kept.add(batch)
     last = max((int(batch.rows["sequence"][-1]) for batch in batches if len(batch)), default=0)
     index.raise_sequence(last)
 

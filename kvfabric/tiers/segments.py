@@ -170,6 +170,8 @@ class SegmentTier(Tier):
         self._unavailable: dict[int, int] = {}
         # Found corrupt, and live in the index until the next commit: not to be found again.
         self._condemned: set[Location] = set()
+        # What recovery read, of files in which nothing changed since, until it is asked for.
+        self._recovered: dict[int, RecordBatch] = {}
         self._sequence = 0
         self._queue = GroupQueue()
         self._budget = budget or WriteBudget(0)
@@ -270,6 +272,7 @@ class SegmentTier(Tier):
         self._index, self._segments = found.index, found.segments
         self._active, self._spare = found.active, found.spare
         self._unavailable = found.unavailable
+        self._recovered = found.live
         self._sequence = self._index.next_sequence()
         kept = self._index.budget()
         if kept is not None:
@@ -283,7 +286,9 @@ class SegmentTier(Tier):
         self._require_open()
         for number in sorted(self._segments):
             if number in self._segments:
-                live = self._index.live(number)
+                live = self._recovered.pop(number, None)
+                if live is None:
+                    live = self._index.live(number)
                 if len(live):
                     yield live
 
@@ -552,6 +557,8 @@ class SegmentTier(Tier):
 
     def _account(self, plan: Plan, buried: Iterable[Extent]) -> None:
         self._counts["group_commits"] += 1
+        for location in (*(put.location for put in plan.puts), *plan.forgets):
+            self._recovered.pop(location.file, None)
         for put in plan.puts:
             assert plan.segment is not None
             size = record_bytes(put.identity.num_bytes)
@@ -671,6 +678,7 @@ class SegmentTier(Tier):
         oldest.live.clear()
         oldest.dead.clear()
         oldest.records = 0
+        self._recovered.pop(number, None)
         self._condemned = {place for place in self._condemned if place.file != number}
         await self._tell(batch)
         await self._pool.run(oldest.file.unlink)

@@ -37,13 +37,13 @@ from kvfabric.testing.tiers import (
     page_buffer,
     read_back,
 )
-from kvfabric.tiers import direct_io, segment_groups, segments
+from kvfabric.tiers import direct_io, segment_groups, segment_recovery, segments
 from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES, record_bytes
 from kvfabric.tiers.segment_file import Appended, path_of
 from kvfabric.tiers.segment_groups import Plan, plan_runs
-from kvfabric.tiers.segment_index import Extent
+from kvfabric.tiers.segment_index import Extent, SegmentIndex
 from kvfabric.tiers.segments import (
     SegmentTier,
     default_segment_bytes,
@@ -257,6 +257,36 @@ async def test_reopening_goes_on_in_the_same_segment(tmp_path: Path, fast: None)
     async with small_tier(tmp_path) as tier:
         assert {location.file for _, location in tier.records()} == {1}
         assert tier.statistics().file_bytes == 2 * SMALL
+
+
+def listed(tier: SegmentTier) -> list[int]:
+    return sorted(identity.block_index for identity, _ in tier.records())
+
+
+@pytest.mark.parametrize("kept", [0, segment_recovery.KEPT_BYTES])
+async def test_what_is_listed_first_is_as_things_stand(
+    tmp_path: Path, kept: int, fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recovery keeps what it read for the one who asks first: of files in which nothing changed since."""
+    monkeypatch.setattr(segment_recovery, "KEPT_BYTES", kept)
+    async with small_tier(tmp_path) as tier:
+        places = list((await write_parts(tier, range(5))).values())
+    async with small_tier(tmp_path) as tier:
+        tier.delete([places[0]])
+        await write_parts(tier, range(10, 11))
+        assert {place.file for place in places} == {1, 2}
+        assert listed(tier) == [1, 2, 3, 4, 10]
+        assert listed(tier) == [1, 2, 3, 4, 10]
+
+
+async def test_what_recovery_read_is_not_read_again(tmp_path: Path, fast: None) -> None:
+    async with small_tier(tmp_path) as tier:
+        await write_parts(tier, range(5))
+    async with small_tier(tmp_path) as tier:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(SegmentIndex, "live", lambda *_: pytest.fail("read again"))
+            assert listed(tier) == [0, 1, 2, 3, 4]
+        assert listed(tier) == [0, 1, 2, 3, 4]  # nothing is kept any more, and the index asked
 
 
 async def test_stray_files_are_removed(tmp_path: Path, fast: None) -> None:
