@@ -132,10 +132,12 @@ def _audit_status(auditor: Auditor) -> pb.AuditStatus:
 
 def degraded(node: Node) -> dict[TierName, str]:
     """Why each tier is out of service, wholly or in part; empty for one that is not."""
-    ssd = [f"{what}: {why}" for what, why in node.store.degraded().items()]
-    if node.ssd_breaker.reason:
-        ssd.append(node.ssd_breaker.reason)
-    return {TierName.HOST: node.host_breaker.reason, TierName.SSD: "; ".join(ssd)}
+    whole = {TierName.HOST: node.host_breaker, TierName.SSD: node.ssd_breaker}
+    found = {}
+    for tier, breaker in whole.items():
+        parts = [f"{what}: {why}" for what, why in node.store.degraded(tier).items()]
+        found[tier] = "; ".join([*parts, *([breaker.reason] if breaker.reason else [])])
+    return found
 
 
 def _host_state(node: Node) -> str:

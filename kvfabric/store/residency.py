@@ -607,7 +607,7 @@ class Residency:
         )
         assert ssd_blocks == self.num_ssd_blocks
         if self.arena is not None:
-            in_use = self.arena.size_bytes - self.arena.free_bytes
+            in_use = self.arena.size_bytes - self.arena.free_bytes - self.arena.withheld_bytes
             assert ready + detached <= in_use <= host.used
 
 

@@ -27,13 +27,14 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from kvfabric.errors import LocalProtocolError, RemoteProtocolError
+from kvfabric.errors import LocalProtocolError, NoSpace, RemoteProtocolError
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol.messages import Committed, Confirmed, Located, Matched, Reserved
 from kvfabric.registry.state import PURGED, RegistryState
 from kvfabric.registry.withdrawn import offboarded_tenants
 from kvfabric.store import contents
 from kvfabric.store.access import Access
+from kvfabric.store.breaker import Breaker
 from kvfabric.store.contents import Contents
 from kvfabric.store.index import MAX_PARTS, BlockIndex, Lineage
 from kvfabric.store.lease import LeaseBook, RequestGrant
@@ -219,6 +220,7 @@ class BlockStore:
             copy_threads=limits.copy_threads,
         )
         self._ssd: SsdTraffic | None = None
+        self._memory_breaker = Breaker("a part of the host tier", clock)
         self._scrubbing_ssd: asyncio.Task[None] | None = None
         self._group = asyncio.TaskGroup()
         self._room_is_low = asyncio.Event()
@@ -498,9 +500,27 @@ class BlockStore:
         await self._pool.run(self._index.touch)
 
     async def _touch(self, arena: Arena) -> None:
-        for offset in range(0, arena.size_bytes, _TOUCH_BYTES):
-            length = min(_TOUCH_BYTES, arena.size_bytes - offset)
-            await self._pool.run(partial(arena.touch, offset, length))
+        """What the machine refuses is no part of the tier until it gives it."""
+        breaker, offset = self._memory_breaker, 0
+        while offset < arena.size_bytes:
+            if not breaker.begin():
+                await asyncio.sleep(_HOUSE_S)
+                continue
+            end = min(offset + _TOUCH_BYTES, arena.size_bytes)
+            try:
+                await self._pool.run(partial(arena.touch, offset, end - offset))
+            except NoSpace as exc:
+                arena.withhold(offset)
+                breaker.fail(f"{exc}; it gave {offset} of {arena.size_bytes} bytes")
+            else:
+                arena.provide(end)
+                breaker.succeed()
+                offset = end
+            finally:
+                breaker.abandon()
+            if self._host.capacity_bytes != (given := arena.size_bytes - arena.withheld_bytes):
+                self._host.resize(given)
+                self._room_is_low.set()
 
     async def _keep_room(self) -> None:
         """Evict ahead of what is reserved next, a few blocks at a time; until cancelled."""
@@ -615,11 +635,13 @@ class BlockStore:
             index_bytes_per_block=self._index.bytes_per_block,
         )
 
-    def degraded(self) -> dict[str, str]:
-        """What of the SSD tier is out of service or not yet known to be well again: why."""
-        if self._ssd is None:
-            return {}
-        breakers = (self._ssd.read_breaker, self._ssd.write_breaker)
+    def degraded(self, tier: TierName) -> dict[str, str]:
+        """What of a tier is out of service or not yet known to be well again: why."""
+        breakers: tuple[Breaker, ...] = ()
+        if tier is TierName.HOST:
+            breakers = (self._memory_breaker,)
+        elif tier is TierName.SSD and self._ssd is not None:
+            breakers = (self._ssd.read_breaker, self._ssd.write_breaker)
         return {breaker.name: breaker.reason for breaker in breakers if breaker.reason}
 
     def _tenant_usage(self) -> tuple[TenantUsage, ...]:

@@ -76,6 +76,8 @@ class SlotAllocator:
         self._run_starts = np.zeros(1, dtype=np.int64)
         self._run_pages = np.full(1, num_pages, dtype=np.int64)
         self._changed_pages = 0  # freed or carved since the last merge
+        self.withheld_pages = 0
+        self._withheld = np.empty((0, 2), dtype=np.int64)  # runs: start, pages
 
     def allocate(self, num_slots: int, pages: int) -> Pages | None:
         """First pages of `num_slots` slots, ascending and neighbouring where possible; all or none."""
@@ -111,6 +113,32 @@ class SlotAllocator:
             raise ValueError("slots in use overlap or lie outside the arena")
         self._run_starts, self._run_pages = edges[gaps > 0], gaps[gaps > 0]
         self.free_pages = int(gaps.sum())
+
+    def withhold(self, first_page: int) -> None:
+        """Give nothing out that lies behind `first_page` and is free now, nor what was withheld before."""
+        self._merge()
+        starts, ends = self._run_starts, self._run_starts + self._run_pages
+        cuts = np.clip(first_page, starts, ends)
+        behind = np.stack([cuts, ends - cuts], axis=1)[ends > cuts]
+        self._withheld = np.concatenate([self._withheld, behind])
+        kept = cuts > starts
+        self._run_starts, self._run_pages = starts[kept], (cuts - starts)[kept]
+        self._count_withheld()
+
+    def provide(self, end_page: int) -> None:
+        """Of what was withheld, all before `end_page` is free again."""
+        starts, ends = self._withheld[:, 0], self._withheld.sum(axis=1)
+        cuts = np.clip(end_page, starts, ends)
+        back, left = cuts > starts, ends > cuts
+        self._run_starts = np.concatenate([self._run_starts, starts[back]])
+        self._run_pages = np.concatenate([self._run_pages, (cuts - starts)[back]])
+        self._withheld = np.stack([cuts, ends - cuts], axis=1)[left]
+        self._merge()  # neighbours that a cut had parted
+        self._count_withheld()
+
+    def _count_withheld(self) -> None:
+        before, self.withheld_pages = self.withheld_pages, int(self._withheld[:, 1].sum())
+        self.free_pages -= self.withheld_pages - before
 
     def _refill(self, stack: array[int], num_slots: int, pages: int) -> bool:
         missing = num_slots - len(stack)
@@ -158,7 +186,8 @@ class SlotAllocator:
         start, length = np.concatenate(starts), np.concatenate(lengths)
         order = np.argsort(start, kind="stable")
         start, length = start[order], length[order]
-        head = np.concatenate([[True], start[1:] != start[:-1] + length[:-1]])
+        head = np.ones(len(start), dtype=np.bool_)
+        head[1:] = start[1:] != start[:-1] + length[:-1]
         group = np.cumsum(head) - 1
         self._run_starts = start[head]
         self._run_pages = np.bincount(group, weights=length).astype(np.int64)
@@ -241,6 +270,20 @@ class Arena:
     def free_bytes(self) -> int:
         return self.allocator.free_pages * PAGE_BYTES
 
+    @property
+    def withheld_bytes(self) -> int:
+        """What `withhold` took and `provide` has not given back."""
+        return self.allocator.withheld_pages * PAGE_BYTES
+
+    def withhold(self, offset: int) -> None:
+        """The machine has no memory behind `offset`: what is free there is not given out."""
+        self.allocator.withhold(pages_of(offset))
+
+    def provide(self, end: int) -> None:
+        """It has, up to `end`."""
+        if self.allocator.withheld_pages:
+            self.allocator.provide(end // PAGE_BYTES)
+
     def allocate(self, num_slots: int, num_bytes: int) -> Slots | None:
         """Slots of `num_bytes` each, under new generations; None if they do not fit."""
         pages = self.allocator.allocate(num_slots, pages_of(num_bytes))
@@ -273,21 +316,21 @@ class Arena:
     def touch(self, offset: int, num_bytes: int) -> None:
         """Have the kernel provide and map these pages now; keeps their contents. Blocks: run it in a pool.
 
-        Raises ConfigError if there is no memory, instead of SIGBUS at the first write to it.
+        Raises NoSpace if there is no memory, instead of SIGBUS at the first write to it.
         """
         whole = np.frombuffer(self.view, dtype=np.uint8)
         code = populate(whole[offset : offset + num_bytes])
         if code == errno.EINVAL:
             self._provide(offset, num_bytes)
         elif code:
-            raise ConfigError(f"the machine has no memory for the arena: {os.strerror(code)}")
+            raise NoSpace(f"the machine has no memory for the arena: {os.strerror(code)}")
 
     def _provide(self, offset: int, num_bytes: int) -> None:
         """On a kernel before 5.14: provided, not mapped, so each first write to a page still faults."""
         try:
             os.posix_fallocate(self._fd, offset, num_bytes)
         except OSError as exc:
-            raise ConfigError(f"the machine has no memory for the arena: {exc}") from exc
+            raise NoSpace(f"the machine has no memory for the arena: {exc.strerror}") from exc
 
     def close(self) -> None:
         """Give the daemon's mapping back. Engines that mapped the arena keep theirs."""

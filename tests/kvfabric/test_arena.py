@@ -182,3 +182,39 @@ def test_slots_never_overlap(steps: list[tuple[bool, int, int, int]]) -> None:
         assert len(set(used)) == len(used)
         assert all(0 <= page < 97 for page in used)
         assert allocator.free_pages == 97 - len(used)
+
+
+def test_what_is_withheld_is_given_to_nobody_until_it_is_provided() -> None:
+    allocator = SlotAllocator(100)
+    used = allocator.allocate(10, 5)
+    assert used is not None
+    allocator.free(
+        used[::2], 5
+    )  # every second of the first half is free, and all of the other half
+    allocator.withhold(30)
+    assert (allocator.free_pages, allocator.withheld_pages) == (15, 60)
+    first = allocator.allocate(3, 5)
+    assert first is not None
+    assert first.tolist() == [0, 10, 20]
+    assert allocator.allocate(1, 1) is None
+    allocator.free(used[1::2], 5)  # in use until now, so the memory is there
+    assert allocator.free_pages == 25
+    allocator.withhold(30)  # and once more: what is free behind it now goes too
+    assert (allocator.free_pages, allocator.withheld_pages) == (15, 70)
+    allocator.provide(62)
+    assert (allocator.free_pages, allocator.withheld_pages) == (47, 38)
+    allocator.provide(100)
+    assert (allocator.free_pages, allocator.withheld_pages) == (85, 0)
+    rest = allocator.allocate(14, 5)
+    assert rest is not None
+    assert len({*first.tolist(), *rest.tolist()}) == 17
+
+
+def test_all_of_it_may_be_withheld() -> None:
+    allocator = SlotAllocator(8)
+    for _ in range(2):
+        allocator.withhold(0)
+        assert allocator.free_pages == 0
+        assert allocator.allocate(1, 1) is None
+    allocator.provide(8)
+    assert allocator.allocate(1, 8) is not None

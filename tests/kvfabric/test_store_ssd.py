@@ -205,11 +205,11 @@ async def test_an_error_is_a_miss_and_the_tier_returns_by_itself(tmp_path: Path)
         assert (located.num_blocks, located.reason) == (0, "tier_down")
         rig.store.release(SESSION, ["r"])
         assert rig.match("r", KEYS) == (0, "tier_down")
-        assert rig.store.degraded() == {"SSD reading": "EIO"}
+        assert rig.store.degraded(TierName.SSD) == {"SSD reading": "EIO"}
         tier.failing = False
         rig.clock.now += 5
         assert await rig.get(KEYS) == EXPECTED
-        assert rig.store.degraded() == {}
+        assert rig.store.degraded(TierName.SSD) == {}
         assert rig.store.statistics().ssd_errors == 6
         assert rig.arena.free_bytes == rig.arena.size_bytes - 6 * PART_BYTES
 
@@ -225,13 +225,13 @@ async def test_the_tier_returns_without_anybody_asking(tmp_path: Path) -> None:
         rig.store.release(SESSION, ["r"])
         rig.clock.now += 5
         await eventually(lambda: tier.reads > 6)  # the probe of the housekeeping
-        assert rig.store.degraded()
+        assert rig.store.degraded(TierName.SSD)
         tier.failing = False
         rig.clock.now += 9
         await asyncio.sleep(0.6)
-        assert rig.store.degraded(), "after a failed probe the pause is longer"
+        assert rig.store.degraded(TierName.SSD), "after a failed probe the pause is longer"
         rig.clock.now += 1
-        await eventually(lambda: not rig.store.degraded())
+        await eventually(lambda: not rig.store.degraded(TierName.SSD))
         assert rig.match("r", KEYS)[0] == 6
 
 
@@ -255,7 +255,7 @@ async def test_a_late_read_is_a_miss_and_its_slot_drains_until_it_ends(
         assert asyncio.get_running_loop().time() - began < 2
         assert rig.store.statistics().draining_bytes == 2 * PART_BYTES
         assert rig.store.statistics().reserved_bytes == 0
-        assert "not done after 0.1 s" in rig.store.degraded()["SSD reading"]
+        assert "not done after 0.1 s" in rig.store.degraded(TierName.SSD)["SSD reading"]
         residency.check()
         rig.store.release(SESSION, ["r"])
         if not guarded:
@@ -302,8 +302,8 @@ async def test_a_late_write_opens_the_breaker_of_writes_alone(tmp_path: Path) ->
         more = make_keys(3, seed=1)
         await rig.put(more)
         assert len(await rig.get(more)) == 3
-        await eventually(lambda: bool(rig.store.degraded()))
-        assert list(rig.store.degraded()) == ["SSD writing"]
+        await eventually(lambda: bool(rig.store.degraded(TierName.SSD)))
+        assert list(rig.store.degraded(TierName.SSD)) == ["SSD writing"]
         tier.gate.set()
         await rig.store.seal()
         assert rig.store.statistics().num_blocks[TierName.SSD] == 9
