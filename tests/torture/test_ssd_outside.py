@@ -1,14 +1,18 @@
-"""Proof 3, the other half: what LMDB and the kernel do for the SSD tier fails, under a real node.
+"""Proof 3, the other half: what LMDB and the kernel do for the tiers fails, under a real node.
 
-`strace` makes calls on the index's file fail; a small tmpfs is full. The node lives, an engine sees a miss at
-worst, and what was sealed before is there in the next life.
+`strace` makes calls on the index's file fail, and those that ask for memory; a small tmpfs is full. The node
+lives, an engine sees a miss at worst, and what was sealed before is there in the next life.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,13 +48,12 @@ def loaded(node: NodeProcess, prompt: str) -> tuple[int, int]:
     return len(found), wrong
 
 
-def traced(place: Path, index: Path, calls: str, fault: str, nth: int) -> str:
-    """A Python whose Nth call of these on the index's file fails."""
-    script = place / f"python-{fault}-{nth}"
-    inject = f"inject={calls}:error={fault}:when={nth}"
+def traced(place: Path, name: str, calls: str, fault: str, others: str = "") -> str:
+    """A Python of which these calls fail. `others`: flags of strace, which say on what, for one."""
+    script = place / f"python-{name}"
     script.write_text(
         "#!/bin/sh\n"
-        f"exec strace -D -f -qq -o {place}/strace -P {index} -e trace={calls} -e {inject} "
+        f"exec strace -D -f -qq -o {place}/strace -e trace={calls} -e inject={calls}:{fault} {others} "
         f'{sys.executable} "$@"\n'
     )
     script.chmod(0o700)
@@ -77,7 +80,8 @@ def test_the_nth_call_on_the_index_fails(tmp_path: Path) -> None:
             with NodeProcess(state, ssd_bytes=16 << 20) as node:
                 store_and_use(node, ["before"])
             index = state / "ssd" / "index" / "data.mdb"
-            python = traced(tmp_path, index, calls, fault, nth)
+            how = f"error={fault}:when={nth}"
+            python = traced(tmp_path, f"{fault}-{nth}", calls, how, f"-P {index}")
             with NodeProcess(state, ssd_bytes=16 << 20, python=python) as node:
                 wrong += loaded(node, "before")[1]
                 store_and_use(node, ["during"])
@@ -98,6 +102,30 @@ def test_the_nth_call_on_the_index_fails(tmp_path: Path) -> None:
     result = f"wrong {at_most(wrong, tries)}, sealed blocks lost {lost}"
     record("3 the Nth call on the index's file", tries, result)
     assert (wrong, lost) == (0, 0)
+
+
+@pytest.mark.fleet
+@pytest.mark.slow
+@pytest.mark.skipif(not can_trace(), reason="strace may not trace here")
+def test_memory_that_the_kernel_refuses_costs_its_part_of_the_tier_only(tmp_path: Path) -> None:
+    """The node serves without it, says so, and has it when the kernel gives it."""
+    python = traced(tmp_path, "madvise", "madvise", "error=ENOMEM")
+    with NodeProcess(tmp_path / "state", http="127.0.0.1:0", python=python) as node:
+
+        def host_bytes() -> float:
+            return node.metrics()['tier_capacity_bytes{tier="host"}']
+
+        until(lambda: host_bytes() == 0)
+        store_and_use(node, ["refused"])
+        assert loaded(node, "refused") == (0, 0)
+        with urllib.request.urlopen(f"{node.http}/readyz", timeout=10) as answer:
+            assert "the machine has no memory for the arena" in answer.read().decode()
+        status = Path(f"/proc/{node.pid}/status").read_text()
+        [tracer] = re.findall(r"TracerPid:\s*(\d+)", status)
+        os.kill(int(tracer), signal.SIGKILL)  # which lets go
+        until(lambda: host_bytes() == 64 << 20)
+        store_and_use(node, ["given"])
+        assert loaded(node, "given") == (BLOCKS, 0)
 
 
 @pytest.fixture
