@@ -101,10 +101,7 @@ class AdminServer:
 
 def bind_private(server: grpc.aio.Server, path: Path) -> None:
     """Make the socket so that only this user can open it, from its first moment on."""
-    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
-        raise ConfigError(f"the path of a Unix socket has at most 107 bytes: {path}")
-    if _answers(path):
-        raise ConfigError(f"another process serves {path}: stop it, or choose another admin_socket")
+    check_private(path)
     path.unlink(missing_ok=True)
     before = os.umask(0o177)
     try:
@@ -116,6 +113,14 @@ def bind_private(server: grpc.aio.Server, path: Path) -> None:
         os.umask(before)
     if stat.S_IMODE(mode.st_mode) & 0o077 or mode.st_uid != os.geteuid():
         raise ConfigError(f"{path} could be opened by others (mode {stat.S_IMODE(mode.st_mode):o})")
+
+
+def check_private(path: Path) -> None:
+    """Raises ConfigError for a path that cannot be a socket's, or is somebody else's."""
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+        raise ConfigError(f"the path of a Unix socket has at most 107 bytes: {path}")
+    if _answers(path):
+        raise ConfigError(f"another process serves {path}: stop it, or choose another admin_socket")
 
 
 def _answers(path: Path) -> bool:

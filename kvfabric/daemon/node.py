@@ -21,14 +21,14 @@ from typing import Any
 
 from kvfabric import garbage
 from kvfabric.config import NodeConfig, split_address
-from kvfabric.daemon.admin import AdminServer
+from kvfabric.daemon.admin import AdminServer, check_private
 from kvfabric.daemon.admin_sources import AdminSources
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.auditor import Auditor, AuditorParts
 from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups
-from kvfabric.daemon.peers import tcp_listener
+from kvfabric.daemon.peers import check_free, tcp_listener
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
@@ -80,7 +80,9 @@ class Node:
         self._handed_over = False
         self._lock = -1
         self._front = contextlib.AsyncExitStack()
-        self._front_is_open = False
+        self._shut = [self._open_admin, self._open_http]
+        """What of the front is to be opened."""
+        self._front_is_due = asyncio.Event()
         self._changing = asyncio.Lock()  # for changes in the background; held while frozen
         self._is_frozen = False
         self.boot_id = secrets.token_bytes(16)
@@ -99,7 +101,8 @@ class Node:
         return f"<Node {self.config.name} boot {self.boot_id.hex()[:8]}: {self.keeper!r}>"
 
     async def __aenter__(self) -> Node:
-        """Raises TransferError if the daemon to take over from does not let go."""
+        """Raises TransferError if the daemon to take over from does not let go, ConfigError if this one
+        cannot serve where it is to: then that one serves on."""
         if self._takes_over:
             self._estate = await take_over(self.config.takeover_socket_path)
         try:
@@ -111,6 +114,10 @@ class Node:
             estate, self._estate = self._estate, None
             await estate.give_back(str(exc))
             await self._enter()
+        except BaseException:
+            if self._estate is not None:
+                self._estate.close()  # unless it was accepted, the predecessor goes on by that
+            raise
         return self
 
     async def _enter(self) -> None:
@@ -123,6 +130,7 @@ class Node:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         config, estate = self.config, self._estate
+        self._tcp = tcp_listener(config)
         _make_private(config.state_dir)
         if estate is None:
             patience_s = _LOCK_S if self._takes_over else 0.0
@@ -178,7 +186,7 @@ class Node:
         stack.push_async_callback(self.store.seal)  # after the engines' socket is closed, below
         await stack.enter_async_context(self.engines)
         stack.push_async_callback(self._close_front)
-        await self._open_front()
+        await (self._open_front() if estate is None else self._return_to_front())
         self.takeovers = await stack.enter_async_context(self._make_takeover_server())
         # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
@@ -189,22 +197,58 @@ class Node:
     def _background(self) -> Iterator[Coroutine[Any, Any, None]]:
         yield self._await_arena()
         yield self._await_ssd()
+        yield self._await_front()
         yield garbage.collect(self.store.turns.wait)
         yield self.withdrawals.run()
         yield self.auditor.run()
         if self.fleet_keys is not None:
             yield self.fleet_keys.run()
 
+    # ------------------------------------------------------------------ what routers and administrators ask
+
     async def _open_front(self) -> None:
-        """What routers and administrators ask."""
-        self._front_is_open = True
-        await self._front.enter_async_context(self._make_admin())
-        await self._open_http(self._front)
+        """Raises ConfigError; then what could be opened is open."""
+        problems = []
+        for part in list(self._shut):
+            try:
+                await part()
+            except ConfigError as exc:
+                problems.append(str(exc))
+            else:
+                self._shut.remove(part)
+        if problems:
+            raise ConfigError("; ".join(problems))
 
     async def _close_front(self) -> None:
-        if self._front_is_open:
-            self._front_is_open = False
-            await self._front.aclose()
+        await self._front.aclose()
+        self._shut = [self._open_admin, self._open_http]
+
+    async def _return_to_front(self) -> None:
+        """Of a node that serves engines already: what cannot be opened now is tried again."""
+        try:
+            await self._open_front()
+        except ConfigError as exc:
+            log.error("this node serves engines, and cannot be asked: %s", exc)  # noqa: TRY400
+            self._front_is_due.set()
+
+    async def _await_front(self) -> None:
+        """Whoever has an address that is ours may give it back."""
+        while True:
+            await self._front_is_due.wait()
+            await asyncio.sleep(_POLL_S)
+            async with self._changing:
+                with contextlib.suppress(ConfigError):
+                    await self._open_front()
+                    self._front_is_due.clear()
+                    log.info("this node can be asked again")
+
+    def _check_front(self) -> None:
+        """Raises ConfigError if an address that this node is to have is somebody else's. The predecessor has
+        given its own up."""
+        check_private(self.config.admin_socket_path)
+        for setting, address in (("listen", self.config.listen), ("http", self.config.http)):
+            if address:
+                check_free(address, f"node.{setting}")
 
     def _make_store(self) -> BlockStore:
         config = self.config
@@ -296,7 +340,7 @@ class Node:
             node_id=self.config.name,
             epoch_lease_s=self.config.epoch_lease_s,
             clock=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
-            tcp=tcp_listener(self.config),
+            tcp=self._tcp,
         )
 
     def _own_models(self) -> list[pb.Model]:
@@ -306,7 +350,10 @@ class Node:
         for runs in self.store.resident_runs(tier, SLICE_BLOCKS):
             yield [*runs]
 
-    async def _open_http(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _open_admin(self) -> None:
+        await self._front.enter_async_context(self._make_admin())
+
+    async def _open_http(self) -> None:
         if not self.config.http:
             return
         from kvfabric.daemon.http import HttpServer  # a fifth of a node's imports
@@ -319,7 +366,7 @@ class Node:
             not_ready=self.not_ready,
             degraded=self._degraded,
         )
-        await stack.enter_async_context(server)
+        await self._front.enter_async_context(server)
         self.http_address = server.address
 
     def _degraded(self) -> str:
@@ -421,6 +468,7 @@ class Node:
         for entry in state.hbm:
             run = BlockRun(entry.namespace_tag, b"", entry.keys)
             self.events.engine_events(entry.session, EngineEvents((run,), (), cleared=False))
+        self._check_front()
         await estate.accept()
         self.processes_changed()
         statistics = self.store.statistics()
@@ -453,13 +501,9 @@ class Node:
         if self._is_frozen:
             self._is_frozen = False
             self._changing.release()
-        if not self._front_is_open:
+        if self._open_admin in self._shut:
             self.events.reopen()
-            try:
-                await self._open_front()
-            except ConfigError as exc:
-                # Somebody took the address meanwhile. Engines are served all the same.
-                log.error("after a takeover that failed: %s", exc)  # noqa: TRY400
+            await self._return_to_front()
 
     def describe(self, numbered: list[int]) -> NodeState:
         sessions = self.sessions.describe(numbered)

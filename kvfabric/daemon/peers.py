@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +50,31 @@ class TcpListener:
                 server.add_secure_port(self.address, self.credentials)
         except RuntimeError as exc:
             raise ConfigError(f"node.listen: cannot listen on {self.address}: {exc}") from exc
+
+
+def check_free(address: str, setting: str) -> None:
+    """Raises ConfigError if HOST:PORT cannot be listened on now. What this tries nobody can connect to."""
+    host, port = split_address(address, setting)
+    problems, num_free = [], 0
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as exc:
+        raise ConfigError(f"{setting}: no such address as {address}: {exc.strerror}") from exc
+    for family, kind, protocol, _, place in found:
+        try:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(place)
+        except OSError as exc:
+            problems.append(exc)
+        else:
+            num_free += 1
+    taken = [exc for exc in problems if exc.errno == errno.EADDRINUSE]
+    if taken or not num_free:
+        why = (taken or problems)[0].strerror
+        raise ConfigError(f"{setting}: cannot listen on {address}: {why}")
 
 
 def tcp_listener(config: NodeConfig) -> TcpListener | None:

@@ -360,8 +360,8 @@ async def take_over(path: Path) -> Estate | None:
     try:
         state = await _inherit(Channel(sock), received)
         if state is not None:
-            predecessor, received[0] = received[0], -1
-            return Estate(Channel(sock), predecessor, state, received[2:])
+            os.close(received[1])  # the memory of what was unpacked
+            return Estate(Channel(sock), received[0], state, received[2:])
     except BaseException:
         descriptors.close_all([one for one in received if one >= 0])
         sock.close()
