@@ -20,6 +20,7 @@ from kvfabric.store.index import HIT, HOST, NO_ROW, BlockIndex, Lineage, Rows, S
 from kvfabric.store.lease import LeaseBook, RequestGrant, Session
 from kvfabric.store.residency import DetachedSlot, Residency
 from kvfabric.tiers.arena import pages_of, slot_bytes
+from kvfabric.tiers.segment_index import BudgetState
 from kvfabric.types import PartSpec, SessionId, TenantId
 
 _NO_PLACE = 0
@@ -66,6 +67,14 @@ class SessionEntry(msgspec.Struct, frozen=True):
     requests: tuple[RequestEntry, ...]
 
 
+class BudgetEntry(msgspec.Struct, frozen=True):
+    """What a tenant may still write to SSD: bytes, and when that was (seconds since 1970)."""
+
+    tenant: str
+    left: float
+    at: float
+
+
 class Contents(msgspec.Struct, frozen=True):
     """Columns are packed little-endian vectors. A place is a position in the block columns counted from 1.
 
@@ -95,6 +104,7 @@ class Contents(msgspec.Struct, frozen=True):
     detached: tuple[DetachedEntry, ...]
     sessions: tuple[SessionEntry, ...]
     texts: bytes = b""
+    write_budgets: tuple[BudgetEntry, ...] = ()
 
 
 # ---------------------------------------------------------------------- out
@@ -135,6 +145,10 @@ def describe(residency: Residency, leases: LeaseBook, *, started: float) -> Cont
         detached=_detached_of(residency, places),
         sessions=tuple(_session_of(session, places) for session in leases.sessions.values()),
         texts=index.texts.array[rows].tobytes(),
+        write_budgets=tuple(
+            BudgetEntry(tenant, *level)
+            for tenant, level in residency.write_budgets.levels().items()
+        ),
     )
 
 
@@ -235,6 +249,9 @@ def _restore(contents: Contents, residency: Residency, leases: LeaseBook) -> Non
         _restore_session(session, index, leases, rows)
     _restore_detached(contents, residency, rows)
     residency.policy.offer(present)
+    residency.write_budgets.resume(
+        {TenantId(one.tenant): BudgetState(one.left, one.at) for one in contents.write_budgets}
+    )
 
 
 def _restore_rows(contents: Contents, residency: Residency) -> Rows:

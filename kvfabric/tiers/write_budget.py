@@ -95,14 +95,26 @@ class WriteBudget:
 
 
 class TenantBudgets:
-    """One bucket for each tenant that has a budget of its own, and how much each wrote. Levels are not kept:
-    what a daemon finds at its start begins empty, so a restart gives nothing back."""
+    """One bucket for each tenant that has a budget of its own, and how much each wrote. Levels are handed to
+    a successor and not kept: what a daemon finds at an ordinary start begins empty, so that it gives nothing
+    back."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.written: Counter[TenantId] = Counter()
         self._clock = clock
         self._budgets: dict[TenantId, WriteBudget] = {}
+        self._resumed: dict[TenantId, BudgetState] = {}
         self._is_new = True
+
+    def levels(self) -> dict[TenantId, BudgetState]:
+        """For a successor. Nothing is being written."""
+        return {tenant: budget.to_keep(0) for tenant, budget in self._budgets.items()}
+
+    def resume(self, levels: Mapping[TenantId, BudgetState]) -> None:
+        """Go on with what a predecessor left, of tenants that are known already or to come."""
+        self._resumed = dict(levels)
+        for tenant in self._budgets.keys() & levels.keys():
+            self._budgets[tenant].resume(self._resumed.pop(tenant))
 
     def configure(self, bytes_per_day: Mapping[TenantId, int]) -> None:
         """0 for no limit, as for tenants that are not named."""
@@ -112,10 +124,13 @@ class TenantBudgets:
             budget = self._budgets.get(tenant)
             if budget is None:
                 budget = self._budgets[tenant] = WriteBudget(rate, self._clock)
-                if self._is_new:
+                if tenant in self._resumed:
+                    budget.resume(self._resumed.pop(tenant))
+                elif self._is_new:
                     budget.empty()
             else:
                 budget.resize(rate)
+        self._resumed.clear()  # of tenants without a budget now
         self._is_new = False
 
     def take(self, tenant: TenantId, num_bytes: int) -> bool:

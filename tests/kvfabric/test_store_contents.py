@@ -25,7 +25,8 @@ from kvfabric.testing.store import (
     part_bytes,
 )
 from kvfabric.tiers.arena import Arena
-from kvfabric.types import TierName
+from kvfabric.tiers.write_budget import TenantBudgets
+from kvfabric.types import TenantId, TierName
 
 KEYS = make_keys(6)
 
@@ -252,3 +253,24 @@ async def test_a_thawed_store_goes_on(tmp_path: Path) -> None:
         rig.store.thaw()
         assert await rig.get(KEYS) == [part_bytes(key) for key in KEYS]
         rig.store._residency.check()
+
+
+async def test_what_tenants_may_still_write_to_ssd_is_handed_over() -> None:
+    """Neither full again nor empty, of a tenant that the heir hears of before or after."""
+    now = 1000.0
+    async with StoreRig() as rig:
+        budgets = rig.store._residency.write_budgets = TenantBudgets(lambda: now)
+        budgets.configure({})
+        budgets.configure({TenantId("t-1"): 24 * 4096, TenantId("t-2"): 24 * 4096})
+        assert budgets.take(TenantId("t-1"), 3000)
+        held = await hand_over(rig)
+        now += 1
+        for is_known in (False, True):
+            async with StoreRig() as heir:
+                of_heir = heir.store._residency.write_budgets = TenantBudgets(lambda: now)
+                if is_known:
+                    of_heir.configure(dict.fromkeys((TenantId("t-1"), TenantId("t-2")), 24 * 4096))
+                heir.store.restore(held)
+                of_heir.configure({TenantId("t-1"): 24 * 4096, TenantId("t-2"): 24 * 4096})
+                left = {tenant: level.left for tenant, level in of_heir.levels().items()}
+                assert left == {"t-1": pytest.approx(1096 + 4096 / 3600), "t-2": 4096}
