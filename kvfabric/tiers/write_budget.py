@@ -130,7 +130,6 @@ class TenantBudgets:
                     budget.empty()
             else:
                 budget.resize(rate)
-        self._resumed.clear()  # of tenants without a budget now
         self._is_new = False
 
     def take(self, tenant: TenantId, num_bytes: int) -> bool:

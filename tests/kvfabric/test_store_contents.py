@@ -259,6 +259,7 @@ async def test_what_tenants_may_still_write_to_ssd_is_handed_over() -> None:
     """Neither full again nor empty, of a tenant that the heir hears of before or after."""
     now = 1000.0
     async with StoreRig() as rig:
+        rig.state = None
         budgets = rig.store._residency.write_budgets = TenantBudgets(lambda: now)
         budgets.configure({})
         budgets.configure({TenantId("t-1"): 24 * 4096, TenantId("t-2"): 24 * 4096})
@@ -267,6 +268,7 @@ async def test_what_tenants_may_still_write_to_ssd_is_handed_over() -> None:
         now += 1
         for is_known in (False, True):
             async with StoreRig() as heir:
+                heir.state = None  # nobody else tells of tenants
                 of_heir = heir.store._residency.write_budgets = TenantBudgets(lambda: now)
                 if is_known:
                     of_heir.configure(dict.fromkeys((TenantId("t-1"), TenantId("t-2")), 24 * 4096))
