@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import secrets
@@ -28,7 +29,7 @@ from kvfabric.daemon.auditor import Auditor, AuditorParts
 from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups
-from kvfabric.daemon.peers import check_free, tcp_listener
+from kvfabric.daemon.peers import TcpListener, check_free, tcp_listener
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
@@ -130,7 +131,6 @@ class Node:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         config, estate = self.config, self._estate
-        self._tcp = tcp_listener(config)
         _make_private(config.state_dir)
         if estate is None:
             patience_s = _LOCK_S if self._takes_over else 0.0
@@ -246,9 +246,15 @@ class Node:
         """Raises ConfigError if an address that this node is to have is somebody else's. The predecessor has
         given its own up."""
         check_private(self.config.admin_socket_path)
-        for setting, address in (("listen", self.config.listen), ("http", self.config.http)):
-            if address:
-                check_free(address, f"node.{setting}")
+        if self._tcp is not None:
+            check_free(self._tcp.address, "node.listen")
+        if self.config.http:
+            check_free(self.config.http, "node.http")
+
+    @functools.cached_property
+    def _tcp(self) -> TcpListener | None:
+        """Raises ConfigError for files that do not read."""
+        return tcp_listener(self.config)
 
     def _make_store(self) -> BlockStore:
         config = self.config
