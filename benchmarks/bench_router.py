@@ -56,12 +56,16 @@ class Case:
 
 @dataclass(slots=True)
 class Answer:
-    """What a client saw of one request; seconds of wall time, `ttft_s` negative without an answer."""
+    """What a client saw of one request; seconds of wall time, `ttft_s` negative without an answer.
+
+    `engine_s`: of it, from the engine's having read the head of the request to its first token.
+    """
 
     engine: str = ""
     ttft_s: float = -1.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    engine_s: float = 0.0
     error: str = ""
 
 
@@ -85,6 +89,7 @@ async def ask(http: aiohttp.ClientSession, url: str, body: bytes, answer: Answer
             usage = json.loads(line[6:]).get("usage") or {}
             answer.prompt_tokens = usage.get("prompt_tokens", 0)
             answer.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+            answer.engine_s = usage["engine_ms"] / 1e3
             answer.engine = json.loads(line[6:]).get("system_fingerprint", "")
     if not answer.prompt_tokens:
         answer.error = "the stream broke off"

@@ -42,12 +42,17 @@ class NotReady(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A router before its engines. `routers` and `nodes`: process ids, for their CPU time."""
+    """A router before its engines. `routers`, `nodes`, `simulators`: process ids, for their CPU time."""
 
     url: str
     engines: tuple[str, ...]
     routers: tuple[int, ...]
     nodes: tuple[int, ...] = ()
+    simulators: tuple[int, ...] = ()
+
+    def simulators_cpu_s(self) -> float:
+        """CPU seconds of the engines so far."""
+        return sum(map(_cpu_s, self.simulators))
 
     def cpu_s(self) -> tuple[float, float]:
         """CPU seconds so far: of the router, of the node (0 for a peer)."""
@@ -123,7 +128,7 @@ async def deployed(
         engine = ROOT / "benchmarks" / "simulated.py"
         flags = ["--compression", str(compression), *node]
         ports_given = [str(port) for port in ports[:num_engines]]
-        await processes.start("engines", [OURS / "python", engine, *ports_given, *flags])
+        parent = await processes.start("engines", [OURS / "python", engine, *ports_given, *flags])
         await processes.wait(lambda: _all_answer(http, [f"{url}/health" for url in urls]))
         own = ports[num_engines]
         command = (
@@ -135,7 +140,7 @@ async def deployed(
         url = f"http://127.0.0.1:{own}"
         ready = _all_taking if is_ours else _models_answer
         await processes.wait(lambda: ready(http, url, num_engines))
-        yield Deployment(url, urls, (pid,), nodes)
+        yield Deployment(url, urls, (pid,), nodes, _children(parent))
 
 
 async def _node(processes: _Processes, directory: Path, host_bytes: int) -> int:
@@ -214,6 +219,10 @@ def free_ports(count: int) -> list[int]:
     finally:
         for s in sockets:
             s.close()
+
+
+def _children(pid: int) -> tuple[int, ...]:
+    return tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def _cpu_s(pid: int) -> float:

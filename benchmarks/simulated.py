@@ -129,6 +129,7 @@ class _Ask:
     arrived_at: float
     first_token: asyncio.Event
     request_id: str = ""
+    took_ms: float = 0.0
     host_blocks: int = 0
     cached_tokens: int = 0
     is_cancelled: bool = False
@@ -270,6 +271,7 @@ class SimulatedEngine:
         )
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
+        began = time.perf_counter()
         body = msgspec.json.decode(await request.read())
         ask = await self._ask(body, request.headers.get(_REQUEST_ID, ""))
         self._queue.put_nowait(ask)
@@ -278,6 +280,7 @@ class SimulatedEngine:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         try:
             await ask.first_token.wait()
+            ask.took_ms = (time.perf_counter() - began) * 1e3
             if is_stream:
                 await response.prepare(request)
                 await response.write(self._event({"choices": [_choice("a")]}))
@@ -338,6 +341,7 @@ def _usage(ask: _Ask, output_tokens: int) -> dict[str, Any]:
         "completion_tokens": output_tokens,
         "total_tokens": ask.prompt_tokens + output_tokens,
         "prompt_tokens_details": {"cached_tokens": ask.cached_tokens},
+        "engine_ms": round(ask.took_ms, 3),
     }
 
 

@@ -14,8 +14,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import asyncio
     import logging
+
+    import uvloop
 
     from kvfabric.keyring import hide_memory
     from kvfabric_router.app import serve_until_stopped
@@ -25,7 +26,7 @@ def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    asyncio.run(serve_until_stopped(config))
+    uvloop.run(serve_until_stopped(config))
     return 0
 
 

@@ -94,7 +94,7 @@ async def test_live_choices_come_out_as_they_were(tmp_path: Path, name: str) -> 
         Exchange(msgspec.structs.replace(one.chosen, draw=one.chosen.draw + 1), one.outcome)
         for one in exchanges
     ]
-    assert len(replay.check(others).different) > 10
+    assert replay.check(others).different
 
     raw = b"".join(file.read_bytes() for file in files_of(tmp_path / "j"))
     for secret in ("the words", "t-1", KEY, *ids):
