@@ -152,12 +152,15 @@ class Pins:
         """Make every block what it should be; others may run where it yields. Given up half way, it is still
         to be done."""
         mark = self._changes
-        levels: dict[int, list[Rows]] = {}
-        yield from self._collect(levels)
+        found: dict[int, list[Rows]] = {}
+        yield from self._collect(found)
         num_refused = sum(self.refused.values())
         num_freed = 0
-        for level in sorted(levels):
-            for rows in _pieces(levels[level]):
+        levels: list[Rows] = []
+        for level in sorted(found):
+            # Not left to the end: to free all these vectors at once takes milliseconds.
+            levels.append(np.concatenate(found.pop(level)))
+            for rows in _pieces(levels[-1]):
                 num_freed += self._settle(rows)
                 yield
         num_refused = sum(self.refused.values()) - num_refused
@@ -169,7 +172,7 @@ class Pins:
         # What gave up its room late could not be had by those that came before it.
         self._changes += bool(num_freed and num_refused)
 
-    def _collect(self, levels: dict[int, list[Rows]]) -> Iterator[None]:
+    def _collect(self, found: dict[int, list[Rows]]) -> Iterator[None]:
         """Blocks that are or should be pinned, by their place in the prompt."""
         index = self._index
         for start in range(1, index.highest_row + 1, _SLICE_ROWS):
@@ -182,7 +185,7 @@ class Pins:
             starts = np.flatnonzero(np.append(True, places[1:] != places[:-1])).tolist()
             for first, following in pairwise([*starts, len(rows)]):
                 if first < following:
-                    levels.setdefault(int(places[first]), []).append(rows[first:following])
+                    found.setdefault(int(places[first]), []).append(rows[first:following])
             yield
 
     def _settle(self, rows: Rows) -> int:
@@ -201,11 +204,11 @@ class Pins:
         self._refuse(rows[behind])
         return int(np.count_nonzero(is_pinned & ~should))
 
-    def _trim(self, slot: int, levels: dict[int, list[Rows]]) -> Iterator[None]:
+    def _trim(self, slot: int, levels: list[Rows]) -> Iterator[None]:
         """Unpin a tenant's blocks until they fit its budget, the last of the prompts first."""
         index = self._index
-        for level in sorted(levels, reverse=True):
-            for piece in _pieces(levels[level]):
+        for level in reversed(levels):
+            for piece in _pieces(level):
                 over = self._host.over_pin_budget(slot)
                 if over <= 0:
                     return
@@ -295,7 +298,6 @@ class Pins:
             assert max(over, default=0) <= 0, "pinned beyond a budget"
 
 
-def _pieces(found: list[Rows]) -> Iterator[Rows]:
-    rows = np.concatenate(found)
+def _pieces(rows: Rows) -> Iterator[Rows]:
     for start in range(0, len(rows), _PIECE):
         yield rows[start : start + _PIECE]

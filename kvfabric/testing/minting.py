@@ -59,10 +59,12 @@ class Minter:
         return mint(handle, self._key)
 
 
-def segment_of(state: RegistryState, name: str, version: str, first_token: int = 0) -> Segment:
+def segment_of(
+    state: RegistryState, name: str, version: str, first_token: int = 0, num_tokens: int = 0
+) -> Segment:
     """The version as it is registered."""
     known = state.templates[name, version]
-    return Segment(name, version, known.incarnation, first_token)
+    return Segment(name, version, known.incarnation, first_token, num_tokens)
 
 
 def keys_of(opened: HandleOpened, prompt: str, num_blocks: int) -> list[BlockKey]:

@@ -106,12 +106,19 @@ class Fleet:
 
     def charged(self) -> dict[str, int]:
         """Blocks in host memory by who pays for them."""
+        return self._blocks("host_bytes")
+
+    def pinned(self) -> dict[str, int]:
+        """Of these, those that a pinned template keeps."""
+        return self._blocks("pinned_bytes")
+
+    def _blocks(self, field: str) -> dict[str, int]:
         names = {tenant: name for name, tenant in self.tenants.items()} | {PUBLIC_TENANT: "public"}
         status = self.admin.call(self.admin.admin.Status, pb.StatusRequest())
         return {
-            names[TenantId(row.tenant_id)]: row.host_bytes // PART_BYTES
+            names[TenantId(row.tenant_id)]: num_bytes // PART_BYTES
             for row in status.usage
-            if row.host_bytes
+            if (num_bytes := getattr(row, field))
         }
 
 
@@ -167,6 +174,21 @@ def test_tenants_share_what_is_public_and_nothing_else(tmp_path: Path) -> None:
         promote = pb.PromoteTemplateRequest(name="p", version="1")
         found.admin.call(found.admin.registry.PromoteTemplate, promote)
         assert found.matched("two", text) == WHOLE
+
+
+@pytest.mark.slow
+@pytest.mark.fleet
+def test_pinned_texts_count_for_who_owns_their_blocks(tmp_path: Path) -> None:
+    """The router tells the node, in the handle, where the texts that it recognised end."""
+    with fleet(tmp_path / "n") as found:
+        for name in ("p", "s"):
+            pin = pb.PinTemplateRequest(name=name, ttl_s=600)
+            found.admin.call(found.admin.registry.PinTemplate, pin)
+        for who in ("one", "two"):
+            found.store(who, PUBLIC + QUESTION)
+        assert found.pinned() == {"public": SHARED}
+        found.store("one", PRIVATE + QUESTION)
+        assert found.pinned() == {"public": SHARED, "one": len(PRIVATE) // BLOCK_TOKENS}
 
 
 @pytest.mark.slow

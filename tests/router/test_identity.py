@@ -162,7 +162,10 @@ def test_the_handle_says_everything_that_the_node_needs(keyring: Keyring) -> Non
     assert handle.tenant == "t-1"
     assert handle.audience == SESSION
     assert handle.request_id == "req-1"
-    assert [(s.template, s.first_token) for s in handle.segments] == [("p", 0), ("t", 35)]
+    assert [(s.template, s.first_token, s.num_tokens) for s in handle.segments] == [
+        ("p", 0, 50),
+        ("t", 35, 8),
+    ]
     assert handle.public_tokens == 50
     assert handle.cacheable_tokens == NO_LIMIT
     assert {scope for scope, _ in handle.epochs} == {

@@ -37,7 +37,9 @@ def test_adjacent_templates_are_both_found() -> None:
 def test_the_place_is_in_tokens_not_in_characters() -> None:
     """A template that starts in the middle of a block, after text of several bytes a character."""
     a = template("a", "1", "ünïcode")
-    assert places(recognise("é" * 20 + "ünïcode", a)) == [("a", "1", 40)]
+    found = recognise("é" * 20 + "ünïcode", a)
+    assert places(found) == [("a", "1", 40)]
+    assert [one.num_tokens for one in found.segments] == [9]
 
 
 def test_overlapping_texts_of_two_templates_are_both_found() -> None:

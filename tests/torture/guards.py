@@ -10,6 +10,7 @@ from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
 from kvfabric.registry.state import RegistryState
+from kvfabric.store import policy
 from kvfabric.store.lease import LeaseBook, Request
 from kvfabric.store.reading import Reader
 from kvfabric.tiers import direct_io
@@ -149,9 +150,14 @@ def no_fence() -> None:
     RegistryState.fence_reason = lambda *_: MissReason.NONE  # type: ignore[method-assign]
 
 
+def no_pins() -> None:
+    """Guard out: which blocks could go is asked without regard to pins."""
+    setattr(policy, "PINNED", 0)  # noqa: B010
+
+
 _OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
 _OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
-_OF_TENANTS = (no_salt, no_lineage)
+_OF_TENANTS = (no_salt, no_lineage, no_pins)
 _OF_VERSIONS = (no_fence,)
 CHANGES: dict[str, Callable[[], None]] = {
     change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS, *_OF_VERSIONS)
