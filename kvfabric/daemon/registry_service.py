@@ -161,6 +161,7 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
             request.version,
             request.text,
             is_public=request.is_public,
+            after=request.after,
             requested_by=requested_by(context),
         )
         return template_to_pb(template)

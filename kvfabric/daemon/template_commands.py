@@ -7,6 +7,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvfabric.daemon.admin_printing import (
     DIGEST_DIGITS,
@@ -20,6 +21,9 @@ from kvfabric.daemon.admin_printing import (
 from kvfabric.daemon.receipt_commands import print_receipt
 from kvfabric.errors import ConfigError
 
+if TYPE_CHECKING:
+    from kvfabric.registry.state import TemplateVersion
+
 
 def configure_template(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -29,6 +33,13 @@ def configure_template(parser: argparse.ArgumentParser) -> None:
     register.add_argument("--file", required=True, metavar="FILE", help="its text; - for stdin")
     register.add_argument(
         "--public", action="store_true", help="its blocks may be shared by all tenants"
+    )
+    register.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="public right behind that public template, not at the start (several: behind any of them)",
     )
     common(register, _template_register)
     common(verbs.add_parser("list", help="templates and their versions"), _template_list)
@@ -54,7 +65,11 @@ def _template_register(args: argparse.Namespace) -> int:
     from kvfabric.protocol import kvfabric_pb2 as pb
 
     request = pb.RegisterTemplateRequest(
-        name=args.name, version=args.version, text=_text(args.file), is_public=args.public
+        name=args.name,
+        version=args.version,
+        text=_text(args.file),
+        is_public=args.public,
+        after=args.after,
     )
     with client(args) as node:
         template = node.call(node.registry.RegisterTemplate, request)
@@ -87,7 +102,7 @@ def _template_list(args: argparse.Namespace) -> int:
             template.name,
             template.version,
             template.state,
-            "public" if template.is_public else "-",
+            _shared(template),
             f"{len(template.text)} bytes",
             _pin(template.pinned_until),
             template.incarnation.hex()[:DIGEST_DIGITS],
@@ -125,6 +140,12 @@ def _template_unpin(args: argparse.Namespace) -> int:
     if args.json:
         return print_json(template)
     return print_lines([f"template {template.name} {template.version} is not pinned any more"])
+
+
+def _shared(template: TemplateVersion) -> str:
+    if not template.is_public:
+        return "-"
+    return f"public after {', '.join(template.after)}" if template.after else "public"
 
 
 def _template_promote(args: argparse.Namespace) -> int:

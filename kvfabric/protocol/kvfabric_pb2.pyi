@@ -262,7 +262,7 @@ class SharedKeys(_message.Message):
     def __init__(self, fleet_check: _Optional[bytes] = ..., tenant_secrets: _Optional[_Mapping[str, bytes]] = ..., handle_keys: _Optional[_Mapping[int, bytes]] = ..., current_handle_key: _Optional[int] = ...) -> None: ...
 
 class Template(_message.Message):
-    __slots__ = ("name", "version", "incarnation", "text", "is_public", "state", "pinned_until", "pin_s")
+    __slots__ = ("name", "version", "incarnation", "text", "is_public", "state", "pinned_until", "pin_s", "after")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +271,7 @@ class Template(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     PINNED_UNTIL_FIELD_NUMBER: _ClassVar[int]
     PIN_S_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     incarnation: bytes
@@ -279,7 +280,8 @@ class Template(_message.Message):
     state: str
     pinned_until: float
     pin_s: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ..., state: _Optional[str] = ..., pinned_until: _Optional[float] = ..., pin_s: _Optional[float] = ...) -> None: ...
+    after: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ..., state: _Optional[str] = ..., pinned_until: _Optional[float] = ..., pin_s: _Optional[float] = ..., after: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegistryState(_message.Message):
     __slots__ = ("registry_id", "version", "epochs", "tenants", "templates")
@@ -398,16 +400,18 @@ class RevokeApiKeyRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., api_key_prefix: _Optional[str] = ...) -> None: ...
 
 class RegisterTemplateRequest(_message.Message):
-    __slots__ = ("name", "version", "text", "is_public")
+    __slots__ = ("name", "version", "text", "is_public", "after")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IS_PUBLIC_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     text: bytes
     is_public: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ...) -> None: ...
+    after: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., text: _Optional[bytes] = ..., is_public: _Optional[bool] = ..., after: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PromoteTemplateRequest(_message.Message):
     __slots__ = ("name", "version")

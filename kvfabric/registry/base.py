@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
@@ -215,12 +215,20 @@ class Registry(ABC):
     # ------------------------------------------------------------------ templates
 
     async def register_template(
-        self, name: str, version: str, text: bytes, *, is_public: bool, requested_by: str = ""
+        self,
+        name: str,
+        version: str,
+        text: bytes,
+        *,
+        is_public: bool,
+        after: Sequence[str] = (),
+        requested_by: str = "",
     ) -> TemplateVersion:
         """A new version with an incarnation of its own. It serves at once unless another one of the
         name does: then it waits, retired, for `promote_template`.
         """
-        template = TemplateVersion(name, version, changes.mint_incarnation(), text, is_public)
+        incarnation = changes.mint_incarnation()
+        template = TemplateVersion(name, version, incarnation, text, is_public, after=tuple(after))
         return (
             await self.commit(
                 lambda state: changes.register_template(state, template), requested_by

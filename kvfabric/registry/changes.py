@@ -243,6 +243,7 @@ def register_template(state: RegistryState, template: TemplateVersion) -> Draft[
     _check_name("template", template.name)
     _check_name("version", template.version)
     _check_text(state, template)
+    _check_after(state, template)
     versions = [known for known in state.templates.values() if known.name == template.name]
     taken = any(known.state == SERVING for known in versions)
     added = replace(template, state=RETIRED if taken else SERVING)
@@ -435,6 +436,18 @@ def _check_quotas(tenant: Tenant) -> None:
             raise ConfigError(f"tenant {tenant.name}: {name} is {limit}; it is 0 or more")
     if not 0 <= tenant.max_age_s < float("inf"):
         raise ConfigError(f"tenant {tenant.name}: max_age_s is {tenant.max_age_s}; 0 means none")
+
+
+def _check_after(state: RegistryState, template: TemplateVersion) -> None:
+    if template.after and not template.is_public:
+        raise ConfigError(
+            f"template {template.name} comes after others, which says where it is shared: it is to be public"
+        )
+    for name in template.after:
+        if name == template.name:
+            raise ConfigError(f"template {name} cannot come after itself")
+        if not any(known.is_public for known in _versions(state, name, "")):
+            raise Conflict(f"template {name} is not public: nothing is shared after it")
 
 
 def _check_text(state: RegistryState, template: TemplateVersion) -> None:

@@ -77,6 +77,9 @@ class Tenant:
 class TemplateVersion:
     """One registration. The incarnation is minted once and never used again for anything else.
 
+    `is_public`: its blocks may be shared by all tenants where a prompt begins with it or, with `after`, where
+    it stands right behind one of these templates that is itself shared there.
+
     `pinned_until`: Unix seconds, 0 for not pinned. `pin_s`: for how long it was pinned; whoever's clock is
     wrong keeps it no longer than that. Only what serves is pinned.
     """
@@ -89,6 +92,7 @@ class TemplateVersion:
     state: str = SERVING
     pinned_until: float = 0.0
     pin_s: float = 0.0
+    after: tuple[str, ...] = ()
 
     def put(self, state: str) -> TemplateVersion:
         """In that state. A pin ends with the service."""

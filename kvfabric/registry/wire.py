@@ -94,6 +94,7 @@ def template_to_pb(template: TemplateVersion) -> pb.Template:
         state=template.state,
         pinned_until=template.pinned_until,
         pin_s=template.pin_s,
+        after=template.after,
     )
 
 
@@ -112,6 +113,7 @@ def _template_from_pb(message: pb.Template) -> TemplateVersion:
         state=message.state,
         pinned_until=message.pinned_until,
         pin_s=message.pin_s,
+        after=tuple(message.after),
     )
 
 

@@ -27,6 +27,7 @@ from kvfabric.registry.state import (
     TierQuota,
     namespace_of,
 )
+from kvfabric.registry.wire import state_from_pb, state_to_pb
 from kvfabric.types import (
     DEFAULT_TENANT,
     PUBLIC_TENANT,
@@ -166,6 +167,25 @@ class RegistryTests(ABC):
                     await registry.offboard_tenant(name)
 
     # ------------------------------------------------------------------ templates
+
+    async def test_what_a_public_template_comes_after_is_kept_and_checked(
+        self, tmp_path: Path
+    ) -> None:
+        async with self.open_registry(tmp_path) as registry:
+            register = registry.register_template
+            await register("system", "1", b"You are kind.", is_public=True)
+            await register("secret", "1", b"Hush.", is_public=False)
+            await register("tools", "1", b"Tools: none.", is_public=True, after=["system"])
+            with pytest.raises(NotFound):
+                await register("x", "1", b"x", is_public=True, after=["absent"])
+            with pytest.raises(Conflict, match="not public"):
+                await register("x", "1", b"x", is_public=True, after=["secret"])
+            for name, is_public in (("x", False), ("system", True)):
+                with pytest.raises(ConfigError):
+                    await register(name, "2", b"x", is_public=is_public, after=["system"])
+        async with self.open_registry(tmp_path) as registry:
+            assert registry.state.templates["tools", "1"].after == ("system",)
+            assert state_from_pb(state_to_pb(registry.state)) == registry.state
 
     async def test_a_new_version_waits_until_it_is_promoted(self, tmp_path: Path) -> None:
         async with self.open_registry(tmp_path) as registry:

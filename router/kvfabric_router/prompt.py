@@ -62,8 +62,8 @@ class Recognised:
     """What a prompt uses of the registry.
 
     `cacheable_tokens`: first token of the first withdrawn version's text, NO_LIMIT without one; segments
-    from there on are left out. `public_tokens`: length of the public version that the prompt starts
-    with, else 0.
+    from there on are left out. `public_tokens`: length of the public versions that the prompt starts with,
+    each where it was approved, else 0.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -112,14 +112,37 @@ class TemplateIndex:
         withdrawn = [place for place, needle in found if needle.version.state != SERVING]
         end = min(withdrawn, default=len(prompt))
         used = [(place, needle) for place, needle in found if place < end]
-        public = [len(n.text) for place, n in used if place == 0 and n.version.is_public]
         return Recognised(
             segments=tuple(
                 _segment(needle, place) for place, needle in sorted(used, key=_prompt_order)
             ),
             cacheable_tokens=end if withdrawn else NO_LIMIT,
-            public_tokens=min(max(public, default=0), end),
+            public_tokens=min(_public(used), end),
         )
+
+
+def _public(used: Sequence[tuple[int, _Needle]]) -> int:
+    """Where the longest chain of public texts ends: one that may begin, then each right behind one that it
+    was approved to follow. A text counts at its first place alone, where its marker is."""
+    by_place: dict[int, list[_Needle]] = {}
+    for place, needle in used:
+        if needle.version.is_public:
+            by_place.setdefault(place, []).append(needle)
+    ends = {
+        (len(needle.text), needle.version.name)
+        for needle in by_place.get(0, ())
+        if not needle.version.after
+    }
+    seen = set(ends)
+    while ends:
+        ends = {
+            (end + len(needle.text), needle.version.name)
+            for end, name in ends
+            for needle in by_place.get(end, ())
+            if name in needle.version.after
+        } - seen
+        seen |= ends
+    return max((end for end, _ in seen), default=0)
 
 
 def _segment(needle: _Needle, place: int) -> Segment:

@@ -32,6 +32,7 @@ from kvfabric.types import PUBLIC_TENANT, BlockKey, Incarnation, Segment, Tenant
 from tests.router.standin import registry_state, template
 
 PUBLIC = "You are the assistant of everybody here."  # 40 tokens: two blocks and a half
+TOOLS = " You may call search(text), and nothing else."  # 45 tokens: with PUBLIC five blocks, and 5
 PRIVATE = "Only for those who are asked to know it."
 QUESTION = " What is it that you are allowed to tell me about them? " * 2
 WHOLE, SHARED = 9, 2
@@ -131,9 +132,13 @@ def fleet(directory: Path) -> Iterator[Fleet]:
             for name in ("one", "two"):
                 created = admin.call(admin.registry.CreateTenant, pb.CreateTenantRequest(name=name))
                 found.tenants[name] = TenantId(created.tenant.tenant_id)
-            for name, text, is_public in (("p", PUBLIC, True), ("s", PRIVATE, False)):
+            for name, text, is_public, after in (
+                ("p", PUBLIC, True, []),
+                ("s", PRIVATE, False, []),
+                ("tools", TOOLS, True, ["p"]),
+            ):
                 request = pb.RegisterTemplateRequest(
-                    name=name, version="1", text=text.encode(), is_public=is_public
+                    name=name, version="1", text=text.encode(), is_public=is_public, after=after
                 )
                 admin.call(admin.registry.RegisterTemplate, request)
             yield found
@@ -193,6 +198,35 @@ def test_pinned_texts_count_for_who_owns_their_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fleet
+def test_public_templates_in_the_approved_order_are_shared_as_one(tmp_path: Path) -> None:
+    """A system prompt and a list of tools. The twin is the other order, which nobody approved."""
+    both, system = 5, 2
+    with fleet(tmp_path / "n") as found:
+        text = PUBLIC + TOOLS + QUESTION
+        whole = found.store("one", text)
+        assert found.charged() == {"public": both, "one": whole - both}
+        assert found.matched("two", text) == both
+        assert found.matched("two", PUBLIC + QUESTION) == system
+        assert found.matched("two", PUBLIC + " " + TOOLS + QUESTION) == system
+        turned = TOOLS + PUBLIC + QUESTION
+        assert found.store("one", turned) == found.matched("one", turned) > both
+        assert found.matched("two", turned) == 0
+
+        # The second is withdrawn: the first stays shared, and warm. And back.
+        invalidate = pb.InvalidateRequest(scope="template", name="tools")
+        found.admin.call(found.admin.registry.Invalidate, invalidate)
+        assert found.matched("one", text) == found.matched("two", text) == system
+        promote = pb.PromoteTemplateRequest(name="tools", version="1")
+        found.admin.call(found.admin.registry.PromoteTemplate, promote)
+        assert found.matched("two", text) == both
+        # The first: then nothing that follows is anybody's.
+        invalidate = pb.InvalidateRequest(scope="template", name="p")
+        found.admin.call(found.admin.registry.Invalidate, invalidate)
+        assert found.matched("one", text) == found.matched("two", text) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.fleet
 def test_a_router_that_believed_its_client_would_share_secrets(tmp_path: Path) -> None:
     """The twin: boundaries are what the client says. And only who has the key can say so to a node."""
     secret = PRIVATE + QUESTION
@@ -229,22 +263,34 @@ def public_tokens(state: RegistryState, text: str) -> int:
     serving = [t for t in state.templates.values() if t.state != RETIRED]
     withdrawn = [text.find(t.text.decode()) for t in state.templates.values() if t.state == RETIRED]
     end = min((place for place in withdrawn if place >= 0), default=len(text))
-    whole = [len(t.text) for t in serving if t.is_public and text.startswith(t.text.decode())]
-    return min(max(whole, default=0), end)
+    public = [t for t in serving if t.is_public]
+
+    def longest(place: int, before: str) -> int:
+        """Tried out: every text that may follow `before` here, and what may follow it."""
+        fitting = [
+            t
+            for t in public
+            if (before in t.after if before else not t.after)
+            and text.find(t.text.decode()) == place
+        ]
+        return max([longest(place + len(t.text), t.name) for t in fitting], default=place)
+
+    return min(longest(0, ""), end)
 
 
 def test_recognition_agrees_with_the_definition() -> None:
     """Random texts of two letters, so that they contain, extend and overlap each other all the time."""
     chance = random.Random(9)
-    found_public = found_cut = 0
-    for _ in range(3000):
+    found_public = found_cut = found_chained = 0
+    for _ in range(6000):
         templates = [
             template(
                 f"t{number}",
                 "1",
                 "".join(chance.choices("ab", k=chance.randrange(1, 7))),
-                is_public=chance.random() < 0.5,
+                is_public=chance.random() < 0.7,
                 state=RETIRED if chance.random() < 0.2 else "serving",
+                after=[f"t{chance.randrange(4)}"] if chance.random() < 0.5 else [],
             )
             for number in range(4)
         ]
@@ -254,5 +300,7 @@ def test_recognition_agrees_with_the_definition() -> None:
         recognised = TemplateIndex(state, tokenizer.encode).recognise(tokenizer.encode(text))
         assert recognised.public_tokens == expected, (templates, text)
         found_public += expected > 0
+        starts = [t for t in templates if t.is_public and not t.after]
+        found_chained += expected not in (0, *(len(t.text) for t in starts))
         found_cut += expected > 0 and recognised.cacheable_tokens == expected
-    assert min(found_public, found_cut) > 30
+    assert min(found_public, found_cut, found_chained) > 30

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -182,10 +182,18 @@ def tenant(name: str, key: str = "", *, opted_out: bool = False) -> Tenant:
 
 
 def template(
-    name: str, version: str, text: str, *, state: str = "serving", is_public: bool = False
+    name: str,
+    version: str,
+    text: str,
+    *,
+    state: str = "serving",
+    is_public: bool = False,
+    after: Sequence[str] = (),
 ) -> TemplateVersion:
     incarnation = Incarnation(f"{name}/{version}".encode().ljust(16, b".")[:16])
-    return TemplateVersion(name, version, incarnation, text.encode(), is_public, state)
+    return TemplateVersion(
+        name, version, incarnation, text.encode(), is_public, state, after=tuple(after)
+    )
 
 
 def registry_state(

@@ -108,6 +108,37 @@ def test_a_public_template_counts_only_at_the_start() -> None:
     assert recognise("x PUBLIC PREFIX", public).public_tokens == 0
 
 
+def test_public_templates_are_shared_in_the_approved_order() -> None:
+    system = template("system", "1", "SYSTEM.", is_public=True)
+    tools = template("tools", "1", "TOOLS.", is_public=True, after=["system"])
+    more = template("more", "1", "MORE.", is_public=True, after=["system", "tools"])
+    loose = template("loose", "1", "LOOSE.", is_public=True)
+    private = template("private", "1", "PRIVATE.")
+    every = (system, tools, more, loose, private)
+
+    def public(prompt: str) -> str:
+        return prompt[: recognise(prompt, *every).public_tokens]
+
+    assert public("SYSTEM.TOOLS.MORE. and mine") == "SYSTEM.TOOLS.MORE."
+    assert public("SYSTEM.MORE.TOOLS.") == "SYSTEM.MORE.", "not in that order"
+    assert public("TOOLS.MORE.") == "", "not at the start"
+    assert public("SYSTEM. TOOLS.") == "SYSTEM.", "not right behind it"
+    assert public("SYSTEM.PRIVATE.TOOLS.") == "SYSTEM."
+    assert public("SYSTEM.LOOSE.") == "SYSTEM.", "approved for the start alone"
+    assert public("LOOSE.TOOLS.") == "LOOSE."
+    assert public("SYSTEM.SYSTEM.TOOLS.") == "SYSTEM."
+    gone = template("tools", "1", "TOOLS.", is_public=True, after=["system"], state=RETIRED)
+    found = recognise("SYSTEM.TOOLS.MORE.", system, gone, more)
+    assert (found.public_tokens, found.cacheable_tokens) == (7, 7)
+
+
+def test_of_public_texts_at_one_place_the_longest_chain_counts() -> None:
+    short = template("short", "1", "ab", is_public=True)
+    long = template("long", "1", "abc", is_public=True)
+    rest = template("rest", "1", "cde", is_public=True, after=["short"])
+    assert recognise("abcdef", short, long, rest).public_tokens == 5
+
+
 def test_a_private_template_at_the_start_makes_nothing_public() -> None:
     private = template("s", "1", "secret")
     public = template("p", "1", "PUBLIC", is_public=True)
