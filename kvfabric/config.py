@@ -293,10 +293,18 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Config]) -> None:
         )
 
 
+_PASSWORD = re.compile(r"[a-z+]+://[^/@?]*:[^/@?]+@")
+
+
 def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     """The configuration of a command whose parser went through `add_arguments`."""
     names = {field.name for field in dataclasses.fields(cls)}
     flags = {name: value for name, value in vars(args).items() if name in names}
+    if _PASSWORD.match(str(flags.get("directory", ""))):
+        raise ConfigError(
+            "--directory: a password on the command line shows in `ps`: name a file with "
+            "?password_file=FILE, or say it in the environment"
+        )
     return load(cls, file=Path(args.config) if args.config else None, flags=flags)
 
 

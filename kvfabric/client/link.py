@@ -137,6 +137,7 @@ def _map(descriptor: int, num_bytes: int, *, writable: bool) -> memoryview:
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     mapping = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, protection)
     mapping.madvise(mmap.MADV_DONTFORK)  # a child that writes the window would be nobody's session
+    mapping.madvise(mmap.MADV_DONTDUMP)  # a core file of an engine holds no other engine's prompts
     return memoryview(mapping)
 
 

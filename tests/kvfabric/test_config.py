@@ -154,3 +154,16 @@ def test_a_folder_says_what_its_model_is() -> None:
     for key in ("num_layers", "vocab_size", "seed"):
         with pytest.raises(ConfigError, match=f"engine.{key} is for random weights"):
             EngineConfig(model_path="/models/some-llama", **{key: 300})  # type: ignore[arg-type]
+
+
+def test_a_password_that_ps_would_show_is_refused_and_not_repeated() -> None:
+    parser = argparse.ArgumentParser()
+    config.add_arguments(parser, NodeConfig)
+    for user in ("", "kv"):
+        args = parser.parse_args(["--directory", f"rediss+sentinel://{user}:hush@h:1,i/p"])
+        with pytest.raises(ConfigError, match="password_file") as caught:
+            config.from_args(NodeConfig, args)
+        assert "hush" not in str(caught.value)
+    for fine in ("rediss://kv@h:1/?password_file=f", "unix:///a:b@c/redis.sock"):
+        found = config.from_args(NodeConfig, parser.parse_args(["--directory", fine]))
+        assert found.directory == fine
