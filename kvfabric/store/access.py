@@ -88,12 +88,12 @@ class Access:
         ids = np.array([self._index.find_lineage(lineage) for _, lineage in spans], dtype=np.uint32)
         return np.repeat(ids, [length for length, _ in spans])
 
-    def expired(self, rows: Rows, grant: RequestGrant) -> Flags:
-        """Which of a prompt's leading blocks are older than their owner's `max_age`."""
+    def expired(self, rows: Rows, grant: RequestGrant, first: int = 0) -> Flags:
+        """Which of a prompt's blocks from block `first` on are older than their owner's `max_age`."""
         expired: Flags = np.zeros(len(rows), dtype=np.bool_)
         if self._state is None:
             return expired
-        public = slice(0, grant.public_blocks)
+        public = slice(0, max(0, grant.public_blocks - first))
         for owner, own in ((PUBLIC_TENANT, public), (grant.tenant, slice(public.stop, None))):
             tenant = self._state.tenants.get(owner)
             if tenant is None or tenant.max_age_s <= 0:

@@ -46,10 +46,8 @@ class PinDeadlines:
     def __init__(self) -> None:
         self._ends: dict[tuple[Incarnation, float], float] = {}
 
-    def live(
-        self, templates: Iterable[TemplateVersion], *, now: float, wall: float
-    ) -> frozenset[bytes]:
-        """Incarnations that are pinned. `now`: CLOCK_MONOTONIC, `wall`: Unix seconds."""
+    def hear(self, templates: Iterable[TemplateVersion], *, now: float, wall: float) -> None:
+        """What the registry says from now on. `now`: CLOCK_MONOTONIC, `wall`: Unix seconds."""
         ends = {}
         for one in templates:
             if one.state == SERVING and one.pinned_until:
@@ -57,7 +55,10 @@ class PinDeadlines:
                 left = max(0.0, min(one.pin_s, one.pinned_until - wall))
                 ends[pin] = self._ends.get(pin, now + left)
         self._ends = ends
-        return frozenset(incarnation for (incarnation, _), end in ends.items() if now < end)
+
+    def live(self, now: float) -> frozenset[bytes]:
+        """Incarnations that are pinned: also by what was heard last, where nothing is heard any more."""
+        return frozenset(one for (one, _), end in self._ends.items() if now < end)
 
 
 class Pins:

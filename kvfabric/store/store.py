@@ -219,6 +219,7 @@ class BlockStore:
             turns=self.turns,
             copy_threads=limits.copy_threads,
         )
+        self._writer.drop = self._drop
         self._ssd: SsdTraffic | None = None
         self._memory_breaker = Breaker("a part of the host tier", clock)
         self._scrubbing_ssd: asyncio.Task[None] | None = None
@@ -265,13 +266,10 @@ class BlockStore:
         return offboarded_tenants(state) if state is not None else frozenset()
 
     def _configure(self, state: RegistryState) -> None:
+        now = self._clock()
         self._residency.configure(state.tenants)
-        self._refresh_pins(state)
-
-    def _refresh_pins(self, state: RegistryState) -> None:
-        templates = state.templates.values()
-        live = self._pin_deadlines.live(templates, now=self._clock(), wall=self._wall_clock())
-        self._residency.pins.configure(live)
+        self._pin_deadlines.hear(state.templates.values(), now=now, wall=self._wall_clock())
+        self._residency.pins.configure(self._pin_deadlines.live(now))
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `work` in the background, anew after each `thaw`."""
@@ -554,9 +552,8 @@ class BlockStore:
 
     async def settle_pins(self) -> None:
         """Pin and unpin what is to be by now. On cancellation: the rest is done next time."""
-        state = self._access.refresh()
-        if state is not None:
-            self._refresh_pins(state)
+        self._access.refresh()
+        self._residency.pins.configure(self._pin_deadlines.live(self._clock()))
         if self._residency.pins.is_stale:
             for _ in self._residency.pins.settle():
                 await self.turns.wait()

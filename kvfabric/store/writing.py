@@ -8,6 +8,7 @@ abort    (sync)   what is neither committed nor being copied is given up
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from kvfabric.store.index import (
 )
 from kvfabric.store.lease import LeaseBook, RequestGrant, Reservation, Session
 from kvfabric.store.reading import ordinal_of
-from kvfabric.store.residency import Residency
+from kvfabric.store.residency import MAX_EVICTIONS, Residency
 from kvfabric.store.turns import Turns
 from kvfabric.tiers.arena import Slots, slot_bytes
 from kvfabric.tiers.pool import IoPool
@@ -59,7 +60,7 @@ class _Chain(NamedTuple):
 
 
 class Writer:
-    """`refusals` counts parts by reason."""
+    """`refusals` counts parts by reason; `drop` takes a block out of both tiers."""
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class Writer:
         turns: Turns,
         copy_threads: int,
     ) -> None:
+        self.drop: Callable[[int], None] = residency.discard
         self.refusals: Counter[str] = Counter()
         self.stored_blocks = 0
         self.stored_bytes = 0
@@ -104,9 +106,31 @@ class Writer:
         place = self._place(parent, holder, request.grant)
         if place is None:
             return self._refuse(len(words), NO_PARENT)
+        above = np.array([row for row in place[:1] if row != NO_ROW], dtype=np.uint32)
+        expired = self._expired(words, holder, request.grant, place[1])
+        if len(expired):
+            # What nobody may read any more gives way to what is computed now, and leaves its parent here.
+            self._residency.hold(above)
+            for row in expired.tolist():
+                self.drop(row)
         states = np.full(len(words), _REFUSED, dtype=np.uint8)
         chain = _Chain(ordinal, *place, words, self._index.lookup(words), states)
-        return self._reserve(holder, request.grant, chain)
+        reserved = self._reserve(holder, request.grant, chain)
+        if len(expired):
+            self._residency.unhold(above)
+        return reserved
+
+    def _expired(
+        self, words: npt.NDArray[np.uint64], session: Session, grant: RequestGrant, first: int
+    ) -> Rows:
+        """Those of the request's own blocks that are too old for it, a bounded number."""
+        rows = self._index.lookup(words)
+        expired = self._access.expired(rows, grant, first) & (rows != NO_ROW)
+        if expired.any():
+            own = self._access.lineages(session, grant, first, len(rows))
+            expired &= self._index.lineage.array[rows] == own
+        found: Rows = rows[expired][:MAX_EVICTIONS]
+        return found
 
     def _reserve_first(
         self, session: SessionId, request_id: str, parent: bytes, keys: bytes, part: tuple[int, int]

@@ -174,31 +174,71 @@ async def test_a_purge_takes_pinned_blocks_as_any() -> None:
 # ---------------------------------------------------------------------- clocks
 
 
+def heard(*templates: TemplateVersion, now: float = 0.0, wall: float = 1000.0) -> PinDeadlines:
+    deadlines = PinDeadlines()
+    deadlines.hear(templates, now=now, wall=wall)
+    return deadlines
+
+
 def test_a_pin_heard_of_lasts_until_its_end_whatever_the_wall_clock_does() -> None:
-    deadlines, one = PinDeadlines(), template(pinned_until=1060.0, pin_s=60.0)
-    assert deadlines.live([one], now=5.0, wall=1000.0) == {one.incarnation}
+    one = template(pinned_until=1060.0, pin_s=60.0)
+    deadlines = heard(one, now=5.0)
     for wall in (0.0, 1e9):
-        assert deadlines.live([one], now=64.9, wall=wall) == {one.incarnation}
-        assert deadlines.live([one], now=65.0, wall=wall) == frozenset()
+        deadlines.hear([one], now=50.0, wall=wall)
+        assert deadlines.live(64.9) == {one.incarnation}
+        assert deadlines.live(65.0) == frozenset()
 
 
 @pytest.mark.parametrize(
     ("wall", "lasts"), [(1000.0, 60.0), (1050.0, 10.0), (1060.0, 0.0), (9e9, 0.0), (-9e9, 60.0)]
 )
 def test_a_wrong_wall_clock_pins_no_longer_than_was_asked(wall: float, lasts: float) -> None:
-    deadlines, one = PinDeadlines(), template(pinned_until=1060.0, pin_s=60.0)
-    assert bool(deadlines.live([one], now=0.0, wall=wall)) == (lasts > 0)
-    assert deadlines.live([one], now=lasts, wall=wall) == frozenset()
+    deadlines = heard(template(pinned_until=1060.0, pin_s=60.0), wall=wall)
+    assert bool(deadlines.live(0.0)) == (lasts > 0)
+    assert deadlines.live(lasts) == frozenset()
 
 
 def test_pinned_again_the_new_end_counts() -> None:
-    deadlines, one = PinDeadlines(), template(pinned_until=1060.0, pin_s=60.0)
-    deadlines.live([one], now=0.0, wall=1000.0)
+    one = template(pinned_until=1060.0, pin_s=60.0)
+    deadlines = heard(one)
     longer, sooner = (replace(one, pinned_until=1000.0 + s, pin_s=s) for s in (90.0, 30.0))
-    assert deadlines.live([longer], now=70.0, wall=1000.0)
-    assert deadlines.live([sooner], now=70.0, wall=1000.0)
-    assert not deadlines.live([sooner], now=100.0, wall=1000.0)
-    assert not deadlines.live([replace(longer, state=RETIRED)], now=0.0, wall=1000.0)
+    deadlines.hear([longer], now=50.0, wall=1000.0)
+    assert deadlines.live(139.0)
+    deadlines.hear([sooner], now=70.0, wall=1000.0)
+    assert deadlines.live(99.0)
+    assert not deadlines.live(100.0)
+    deadlines.hear([replace(longer, state=RETIRED)], now=0.0, wall=1000.0)
+    assert not deadlines.live(0.0)
+
+
+async def test_a_pin_ends_also_where_the_registry_is_not_heard_any_more() -> None:
+    async with StoreRig(num_slots=SLOTS) as rig:
+        one, keys = template(), make_keys(TEXT)
+        set_state(rig, pinned(rig, one, 60.0))
+        await rig.put(keys, grant=using(segment(one)))
+        rig.state = None
+        for seconds, expected in ((59.0, TEXT), (1.0, 0)):
+            rig.clock.now += seconds
+            await rig.store.settle_pins()
+            assert num_pinned(rig) == expected
+
+
+async def test_pinned_blocks_that_are_too_old_to_be_read_are_stored_anew() -> None:
+    async with StoreRig(num_slots=SLOTS) as rig:
+        one, keys = template(), make_keys(TEXT + 1)
+        set_state(rig, pinned(rig, one, 1000.0), default=_default(BUDGET, max_age_s=100.0))
+        grant = using(segment(one))
+        assert await rig.put(keys, grant=grant) == TEXT + 1
+        assert rig.match("reader", keys[:2], grant)[0] == 2
+        rig.clock.now += 101.0
+        assert rig.match("r", keys, grant) == (0, MissReason.EXPIRED)
+        assert await rig.put(keys, grant=grant) == TEXT + 1
+        await rig.store.settle_pins()
+        assert num_pinned(rig) == TEXT
+        assert len(await rig.get(keys, grant=grant)) == TEXT + 1
+        # Another's keys are not his to replace.
+        assert await rig.put(keys, grant=grant_of("t-o")) == 0
+        assert len(await rig.get(keys, grant=grant)) == TEXT + 1
 
 
 async def test_a_clock_that_is_set_back_pins_nothing_for_ever() -> None:

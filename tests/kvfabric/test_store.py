@@ -297,6 +297,24 @@ async def test_blocks_older_than_the_tenants_limit_miss() -> None:
         assert rig.match("r2", KEYS) == (0, "expired")
 
 
+async def test_blocks_too_old_to_be_read_are_stored_anew() -> None:
+    async with StoreRig() as rig:
+        limited = Tenant(DEFAULT_TENANT, "default", max_age_s=60.0)
+        rig.state = RegistryState(tenants=MappingProxyType({DEFAULT_TENANT: limited}))
+        await rig.put(KEYS[:3])
+        rig.clock.now += 40
+        await rig.put(KEYS[3:], parent=KEYS[2])
+        rig.clock.now += 30
+        assert rig.match("r", KEYS) == (0, "expired")
+        assert await rig.put(KEYS) == 3
+        assert len(await rig.get(KEYS)) == 6
+        # A part of a chain, below a parent that is only known because of it.
+        rig.store._drop(int(rig.store._index.lookup(packed_keys(KEYS[4]))[0]))
+        rig.clock.now += 31
+        assert await rig.put(KEYS[5:], parent=KEYS[4]) == 1
+        rig.store._residency.check()
+
+
 async def test_beyond_what_is_cacheable_nothing_is_read_or_stored() -> None:
     async with StoreRig() as rig:
         rig.open("w", replace(GRANT, cacheable_blocks=4))
