@@ -6,6 +6,8 @@ and its control: a router that isolates nothing in front of the same engine.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,7 +18,9 @@ from typing import Any
 
 import aiohttp
 import grpc
+import msgspec
 import pytest
+from kvfabric_router.journal import BLOCK_ID_BYTES, Answered, Chosen, Reading, Record
 
 from kvfabric.demo.processes import Child, Children, free_addresses
 from kvfabric.protocol import kvfabric_pb2 as pb
@@ -52,6 +56,8 @@ class Deployment:
     admin: Any
     engine: Child
     engine_flags: list[str]
+    journal: Path
+    num_asked: int = 0
     keys: dict[str, str] = field(default_factory=dict)
 
     async def ask(
@@ -64,6 +70,7 @@ class Deployment:
         async with self.http.post(url, json=body, headers=headers) as answer:
             found = await answer.json()
             assert answer.status == 200, found
+            self.num_asked += via == "fabric"
             return found["usage"]["prompt_tokens_details"], answer.headers["x-request-id"]
 
     async def reused(self, who: str, text: str, **fields: Any) -> dict[str, int]:
@@ -125,7 +132,8 @@ async def deployment(directory: Path) -> AsyncIterator[Deployment]:
         engine = await children.start("engine", flags)
         urls = {}
         for via, address in zip(("fabric", "none"), routers_at, strict=True):
-            extra = [] if via == "fabric" else ["--fabric", "false"]
+            journal = ["--journal-dir", str(directory / "journal")]
+            extra = journal if via == "fabric" else ["--fabric", "false"]
             extra += [] if via == "fabric" else ["--engines", f"http://{engine_at}"]
             await children.start(via, ["router", *state, "--listen", address, *extra])
             urls[via] = f"http://{address}"
@@ -134,7 +142,7 @@ async def deployment(directory: Path) -> AsyncIterator[Deployment]:
         )
         registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
         admin = pb_grpc.NodeAdminStub(channel)  # type: ignore[no-untyped-call]
-        found = Deployment(urls, http, children, admin, engine, flags)
+        found = Deployment(urls, http, children, admin, engine, flags, directory / "journal")
         await found.wait_taking()
         await node.wait_ready(
             lambda: found.metric("kvfabric_router_epoch_lease_valid 1.0"), READY_S
@@ -204,6 +212,57 @@ async def explanations(fleet: Deployment) -> None:
     assert hidden[0] == 404
 
 
+def block_ids(record: Chosen) -> list[bytes]:
+    starts = range(0, len(record.blocks), BLOCK_ID_BYTES)
+    return [record.blocks[at : at + BLOCK_ID_BYTES] for at in starts]
+
+
+def shared_ids(records: list[Chosen]) -> tuple[int, int]:
+    """Blocks that prompts of one tenant have in common, and that those of two have."""
+    own = others = 0
+    for first, second in itertools.combinations(records, 2):
+        common = len(set(block_ids(first)) & set(block_ids(second)))
+        own += common if first.tenant == second.tenant else 0
+        others += common if first.tenant != second.tenant else 0
+    return own, others
+
+
+def reused(records: list[Record], chosen: Chosen) -> int:
+    """Tokens that the engine did not compute, as the journal has it."""
+    [outcome] = [r.outcome for r in records if isinstance(r, Answered) and r.id == chosen.id]
+    return outcome.reused_tokens
+
+
+async def journals(fleet: Deployment) -> None:
+    """The same prompt twice by each: what is recorded joins a tenant's own requests, and no others."""
+    text = prompt(5)
+    for who in ("one", "one", "two", "two"):
+        await fleet.ask(who, text)
+    records: list[Record] = []
+    async with asyncio.timeout(READY_S):
+        while sum(isinstance(record, Answered) for record in records) < fleet.num_asked:
+            records = await asyncio.to_thread(list, Reading(fleet.journal))
+    chosen = [record for record in records if isinstance(record, Chosen)][-4:]
+    one, two = {record.tenant for record in chosen[:2]}, {record.tenant for record in chosen[2:]}
+    assert (len(one), len(two), one & two) == (1, 1, set())
+    num_blocks = (LENGTH - 1) // BLOCK_TOKENS
+    own, others = shared_ids(chosen)
+    assert (own, others) == (2 * num_blocks, 0)
+    # Promised and got: nothing the first time, by whoever, and all of one's own the second time.
+    promised = [max(c.reuse.tokens for c in record.candidates) for record in chosen]
+    tokens = num_blocks * BLOCK_TOKENS
+    assert promised == [0, tokens, 0, tokens]
+    assert [reused(records, record) for record in chosen] == [0, tokens, 0, tokens]
+    # Neither who nor what.
+    told = b"".join(path.read_bytes() for path in fleet.journal.iterdir() if path.is_file())
+    tenants = {row.tenant_id for row in (await fleet.status()).usage}
+    for secret in (text, *fleet.keys.values(), *tenants):
+        assert secret.encode() not in told
+    # The twin: a router that made one tenant's keys of both would be seen.
+    twin = [msgspec.structs.replace(chosen[0], tenant=chosen[2].tenant), *chosen[1:]]
+    assert shared_ids(twin)[1] == num_blocks
+
+
 async def first_tokens(
     fleet: Deployment, *, via: str, first: int, samples: int = SAMPLES
 ) -> Mapping[str, Arms]:
@@ -233,6 +292,7 @@ async def test_what_one_tenant_has_cached_shows_to_the_other_nowhere(tmp_path: P
         await paired(fleet, 2, "host", fleet.restart_engine)
         await claims(fleet)
         await explanations(fleet)
+        await journals(fleet)
         usage = {row.tenant_id: row.host_bytes for row in (await fleet.status()).usage}
         assert len([num_bytes for num_bytes in usage.values() if num_bytes]) == 2
 
