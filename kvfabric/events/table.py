@@ -99,8 +99,7 @@ class KeyTable:
 
     def _mix(self, keys: Keys) -> Keys:
         mixed: Keys = keys * self._factor
-        mixed[mixed == _EMPTY] = _ONE
-        return mixed
+        return np.maximum(mixed, _ONE, out=mixed)
 
     def _bucket(self, mixed: Keys) -> Slots:
         return (mixed >> self._shift).astype(np.intp)

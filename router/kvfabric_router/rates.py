@@ -35,7 +35,7 @@ _LEARN_LATENCY = 0.1
 _OUTLIER = 2.0  # a sight further off than this factor counts as one that far off
 _OUTLIERS_FROM = 8  # sights before that is known
 _LEARN_STEP = 0.2
-_FIT_EACH, _FIT_EVERY = 16, 4
+_FIT_EACH, _FIT_EVERY = 16, 8
 
 _Vector = npt.NDArray[np.float64]
 
