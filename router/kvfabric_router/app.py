@@ -31,6 +31,7 @@ from kvfabric.tls import Security
 from kvfabric_router import api, diagnosis
 from kvfabric_router.admission import Admission
 from kvfabric_router.api import ApiError
+from kvfabric_router.desk import LocalDesk
 from kvfabric_router.dispatch import Call, Planner
 from kvfabric_router.explain import explain
 from kvfabric_router.fleet import Fleet
@@ -89,7 +90,8 @@ class Router:
     registry: RegistryView
     metrics: RouterMetrics
     planner: Planner
-    proxy: Proxy
+    desk: LocalDesk
+    proxy: Proxy[Call]
     links: Links
     rates: RequestRates
     journal: Journal | None = None
@@ -282,16 +284,12 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
 
     links = Links(link, config.node_targets)
     admission = Admission(planner, fleet, metrics=metrics, clock=time.monotonic)
-    proxy = Proxy(
-        admission=admission,
-        fleet=fleet,
-        registry=registry,
-        http=http,
-        metrics=metrics,
-        timeout_s=config.request_timeout_s,
-    )
+    desk = LocalDesk(admission, fleet, registry, metrics)
+    proxy = Proxy(desk, http=http, timeout_s=config.request_timeout_s)
     rates = RequestRates(time.monotonic)
-    return Router(config, fleet, index, registry, metrics, planner, proxy, links, rates, journal)
+    return Router(
+        config, fleet, index, registry, metrics, planner, desk, proxy, links, rates, journal
+    )
 
 
 @contextlib.asynccontextmanager

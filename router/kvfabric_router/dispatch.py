@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,16 +87,21 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to send where, now. `version` is that of the registry state that it was made by; `keys` those
-    blocks of the prompt that the engine will have for the next request that starts like this one.
+    """What to send where, now. `fields`: what the body gets in place of the client's or beside them.
+
+    `version` is that of the registry state that it was made by; `keys` those blocks of the prompt that the
+    engine will have for the next request that starts like this one.
     """
 
     decision: Decision
-    body: bytes
-    has_handle: bool
+    fields: Mapping[str, Any]
     version: int
     keys: Sequence[BlockKey] = ()
     is_streamed: bool = True
+
+    @property
+    def has_handle(self) -> bool:
+        return "kv_transfer_params" in self.fields
 
     @property
     def choice(self) -> Candidate:
@@ -179,8 +184,7 @@ class Planner:
         keys = None if alone else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
             self._decision(ranking, reason),
-            call.request.with_fields(fields),
-            "kv_transfer_params" in fields,
+            fields,
             identities.state.version if identities.state else 0,
             keys.keys if keys is not None and not call.tenant.opted_out else (),
             call.request.stream,

@@ -12,8 +12,6 @@ a cancelled task and a failed engine all leave the account right. On its way it 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -119,7 +117,7 @@ class Flight:
         self._num_decoding = 0
         self._is_answered = False
         self._lost = False
-        self._limit: asyncio.Timeout | None = None
+        self._on_lost: Callable[[], None] = lambda: None
         self._last_event_at = 0.0
 
     def is_waiting(self, now: float) -> bool:
@@ -162,17 +160,16 @@ class Flight:
             self._activity.last_first_byte = self._clock()
             self._predicted.failed(self._expected)
 
-    def unless_lost(self) -> asyncio.Timeout:
-        """Around the wait for this engine's answer. Raises TimeoutError once the engine is given up."""
-        self._limit = asyncio.timeout(0 if self._lost else None)
-        return self._limit
+    def when_lost(self, call: Callable[[], None]) -> bool:
+        """`call` it once the engine is given up. Returns whether it is already; then nothing is called."""
+        self._on_lost = call
+        return self._lost
 
     def give_up(self) -> None:
         """The engine stopped answering probes: nobody need wait for it."""
-        if not self._lost and self._limit is not None:
-            with contextlib.suppress(RuntimeError):  # that wait has ended
-                self._limit.reschedule(asyncio.get_running_loop().time())
-        self._lost = True
+        if not self._lost:
+            self._lost = True
+            self._on_lost()
 
     def stream_event(self) -> None:
         """A piece of a streamed answer arrived."""

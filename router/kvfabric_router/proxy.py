@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -20,7 +20,6 @@ from yarl import URL
 
 from kvfabric.errors import TransferError
 from kvfabric.handle import SESSION_HEADER
-from kvfabric_router.admission import Admission
 from kvfabric_router.api import (
     ApiError,
     EventSplitter,
@@ -30,13 +29,9 @@ from kvfabric_router.api import (
     events_of,
     parse_usage,
 )
-from kvfabric_router.decision import Outcome
-from kvfabric_router.dispatch import Call, Plan
-from kvfabric_router.fleet import Fleet, ProbeReport
-from kvfabric_router.flight import Flight
-from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.desk import Asked, Attempt, Desk, Fault
+from kvfabric_router.fleet import ProbeReport
 from kvfabric_router.probes import read_report
-from kvfabric_router.registry_view import RegistryView
 
 MAX_ATTEMPTS = 3
 REQUEST_ID, ENGINE_ID = "X-Request-Id", "x-kvfabric-engine"
@@ -51,7 +46,7 @@ _FAULTS = (TimeoutError, aiohttp.ClientError, OSError)
 
 _KEPT_URLS = 1024
 
-_log = logging.getLogger(__name__)
+C = TypeVar("C", bound=Asked)
 
 
 def client() -> aiohttp.ClientSession:
@@ -66,23 +61,22 @@ def client() -> aiohttp.ClientSession:
     )
 
 
-class EngineLost(TransferError):
-    """The engine broke off before anything reached the client: try another."""
+class _Failed(TransferError):
+    """Nothing reached the client yet: another engine may do better. `answer` is what a busy one said,
+    `report` what one that started anew, and would be refused the handle, is now.
+    """
 
-
-class EngineBusy(TransferError):
-    """The engine will not take the request now; `answer` is what it said."""
-
-    def __init__(self, answer: web.Response) -> None:
-        super().__init__(f"status {answer.status}")
+    def __init__(
+        self,
+        fault: Fault,
+        why: str,
+        *,
+        answer: web.Response | None = None,
+        report: ProbeReport | None = None,
+    ) -> None:
+        super().__init__(why)
+        self.fault = fault
         self.answer = answer
-
-
-class SessionMoved(TransferError):
-    """The engine started anew and would be refused the handle; `report` is what it is now."""
-
-    def __init__(self, report: ProbeReport) -> None:
-        super().__init__(f"its session is {report.session.hex()} now")
         self.report = report
 
 
@@ -91,29 +85,17 @@ class _Exchange:
     """A client's connection during one call. `stream` is set once bytes went to the client."""
 
     request: web.Request
-    call: Call
+    call: Asked
     arrived: float
     stream: web.StreamResponse | None = None
 
 
-class Proxy:
+class Proxy(Generic[C]):
     """See the module. `http` is the caller's, made by `client()`."""
 
-    def __init__(
-        self,
-        *,
-        admission: Admission,
-        fleet: Fleet,
-        registry: RegistryView,
-        http: aiohttp.ClientSession,
-        metrics: RouterMetrics,
-        timeout_s: float,
-    ) -> None:
-        self.admission = admission
-        self.fleet = fleet
-        self.registry = registry
+    def __init__(self, desk: Desk[C], *, http: aiohttp.ClientSession, timeout_s: float) -> None:
+        self._desk = desk
         self.http = http
-        self.metrics = metrics
         self._timeout_s = timeout_s
         self._urls: dict[str, URL] = {}
 
@@ -126,7 +108,7 @@ class Proxy:
             url = self._urls[endpoint + path] = URL(endpoint + path)
         return url
 
-    async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
+    async def serve(self, request: web.Request, call: C) -> web.StreamResponse:
         """Answer a client's request. Raises ApiError if no engine could.
 
         On cancellation: the request is cancelled at its engine and no longer accounted for.
@@ -134,7 +116,7 @@ class Proxy:
         exchange = _Exchange(request, call, arrived=time.monotonic())
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._attempts(exchange)
+                return await self._attempts(exchange, call)
         except TimeoutError:
             if exchange.stream is not None:
                 return await _break_off(exchange)
@@ -142,76 +124,58 @@ class Proxy:
                 504, f"No engine answered within {self._timeout_s:g} s.", code="timeout"
             ) from None
 
-    async def _attempts(self, exchange: _Exchange) -> web.StreamResponse:
-        call = exchange.call
+    async def _attempts(self, exchange: _Exchange, call: C) -> web.StreamResponse:
         busy: web.Response | None = None
-        for _ in range(MAX_ATTEMPTS):
+        for number in range(MAX_ATTEMPTS):
             try:
-                plan = await self.admission.admit(call)
+                attempt = await self._desk.admit(call)
             except ApiError:
-                if call.tried and busy is not None:
+                if number and busy is not None:
                     return busy
                 raise
-            call.tried.add(plan.engine.endpoint)
-            try:
-                return await _Attempt(self, exchange, plan).run()
-            except EngineBusy as exc:
-                busy = exc.answer
-                self.metrics.retries.labels(reason="busy").inc()
-            except SessionMoved as exc:
-                _log.info("engine %s: %s", plan.engine.engine_id, exc)
-                call.tried.discard(plan.engine.endpoint)
-                self.fleet.session_moved(plan.engine.endpoint, exc.report)
-                self.metrics.retries.labels(reason="session").inc()
-            except EngineLost as exc:
-                _log.warning(
-                    "request %s: engine %s: %s", call.request_id, plan.engine.engine_id, exc
-                )
-                self.fleet.failed(plan.engine.endpoint)
-                self.metrics.retries.labels(reason="lost").inc()
+            with attempt:
+                try:
+                    return await _At(self, exchange, attempt).run()
+                except _Failed as exc:
+                    busy = exc.answer or busy
+                    attempt.failed(exc.fault, str(exc), exc.report)
         if busy is not None:
             return busy
         raise ApiError(503, "Several engines failed on this request.", code="no_engine")
 
 
-class _Attempt:
+class _At(Generic[C]):
     """One call at one engine."""
 
-    def __init__(self, proxy: Proxy, exchange: _Exchange, plan: Plan) -> None:
+    def __init__(self, proxy: Proxy[C], exchange: _Exchange, attempt: Attempt) -> None:
         self._proxy = proxy
         self._exchange = exchange
         self._call = exchange.call
-        self._plan = plan
+        self._attempt = attempt
         self._usage: Usage | None = None
         self._ttft_ms: float | None = None
 
     async def run(self) -> web.StreamResponse:
-        flight = self._proxy.fleet.flight(self._plan.engine.endpoint, self._plan.sent)
-        with flight:
-            answer, piece = await self._begin(flight)
-            try:
-                if _is_stream(answer):
-                    response = await self._stream(answer, piece, flight)
-                else:
-                    response = self._whole(answer, piece)
-            finally:
-                answer.close()  # one that was not read to its end closes the connection
-            if response.status < 400 and not self._call.result:
-                usage = self._usage
-                flight.answered(
-                    usage.work if usage else None,
-                    completion_tokens=usage.completion_tokens if usage else 0,
-                )
-        self._count()
+        """Raises _Failed."""
+        answer, piece = await self._begin()
+        try:
+            if _is_stream(answer):
+                response = await self._stream(answer, piece)
+            else:
+                response = self._whole(answer, piece)
+        finally:
+            answer.close()  # one that was not read to its end closes the connection
+        if response.status < 400 and not self._call.result:
+            self._attempt.answered(self._usage, self._ttft_ms)
         return response
 
     # ------------------------------------------------------------------ towards the engine
 
-    async def _begin(self, flight: Flight) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Ask, and wait for the first piece of a stream, or for all of another answer. Raises EngineLost."""
+    async def _begin(self) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Ask, and wait for the first piece of a stream, or for all of another answer."""
         answer: aiohttp.ClientResponse | None = None
         try:
-            async with flight.unless_lost():
+            async with self._attempt.unless_lost():
                 answer = await self._ask()
                 if _is_stream(answer):
                     return answer, await answer.content.readany()
@@ -220,17 +184,17 @@ class _Attempt:
             if answer is not None:
                 answer.close()
             if isinstance(exc, _FAULTS):
-                raise _lost(exc) from exc
+                raise _Failed(Fault.LOST, _what(exc)) from exc
             raise
 
     async def _ask(self) -> aiohttp.ClientResponse:
+        attempt = self._attempt
         headers = {"Content-Type": "application/json", REQUEST_ID: self._call.request_id}
-        if self._plan.has_handle:
-            headers[SESSION_HEADER] = self._plan.engine.session.hex()
-        url = self._proxy.url(self._plan.engine.endpoint, self._exchange.request.path)
-        with self._proxy.registry.sending(self._plan.version) as sent:
-            data = _Body(self._plan.body, sent)
-            return await self._proxy.http.post(url, data=data, headers=headers)
+        if attempt.has_handle:
+            headers[SESSION_HEADER] = attempt.session.hex()
+        url = self._proxy.url(attempt.endpoint, self._exchange.request.path)
+        data = _Body(attempt.body, attempt.sent)
+        return await self._proxy.http.post(url, data=data, headers=headers)
 
     # ------------------------------------------------------------------ towards the client
 
@@ -239,15 +203,16 @@ class _Attempt:
         return {
             **passed,
             REQUEST_ID: self._call.request_id,
-            ENGINE_ID: self._plan.engine.engine_id,
+            ENGINE_ID: self._attempt.engine_id,
         }
 
     def _whole(self, answer: aiohttp.ClientResponse, raw: bytes) -> web.Response:
         headers = self._headers(answer)
         decoded = decode_answer(raw)
         moved = read_report(decoded) if answer.status == _MISDIRECTED else None
-        if moved is not None and moved.session != self._plan.engine.session:
-            raise SessionMoved(moved)
+        if moved is not None and moved.session != self._attempt.session:
+            why = f"its session is {moved.session.hex()} now"
+            raise _Failed(Fault.SESSION, why, report=moved)
         if answer.status >= 400 and not (isinstance(decoded, dict) and "error" in decoded):
             raw = error_body(
                 answer.status, _words(decoded) or f"The engine answered {answer.status}."
@@ -258,26 +223,24 @@ class _Attempt:
             status=answer.status, body=raw, headers=headers, content_type="application/json"
         )
         if answer.status in _ELSEWHERE or answer.status in _BUSY:
-            raise EngineBusy(response)
+            raise _Failed(Fault.BUSY, f"status {answer.status}", answer=response)
         if answer.status < 400:
             self._usage = parse_usage(decoded)
             self._observe_first_byte()
         return response
 
-    async def _stream(
-        self, answer: aiohttp.ClientResponse, piece: bytes, flight: Flight
-    ) -> web.StreamResponse:
+    async def _stream(self, answer: aiohttp.ClientResponse, piece: bytes) -> web.StreamResponse:
         if not piece:
-            raise EngineLost("it ended the stream before the first byte")
+            raise _Failed(Fault.LOST, "it ended the stream before the first byte")
         self._observe_first_byte()
         headers = {"Content-Type": _STREAM, "Cache-Control": "no-cache", **self._headers(answer)}
         response = _EventStream(headers=headers)
         self._exchange.stream = response
         await response.prepare(self._exchange.request)
         splitter = EventSplitter()
-        finished = False
+        finished, why = False, "it ended the stream without saying so"
         while piece:
-            flight.stream_event()
+            self._attempt.piece()
             events = splitter.feed(piece)
             if events:
                 finished = finished or _is_end(events)
@@ -285,11 +248,10 @@ class _Attempt:
             try:
                 piece = await answer.content.readany()
             except _FAULTS as exc:
-                finished = False
-                _log.warning("request %s broke off: %s", self._call.request_id, _lost(exc))
+                finished, why = False, _what(exc)
                 break
         if not finished:
-            self._proxy.fleet.failed(self._plan.engine.endpoint)
+            self._attempt.failed(Fault.BROKE_OFF, why)
             return await _break_off(self._exchange)
         await response.write_eof()
         return response
@@ -314,31 +276,9 @@ class _Attempt:
 
     def _observe_first_byte(self) -> None:
         after_s = time.monotonic() - self._exchange.arrived
-        self._proxy.metrics.of(self._call.tenant.tenant_id).first_byte.observe(after_s)
-        if self._exchange.stream is not None or self._call.request.stream:
+        self._attempt.first_byte(after_s)
+        if self._call.request.stream:
             self._ttft_ms = after_s * 1e3
-
-    def _count(self) -> None:
-        usage = self._usage
-        if usage is None:
-            return
-        self._proxy.admission.outcome(
-            self._call,
-            Outcome(
-                usage.prompt_tokens,
-                usage.work,
-                self._ttft_ms,
-                usage.miss,
-                usage.completion_tokens,
-            ),
-        )
-        mine = self._proxy.metrics.of(self._call.tenant.tenant_id)
-        told = usage.hbm_tokens + usage.host_tokens + usage.ssd_tokens
-        mine.prompt_tokens.inc(usage.prompt_tokens)
-        mine.reused["hbm"].inc(usage.hbm_tokens)
-        mine.reused["host"].inc(usage.host_tokens)
-        mine.reused["ssd"].inc(usage.ssd_tokens)
-        mine.reused["any"].inc(max(usage.cached_tokens - told, 0))
 
 
 class _EventStream(web.StreamResponse):
@@ -376,11 +316,11 @@ def _is_end(events: bytes) -> bool:
     return b"[DONE]" in events and b"[DONE]" in events_of(events)
 
 
-def _lost(fault: BaseException) -> EngineLost:
+def _what(fault: BaseException) -> str:
     """What a fault of a wait for the engine means."""
     if isinstance(fault, TimeoutError):
-        return EngineLost("it stopped answering")
-    return EngineLost(str(fault) or type(fault).__name__)
+        return "it stopped answering"
+    return str(fault) or type(fault).__name__
 
 
 async def _break_off(exchange: _Exchange) -> web.StreamResponse:

@@ -56,7 +56,7 @@ def busy(client: Client, engine: StandInEngine, work_ms: float = 60_000.0) -> co
 
 
 def admission(client: Client) -> Admission:
-    return client.router.proxy.admission
+    return client.router.desk.admission
 
 
 async def test_a_request_waits_for_room_and_goes_when_there_is(

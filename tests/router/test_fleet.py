@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from kvfabric_router.desk import unless
 from kvfabric_router.fleet import (
     FORGET_S,
     MAX_BACKOFF_S,
@@ -329,7 +330,7 @@ async def test_who_waits_for_a_dead_engine_is_released(fleet: Fleet) -> None:
     with fleet.flight(URL, sent(1, 1)) as flight:
 
         async def wait() -> None:
-            async with flight.unless_lost():
+            async with unless(flight.when_lost):
                 await asyncio.Event().wait()
 
         async with asyncio.TaskGroup() as group:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kvfabric_router.desk import Fault
 from kvfabric_router.proxy import MAX_ATTEMPTS
 
 from tests.router.standin import (
@@ -186,7 +187,7 @@ async def test_replaying_after_the_first_byte_would_be_seen(
     from kvfabric_router import proxy
 
     async def again(response: Any) -> Any:
-        raise proxy.EngineLost("guard removed")
+        raise proxy._Failed(Fault.LOST, "guard removed")
 
     monkeypatch.setattr(proxy, "_break_off", again)
     for engine in pair:
