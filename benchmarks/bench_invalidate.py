@@ -8,7 +8,8 @@ visible     4 nodes, 2 routers and Redis, each a process: from the command to th
             asked by an engine of each, all the time; a router's moment is its acknowledgement, which it gives
             when nothing made under the old state is unsent any more.
 isolation   one request opened by a handle that the router's code mints, against one without a handle.
-public      64 tenants with one public prompt on a reference engine, against one namespace each.
+public      64 tenants with one public prompt on a reference engine, and on vLLM where there is `.venv-vllm`,
+            against one namespace each (`public_prefix.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from typing import Any, Self
 import harness
 import lmdb
 import numpy as np
-from kvfabric_engine.reference.engine import Engine
-from kvfabric_engine.testing import ask, small_config
+import public_prefix
 from kvfabric_router.identity import ModelIdentity, RequestIdentity
 from kvfabric_router.prompt import Recognised
 
@@ -407,56 +407,6 @@ def isolation(home: Path, rounds: int) -> dict[str, float]:
     return rows | {"of it at the router": harness.median(minted)}
 
 
-def public_prefix(home: Path, num_tenants: int, num_tokens: int) -> dict[str, float]:
-    """Prompt tokens that the engine computes for all tenants together, either way."""
-    rows: dict[str, float] = {}
-    source = random.Random(7)
-    prompt = source.choices(range(3, 259), k=num_tokens)
-    with (
-        NodeProcess(home, epoch_lease_s=0.5) as node,
-        AdminClient(node.state_dir / "admin.sock") as admin,
-    ):
-        text = pb.RegisterTemplateRequest(name="p", version="1", text=b"kind", is_public=True)
-        admin.call(admin.registry.RegisterTemplate, text)
-        for number in range(num_tenants):
-            admin.call(admin.registry.CreateTenant, pb.CreateTenantRequest(name=f"t{number}"))
-        state = admin.state()
-        keyring = Keyring.create_or_open(home)
-        tenants = [t for t in state.tenants.values() if t.name not in ("default", "public")]
-        segment = segment_of(state, "p", "1")
-        public = num_tokens // 16 * 16
-        for name, recognised in (
-            ("public", Recognised((segment,), public_tokens=public)),
-            ("one salt per tenant", Recognised((segment,))),
-        ):
-            with Engine(small_config(node_socket=str(node.socket), hbm_blocks=2048)) as engine:
-                assert engine.connector is not None
-                assert engine.connector.wait_connected(10)
-                layout = engine.layout
-                model = ModelIdentity(
-                    engine.model.revision, layout_fingerprint(layout), layout.block_tokens
-                )
-                for tenant in tenants:
-                    own = source.choices(range(3, 259), k=16)
-                    identity = RequestIdentity(
-                        tenant=tenant,
-                        state=state,
-                        keyring=keyring,
-                        token_ids=prompt + own,
-                        recognised=recognised,
-                    )
-                    request = f"{name}-{tenant.name}".replace(" ", "-")
-                    handle = identity.mint(
-                        model,
-                        session=engine.connector.session,
-                        request_id=request,
-                        expires_at=int(time.time()) + 60,
-                    )
-                    ask(engine, prompt + own, handle=handle, request_id=request, max_tokens=1)
-                rows[name] = engine.statistics().computed_prompt_tokens
-    return rows
-
-
 def main() -> None:
     args = harness.parse_arguments(__doc__ or "")
     source = random.Random(args.seed)
@@ -472,11 +422,16 @@ def main() -> None:
         changes = visible(home, *((5, (2, 1)) if args.quick else (120, (4, 2))))
         isolated = isolation(home / "isolation", 300 if args.quick else 5000)
         print(f"a request, us: {isolated}")
-        shared = public_prefix(home / "public", 8 if args.quick else TENANTS, 384)
+        tenants = 8 if args.quick else TENANTS
+        shared = {"reference": public_prefix.on_reference(home / "public", tenants, 384)}
+        if reason := public_prefix.why_no_vllm():
+            print(f"public_prefix_saving_vllm is not measured: {reason}")
+        else:
+            (home / "vllm").mkdir()
+            shared["vllm"] = public_prefix.on_vllm(home / "vllm", tenants, 384)
         print(f"prompt tokens computed: {shared}")
     seen = [row["visible_ms"] for row in changes]
     small, large = bumps.values()
-    saved = shared["one salt per tenant"] - shared["public"]
     figures = {
         "bump_us_1e3": small["bump_us"],
         "bump_us_1e6": large["bump_us"],
@@ -489,9 +444,10 @@ def main() -> None:
         "visible_ms_p99": harness.percentile(seen, 99),
         "receipt_ms_p50": harness.percentile([row["receipt_ms"] for row in changes], 50),
         "isolation_cost_us_per_request": isolated["with a handle"] - isolated["without"],
-        "public_prefix_saving": saved / shared["one salt per tenant"],
-        "public_prefix_saved_tokens": saved,
+        "public_prefix_saving": public_prefix.saving(shared["reference"]),
     }
+    if "vllm" in shared:
+        figures["public_prefix_saving_vllm"] = public_prefix.saving(shared["vllm"])
     rows = {
         "bump": {str(size): row for size, row in bumps.items()},
         "visible": changes,

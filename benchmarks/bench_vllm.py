@@ -39,24 +39,24 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import harness
+from vllm_process import (
+    BLOCK_TOKENS,
+    FABRIC,
+    QUIET,
+    START_S,
+    VOCAB,
+    EngineProcess,
+    Row,
+    environment_of,
+    write_checkpoint,
+)
 
 from kvfabric.testing.processes import NodeProcess, until
 
 ENVIRONMENT = ".venv-lmcache"
 GIB = 1 << 30
-BLOCK_TOKENS = 128  # vLLM's on the CPU
-VOCAB = 512
-ANSWER_TOKENS = 16
-START_S, ANSWER_S = 300.0, 120.0
-FABRIC = {
-    "kv_connector": "KVFabricConnector",
-    "kv_connector_module_path": "kvfabric_engine.integrations.vllm",
-    "kv_role": "kv_both",
-    "kv_load_failure_policy": "recompute",
-}
 LMCACHE = {
     "kv_connector": "LMCacheMPConnector",
     "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
@@ -64,7 +64,6 @@ LMCACHE = {
     "kv_load_failure_policy": "recompute",
 }
 CACHES = ("fabric", "lmcache", "lmcache_shm")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,118 +109,6 @@ class Sizes:
         return self.prompt_tokens * self.layers * self.kv_heads * 64 * 2 * 4
 
 
-def write_checkpoint(folder: Path, sizes: Sizes, seed: int) -> Path:
-    """A Llama of random float32 weights whose answers depend on the KV; dummy weights' would not."""
-    import torch
-    from safetensors.torch import save_file
-
-    hidden, kv = sizes.hidden, sizes.kv_heads * 64
-    folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": 64,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(rows: int, columns: int, deviation: float = 0.8) -> torch.Tensor:
-        drawn = torch.randn(rows, columns, generator=generator)
-        return drawn.mul_(deviation / columns**0.5)
-
-    weights = {
-        "model.embed_tokens.weight": normal(VOCAB, hidden, hidden**0.5),
-        "model.norm.weight": torch.ones(hidden),
-        "lm_head.weight": normal(VOCAB, hidden),
-    }
-    for layer in range(sizes.layers):
-        shapes = {"self_attn.q_proj": hidden, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-        shapes |= {"self_attn.o_proj": hidden, "mlp.gate_proj": hidden}
-        shapes |= {"mlp.up_proj": hidden, "mlp.down_proj": hidden}
-        name = f"model.layers.{layer}."
-        weights |= {f"{name}{key}.weight": normal(rows, hidden) for key, rows in shapes.items()}
-        weights[name + "input_layernorm.weight"] = torch.ones(hidden)
-        weights[name + "post_attention_layernorm.weight"] = torch.ones(hidden)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-class EngineProcess:
-    """A `vllm_engine.py`: a context manager that starts it without waiting."""
-
-    def __init__(
-        self, name: str, arguments: Row, folder: Path, environment: dict[str, str]
-    ) -> None:
-        self.name = name
-        self._log = folder / f"{name}.log"
-        ours, theirs = socket.socketpair()
-        ours.settimeout(START_S)
-        with theirs, self._log.open("w") as output:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    str(Path(__file__).with_name("vllm_engine.py")),
-                    str(theirs.fileno()),
-                ],
-                env=os.environ | environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-            )
-        self._socket = ours
-        self._lines = ours.makefile("rw")
-        self._send(arguments)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._lines.close()
-        self._socket.close()
-        self._process.terminate()  # nothing of it is wanted any more
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def wait_ready(self) -> None:
-        self._answer()
-        self._socket.settimeout(ANSWER_S)
-
-    def do(self, order: str, **arguments: object) -> Row:
-        self._send({"do": order, **arguments})
-        return self._answer()
-
-    def ask(self, tokens: Sequence[int], max_tokens: int = ANSWER_TOKENS) -> Row:
-        return self.do("ask", tokens=tokens, max_tokens=max_tokens)
-
-    def _send(self, order: Row) -> None:
-        self._lines.write(json.dumps(order) + "\n")
-        self._lines.flush()
-
-    def _answer(self) -> Row:
-        line = self._lines.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended:\n{self._log.read_text()[-4000:]}")
-        answer: Row = json.loads(line)
-        return answer
-
-
 @contextlib.contextmanager
 def lmcache_server(sizes: Sizes, folder: Path, *, shared_memory: bool) -> Iterator[int]:
     """`lmcache server` with its memory allocated at the start; its port."""
@@ -257,15 +144,6 @@ def lmcache_server(sizes: Sizes, folder: Path, *, shared_memory: bool) -> Iterat
             process.wait()
 
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "LMCACHE_DISABLE_BANNER": "1",
-    "LMCACHE_TRACK_USAGE": "false",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -285,7 +163,13 @@ class Side:
 
 @contextlib.contextmanager
 def started_sides(sizes: Sizes, seed: int, folder: Path) -> Iterator[list[Side]]:
-    checkpoint = write_checkpoint(folder / "model", sizes, seed)
+    checkpoint = write_checkpoint(
+        folder / "model",
+        layers=sizes.layers,
+        hidden=sizes.hidden,
+        kv_heads=sizes.kv_heads,
+        seed=seed,
+    )
     arguments: Row = {
         "model": str(checkpoint),
         "skip_tokenizer_init": True,
@@ -317,17 +201,7 @@ def started_sides(sizes: Sizes, seed: int, folder: Path) -> Iterator[list[Side]]
             transfers[name] = lmcache(shared_memory=name == "lmcache_shm")
 
         def start(name: str, core: int) -> EngineProcess:
-            environment = QUIET | {
-                "KVFABRIC_ENGINE_NODE_SOCKET": str(node.socket),
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": str(
-                    core
-                ),  # for workers of their own; here it is these
-                "OMP_NUM_THREADS": "1",
-                "OMP_PLACES": f"{{{core}}}",
-                "OMP_PROC_BIND": "true",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            }
+            environment = environment_of(node.socket, core)
             engine = EngineProcess(
                 f"{name}-{core}", arguments | transfers[name], folder, environment
             )

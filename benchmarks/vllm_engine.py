@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own, for `bench_vllm.py`: JSON lines over the socket that is given.
+"""One vLLM engine in a process of its own, for `vllm_process.py`: JSON lines over the socket that is given.
 
 Scheduler, worker and caller share the process (VLLM_ENABLE_V1_MULTIPROCESSING=0). The first line holds the
 arguments of `vllm.LLM`; then each line asks for one thing and gets one answer. Times are CLOCK_MONOTONIC, so
@@ -48,18 +48,31 @@ class Engine:
 
         worker.wait_for_save = wait_for_save
 
-    def ask(self, tokens: Sequence[int], max_tokens: int) -> dict[str, Any]:
-        """Answer greedily. `first`: seconds from the request to that token.
+    def ask(
+        self,
+        tokens: Sequence[int],
+        max_tokens: int,
+        handle: str = "",
+        salt: str = "",
+        request_id: str = "",
+    ) -> dict[str, Any]:
+        """Answer greedily. `first`: seconds from the request to that token. `handle`, `salt` and `request_id`
+        are a router's.
 
         `computed` and `ended`: when the last step had computed its tokens, and when the answer was there.
         """
         engine = self._llm.llm_engine
         params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"kv_transfer_params": {"kvfabric": handle}} if handle else None,
         )
+        prompt = {"prompt_token_ids": list(tokens)} | ({"cache_salt": salt} if salt else {})
         self._num_requests += 1
         begun = time.monotonic()
-        engine.add_request(f"ask-{self._num_requests}", {"prompt_token_ids": list(tokens)}, params)
+        engine.add_request(request_id or f"ask-{self._num_requests}", prompt, params)
         first = 0.0
         while True:
             if not (outputs := engine.step()):
