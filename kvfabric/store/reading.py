@@ -1,7 +1,7 @@
 """match, load, confirm: how bytes get from the store to a reader that may have them.
 
 match    (sync)   longest prefix READY, the request's own and within budget; leased
-load     (async)  where one part of each leased block lies, SSD blocks brought into the arena first
+load     (async)  where one part of each leased block lies, once those on SSD or on their way are there
 confirm  (sync)   after the reader's copies: every right held, every slot is what was located
 """
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kvfabric.errors import RemoteProtocolError
 from kvfabric.protocol.messages import MAX_KEYS, Confirmed, Located, Matched
 from kvfabric.store.access import Access, Flags, cacheable
+from kvfabric.store.arrivals import ARRIVING, Arrivals
 from kvfabric.store.index import HOST, NO_ROW, RESERVED, SSD, USED, Rows, packed_keys
 from kvfabric.store.lease import LeaseBook, Request, RequestGrant, Session
 from kvfabric.store.residency import Residency
@@ -22,14 +23,21 @@ from kvfabric.store.ssd import SsdTraffic
 from kvfabric.tiers.arena import PAGE_BYTES
 from kvfabric.types import MissReason, SessionId, TierName
 
-_HOST_TIER, _SSD_TIER = 0, 1
+_HOST_TIER, _SSD_TIER, _PEER_TIER = 0, 1, 2
+_TIERS = (TierName.HOST, TierName.SSD, TierName.PEER)
 
 
 class Reader:
     """`ssd` is set when the tier has been indexed; `hits` counts blocks of matches."""
 
     def __init__(
-        self, residency: Residency, leases: LeaseBook, access: Access, *, lease_s: float
+        self,
+        residency: Residency,
+        leases: LeaseBook,
+        access: Access,
+        arrivals: Arrivals,
+        *,
+        lease_s: float,
     ) -> None:
         self.ssd: SsdTraffic | None = None
         self.hits: Counter[TierName] = Counter()
@@ -38,6 +46,7 @@ class Reader:
         self._index = residency.index
         self._leases = leases
         self._access = access
+        self._arrivals = arrivals
         self._lease_s = lease_s
 
     # -- match ---------------------------------------------------------------------------------------
@@ -60,17 +69,17 @@ class Reader:
         if affordable < num_blocks:
             num_blocks, reason = affordable, MissReason.LEASE_BUDGET
         rows = rows[:num_blocks]
-        in_host = self._index.host_parts.array[rows] == holder.layout.num_parts
+        tiers = self._tiers(rows, holder.layout.num_parts)
         if num_blocks:
             fresh = self._leases.lease(request, rows)
             if holder.counts:
                 self._use(fresh)
-                self._pin(request.grant, rows)
+                self._pin(request.grant, rows[tiers != _PEER_TIER])
         if holder.counts:
-            self._count(in_host, len(words), reason)
+            self._count(tiers, len(words), reason)
         return Matched(
             num_blocks=num_blocks,
-            tiers=np.where(in_host, _HOST_TIER, _SSD_TIER).astype(np.uint8).tobytes(),
+            tiers=tiers.tobytes(),
             lease_s=self._lease_s if num_blocks else 0.0,
             reason=reason.value,
         )
@@ -80,12 +89,18 @@ class Reader:
             self._misses.counts[reason] += num_keys
         return Matched(num_blocks=0, tiers=b"", lease_s=0.0, reason=reason.value)
 
-    def _count(self, in_host: Flags, num_keys: int, reason: MissReason) -> None:
-        num_host = int(np.count_nonzero(in_host))
-        self.hits[TierName.HOST] += num_host
-        self.hits[TierName.SSD] += len(in_host) - num_host
-        if num_keys > len(in_host):
-            self._misses.counts[reason] += num_keys - len(in_host)
+    def _tiers(self, rows: Rows, num_parts: int) -> npt.NDArray[np.uint8]:
+        index = self._index
+        tiers = np.full(len(rows), _SSD_TIER, dtype=np.uint8)
+        tiers[index.available_parts.array[rows] < num_parts] = _PEER_TIER
+        tiers[index.host_parts.array[rows] == num_parts] = _HOST_TIER
+        return tiers
+
+    def _count(self, tiers: npt.NDArray[np.uint8], num_keys: int, reason: MissReason) -> None:
+        for tier, number in enumerate(np.bincount(tiers, minlength=len(_TIERS)).tolist()):
+            self.hits[_TIERS[tier]] += number
+        if num_keys > len(tiers):
+            self._misses.counts[reason] += num_keys - len(tiers)
 
     def _lost(self, request: Request, rows: Rows, reason: MissReason) -> None:
         """Blocks that a match found are not to be had after all: each counts once, whatever the number of
@@ -104,7 +119,10 @@ class Reader:
         index = self._index
         ssd_works = self.ssd is not None and not self.ssd.read_breaker.is_open
         counts = index.available_parts if ssd_works else index.host_parts
-        readable: Flags = (rows != NO_ROW) & (counts.array[rows] == session.layout.num_parts)
+        num_parts = session.layout.num_parts
+        readable: Flags = (rows != NO_ROW) & (counts.array[rows] == num_parts)
+        if self._arrivals and not readable.all():
+            readable |= (rows != NO_ROW) & self._arrivals.promised(rows, num_parts)
         readable &= index.lineage.array[rows] == expected
         readable &= ~self._access.expired(rows, grant)
         return readable
@@ -167,8 +185,12 @@ class Reader:
             return _not_located(reason)
         rows = self._index.lookup(words[:MAX_KEYS])
         rows = rows[: leading(np.isin(rows, request.rows))]
-        if self.ssd is not None and not self._here(self._index.parts(rows, ordinal)).all():
-            await self.ssd.promote(rows, ordinal)
+        parts = self._index.parts(rows, ordinal)
+        if not self._here(parts).all():
+            if self._arrivals:
+                await self._arrivals.wait(parts)
+            if self.ssd is not None:
+                await self.ssd.promote(rows, ordinal)
             reason = self._after_await(session, request_id, request)
             if reason is not MissReason.NONE:
                 self._lost(request, rows, reason)
@@ -196,7 +218,10 @@ class Reader:
             return MissReason.TOO_MANY
         if position >= len(parts):
             return MissReason.ABSENT  # never leased by this request
-        if not self._index.part_state.cell[int(parts[position])] & SSD:
+        state = self._index.part_state.cell[int(parts[position])]
+        if state & ARRIVING == ARRIVING:
+            return MissReason.TOO_SLOW  # the node that has it did not send it in time
+        if not state & SSD:
             return MissReason.CORRUPT  # leased and gone: it did not verify, or was withdrawn
         if self.ssd is None or self.ssd.read_breaker.is_open:
             return MissReason.TIER_DOWN

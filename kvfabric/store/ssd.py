@@ -24,6 +24,7 @@ from kvfabric.errors import (
     UnknownTenant,
 )
 from kvfabric.failpoints import failpoint
+from kvfabric.store.arrivals import Late
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.index import (
     HIT,
@@ -155,7 +156,7 @@ class SsdTraffic:
         assert residency.arena is not None
         buffer = residency.arena.part(int(slots.first_pages[0]), size)
         self._num_reads += 1
-        late = _Late(residency, index.lineage_tenant.cell[index.lineage.cell[row]], size)
+        late = Late(residency, index.lineage_tenant.cell[index.lineage.cell[row]], size)
         timer = asyncio.get_running_loop().call_later(
             self._deadline_s, self._read_is_late, part, late
         )
@@ -187,7 +188,7 @@ class SsdTraffic:
                 residency.cancel(_rows(row), _rows(part), size)
             self._end_wait(part)
 
-    def _read_is_late(self, part: int, late: _Late) -> None:
+    def _read_is_late(self, part: int, late: Late) -> None:
         """Who waits gets a miss; the slot drains, since the device may still write into it."""
         late.drain()
         self._fail(self.read_breaker, f"a read is not done after {self._deadline_s:g} s")
@@ -508,24 +509,6 @@ class SsdTraffic:
         accounts = self._residency.ssd
         for tenant, num_bytes in dead.items():
             accounts.accounts[self._residency.tenant_slot(tenant)].detached = num_bytes
-
-
-class _Late:
-    """The charge of one slot that a read fills: reserved, and draining once the read is late."""
-
-    def __init__(self, residency: Residency, tenant: int, num_bytes: int) -> None:
-        self._residency, self._tenant, self._num_bytes = residency, tenant, num_bytes
-        self._drains = False
-
-    def drain(self) -> None:
-        self._drains = True
-        self._residency.begin_overdue(self._tenant, self._num_bytes)
-
-    def settle(self) -> None:
-        """The read has ended: as if it had not been late."""
-        if self._drains:
-            self._drains = False
-            self._residency.end_overdue(self._tenant, self._num_bytes)
 
 
 def _ssd_admits(accounts: TierAccounts, tenant: int, num_bytes: int) -> bool:

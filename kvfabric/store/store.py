@@ -8,6 +8,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     residency  every transition, slots         quota    whose
     lease      sessions, leases, reservations  access   what a request may do
     reading    match, load, confirm            writing  reserve, commit, abort
+    arrivals   what other nodes are sending
     copying    window -> slot with checksum    ssd      promotion, spilling, breaker
     breaker    when SSD is left alone
     contents   all of it as data, for a successor
@@ -34,6 +35,7 @@ from kvfabric.registry.state import PURGED, RegistryState
 from kvfabric.registry.withdrawn import offboarded_tenants
 from kvfabric.store import contents
 from kvfabric.store.access import Access
+from kvfabric.store.arrivals import Fill
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.contents import Contents
 from kvfabric.store.index import MAX_PARTS, BlockIndex, Lineage
@@ -210,7 +212,6 @@ class BlockStore:
         )
         self._pool = IoPool(limits.copy_threads, "kvfabric-copy")
         self.turns = Turns()
-        self._reader = Reader(self._residency, self._leases, access, lease_s=limits.lease_s)
         self._writer = Writer(
             self._residency,
             self._leases,
@@ -220,6 +221,9 @@ class BlockStore:
             copy_threads=limits.copy_threads,
         )
         self._writer.drop = self._drop
+        self._reader = Reader(
+            self._residency, self._leases, access, self._writer.arrivals, lease_s=limits.lease_s
+        )
         self._ssd: SsdTraffic | None = None
         self._memory_breaker = Breaker("a part of the host tier", clock)
         self._scrubbing_ssd: asyncio.Task[None] | None = None
@@ -405,6 +409,20 @@ class BlockStore:
         leaves when the window is no longer read, and nothing of this commit was stored.
         """
         return await self._writer.commit(session, reservation, indexes, window, offsets)
+
+    async def receive(
+        self, session: SessionId, reservation: int, fill: Fill, *, deadline_s: float
+    ) -> tuple[bool, str]:
+        """What is open of a reservation, all or none, filled by `fill` instead of copied from a window:
+        (whether it is READY, why not). Until then, or until `deadline_s`, readers are promised it; after
+        that the slots drain until `fill` has ended. On cancellation: as `fill` does, and nothing was stored.
+        """
+        return await self._writer.receive(session, reservation, fill, deadline_s=deadline_s)
+
+    def part_memory(self, first_page: int, num_bytes: int) -> memoryview:
+        """A slot of the arena, writable, for `fill`."""
+        assert self._residency.arena is not None
+        return self._residency.arena.part(first_page, num_bytes)
 
     def abort(self, session: SessionId, reservation: int) -> None:
         """Give a reservation up, as far as it is not committed. Idempotent."""

@@ -2,11 +2,13 @@
 
 reserve  (sync)   charged and held, no slot yet, invisible
 commit   (async)  slots, copy and checksum in the pool; then READY if every right still holds
+receive  (async)  likewise, but somebody else fills the slots, and readers may be promised what comes
 abort    (sync)   what is neither committed nor being copied is given up
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +23,7 @@ from kvfabric.failpoints import failpoint
 from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol.messages import MAX_RESERVED, Committed, Reserved
 from kvfabric.store.access import Access, cacheable
+from kvfabric.store.arrivals import Arrivals, Fill, Late
 from kvfabric.store.copying import batch_bounds, copy_parts
 from kvfabric.store.index import (
     HOST,
@@ -80,6 +83,7 @@ class Writer:
         self._index = residency.index
         self._leases = leases
         self._access = access
+        self.arrivals = Arrivals(residency.index)
         self._pool = pool
         self._turns = turns
         self._copy_threads = copy_threads
@@ -316,18 +320,43 @@ class Writer:
             return Committed(states=states.tobytes(), reason=reason)
         takes = np.flatnonzero(found.open[positions])
         if len(takes):
-            stored, reason = await self._store(
-                found, positions[takes], window, starts[takes].tolist()
-            )
+            copied = partial(self._copy, window, starts[takes].tolist(), found.part_bytes)
+            stored, reason = await self._store(found, positions[takes], copied)
             states[takes] = stored
         return Committed(states=states.tobytes(), reason=reason or MissReason.NONE.value)
 
+    async def receive(
+        self, session: SessionId, reservation: int, fill: Fill, *, deadline_s: float
+    ) -> tuple[bool, str]:
+        """All that is open of a reservation, or none; see `BlockStore.receive`."""
+        found = self._leases.find_reservation(session, reservation)
+        if found is None or not found.open.any():
+            return False, MissReason.DEADLINE.value
+        positions = np.flatnonzero(found.open)
+        parts, num_bytes = found.parts[positions], len(positions) * found.slot_bytes
+        tenant = int(self._index.tenants_of(found.rows[positions[:1]])[0])
+        late = Late(self._residency, tenant, num_bytes)
+
+        def is_late() -> None:
+            late.drain()
+            self.arrivals.end(parts)
+
+        async def filled(slots: Slots) -> bytes:
+            timer = asyncio.get_running_loop().call_later(deadline_s, is_late)
+            try:
+                return await fill(slots)
+            finally:
+                timer.cancel()
+                late.settle()
+
+        self.arrivals.expect(parts)
+        try:
+            return await self._store(found, positions, filled)
+        finally:
+            self.arrivals.end(parts)
+
     async def _store(
-        self,
-        reservation: Reservation,
-        positions: npt.NDArray[np.int64],
-        window: memoryview,
-        starts: list[int],
+        self, reservation: Reservation, positions: npt.NDArray[np.int64], fill: Fill
     ) -> tuple[bool, str]:
         """All of `positions` or none; they are open, and settled when this ends, however it ends."""
         residency, size = self._residency, reservation.slot_bytes
@@ -341,7 +370,7 @@ class Writer:
             return False, NO_SPACE
         reservation.copying += 1
         try:
-            sums = await self._copy(window, starts, slots, reservation.part_bytes)
+            sums = await fill(slots)
             failpoint("store.commit.copied")
             await self._turns.wait()
         except BaseException:
@@ -365,7 +394,7 @@ class Writer:
         return not reason, reason
 
     async def _copy(
-        self, window: memoryview, starts: list[int], slots: Slots, num_bytes: int
+        self, window: memoryview, starts: list[int], num_bytes: int, slots: Slots
     ) -> bytes:
         assert self._residency.arena is not None
         arena, pages = self._residency.arena.view, slots.first_pages.tolist()
