@@ -85,6 +85,11 @@ class NodeConfig:
     keyring_dir: str = _key("", "where the keyring is, if nodes share it (default: STATE_DIR)")
     tls_dir: str = _key("", TLS_HELP)
     insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
+    ucx_net_devices: str = _key(
+        "",
+        "devices over which blocks move between nodes, as UCX names them (mlx5_0:1, eth0, lo): not "
+        "encrypted, so a zone of trust; empty: none move",
+    )
     sessions_return_s: float = _key(
         10.0, "how long a new daemon waits for the engines of a crashed one to return the arena"
     )

@@ -98,6 +98,14 @@ def open_handle(text: str, keys: Mapping[int, bytes], *, audience: bytes, now: f
 
     Raises BadHandle with what is wrong; what it says of a forged handle reveals nothing but that.
     """
+    handle = open_relayed(text, keys, now=now)
+    if not hmac.compare_digest(handle.audience, audience):
+        raise BadHandle("handle was made for another engine session")
+    return handle
+
+
+def open_relayed(text: str, keys: Mapping[int, bytes], *, now: float) -> Handle:
+    """As `open_handle`, of a handle that another node of the fleet passes on for one of its engines."""
     body, signer = _verify(text, keys)
     try:
         handle = _DECODER.decode(body)
@@ -107,8 +115,6 @@ def open_handle(text: str, keys: Mapping[int, bytes], *, audience: bytes, now: f
         raise BadHandle(f"handle of format {handle.version}; this node reads {FORMAT_VERSION}")
     if handle.key_id != signer:
         raise BadHandle("handle names another key than the one that signed it")
-    if not hmac.compare_digest(handle.audience, audience):
-        raise BadHandle("handle was made for another engine session")
     if handle.expires_at <= now:
         raise BadHandle(f"handle expired {now - handle.expires_at:.0f} s ago")
     return handle

@@ -104,6 +104,11 @@ NODE_METRICS: tuple[Metric, ...] = (
     _counter("requests", "Requests of engines, by result: ok or the code of an error", "result"),
     _counter("protocol_errors", "Connections ended because the wire contract was broken"),
     _counter("refused_connections", "Connections refused during the handshake"),
+    _counter(
+        "transfers",
+        "Blocks to and from other nodes, bytes of them, and refusals, by what",
+        "result",
+    ),
     _counter("blocks_matched", "Blocks that lookups found", "tier"),
     _counter("misses", "Blocks that lookups did not find, by the reason of the first", "reason"),
     _counter("blocks_stored", "Blocks that became ready in the host tier"),

@@ -45,7 +45,7 @@ from kvfabric_engine.saves import Saved as Saved
 from kvfabric_engine.staging import Fence, LayerArrival, Mover, Pages
 
 R = TypeVar("R")
-WIRE_TIERS = (TierName.HOST, TierName.SSD)
+WIRE_TIERS = (TierName.HOST, TierName.SSD, TierName.PEER)
 CONTROL_THREADS = 2
 RELEASES_PER_MESSAGE = 1000
 

@@ -52,7 +52,6 @@ class EngineHello:
     recompute: RecomputeCost = UNKNOWN_COST
 
     def to_wire(self, *, session: bytes, resumed: bool) -> Hello:
-        layout = self.layout
         return Hello(
             version=PROTOCOL_VERSION,
             role=int(self.role),
@@ -64,25 +63,29 @@ class EngineHello:
             model_revision=self.model_revision,
             adapter=self.adapter,
             adapter_revision=self.adapter_revision,
-            layout=WireLayout(
-                num_layers=layout.num_layers,
-                num_kv_heads=layout.num_kv_heads,
-                head_dim=layout.head_dim,
-                dtype=layout.dtype,
-                block_tokens=layout.block_tokens,
-                engine_block_tokens=layout.engine_block_tokens,
-                parts=tuple(WirePart(p.group, p.shard, p.num_bytes) for p in layout.parts),
-                kv_scales=layout.kv_scales,
-                packing=layout.packing,
-                parallel=layout.parallel,
-                rope=layout.rope,
-                attention=layout.attention,
-            ),
+            layout=wire_layout(self.layout),
             shard=self.shard,
             window_bytes=self.window_bytes,
             us_per_token=self.recompute.us_per_token,
             growth=self.recompute.growth,
         )
+
+
+def wire_layout(layout: BlockLayout) -> WireLayout:
+    return WireLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        block_tokens=layout.block_tokens,
+        engine_block_tokens=layout.engine_block_tokens,
+        parts=tuple(WirePart(p.group, p.shard, p.num_bytes) for p in layout.parts),
+        kv_scales=layout.kv_scales,
+        packing=layout.packing,
+        parallel=layout.parallel,
+        rope=layout.rope,
+        attention=layout.attention,
+    )
 
 
 class Exchange:

@@ -16,6 +16,7 @@ from kvfabric.store.scrub import ScrubReport
 from kvfabric.types import TierName
 
 if TYPE_CHECKING:
+    from kvfabric.daemon.sending import Sender
     from kvfabric.registry.fleet_keys import FleetKeys
 
 Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
@@ -42,3 +43,4 @@ class AdminSources:
     fleet_keys: FleetKeys | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
     lookups: Lookups = field(default_factory=Lookups)
+    sender: Sender | None = None

@@ -18,13 +18,19 @@ import mmap
 import os
 import select
 from collections import deque
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kvfabric.daemon.adoption import ProcessId
-from kvfabric.daemon.handlers import CONCURRENT, IN_ORDER, Caller
+from kvfabric.daemon.handlers import (
+    CONCURRENT,
+    IN_ORDER,
+    Caller,
+    asks_peers,
+    match_with_peers,
+)
 from kvfabric.daemon.sessions import Process
 from kvfabric.errors import KVFabricError, ProtocolError, RemoteProtocolError
 from kvfabric.protocol.codec import FrameReader, decode_request, encode
@@ -234,7 +240,10 @@ class Connection(asyncio.Protocol):
         kind = type(request)
         if kind in CONCURRENT:
             self._running += 1
-            self._server.spawn(self._finish(correlation, request))
+            self._server.spawn(self._finish(correlation, request, CONCURRENT[kind]))
+        elif asks_peers(self._caller, request):
+            self._running += 1
+            self._server.spawn(self._finish(correlation, request, match_with_peers))
         elif kind in IN_ORDER:
             with self._failing(correlation):
                 self._reply(correlation, IN_ORDER[kind](self._caller, request))
@@ -245,11 +254,16 @@ class Connection(asyncio.Protocol):
         else:
             self._break(correlation, RemoteProtocolError("a connection says hello once"))
 
-    async def _finish(self, correlation: int, request: Request) -> None:
+    async def _finish(
+        self,
+        correlation: int,
+        request: Request,
+        handler: Callable[[Caller, Any], Awaitable[Reply]],
+    ) -> None:
         try:
             with self._failing(correlation):
                 await self._server.services.store.turns.wait()
-                self._reply(correlation, await CONCURRENT[type(request)](self._caller, request))
+                self._reply(correlation, await handler(self._caller, request))
         finally:
             self._running -= 1
         if self._frames:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvfabric import handle as handles
+from kvfabric.daemon.grants import Terms, Weights, granted, terms_of
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.sessions import Session
-from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError, UnknownTenant
-from kvfabric.hashing import namespace_key, namespace_tag
+from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError
 from kvfabric.keyring import Keyring
 from kvfabric.protocol.messages import (
     Abort,
@@ -42,17 +42,18 @@ from kvfabric.protocol.messages import (
     Reserved,
     WireSegment,
 )
-from kvfabric.registry.state import RegistryState, namespace_of, scopes_of
-from kvfabric.store.store import BlockStore, RequestGrant
+from kvfabric.registry.state import RegistryState, scopes_of
+from kvfabric.store.store import BlockStore
 from kvfabric.types import (
     DEFAULT_TENANT,
     KEY_BYTES,
-    PUBLIC_TENANT,
     MissReason,
-    Segment,
     TenantId,
     fabric_scope,
 )
+
+if TYPE_CHECKING:
+    from kvfabric.daemon.fetching import Fetches
 
 UNKNOWN_EPOCHS = ((fabric_scope(), -1),)
 """Of a request that came while the node could not know the epochs: fenced for good."""
@@ -64,7 +65,7 @@ class EngineEventSink(Protocol):
     def engine_events(self, session: bytes, events: EngineEvents) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Services:
     """What handlers work with. `wall_clock`: Unix seconds, for the expiry of handles."""
 
@@ -77,6 +78,8 @@ class Services:
     lookups: Lookups = field(default_factory=Lookups)
     heard: Callable[[bytes, Ping], Pong] = lambda _session, _ping: Pong(0, ())
     """A session says what its HBM let go of, and is told what to."""
+    fetches: Fetches | None = None
+    """Blocks from other nodes; None where they exchange none, and until they can."""
     key_unknown: Callable[[], None] = lambda: None
     """Called when a request names a tenant or is signed with a key that is not here."""
 
@@ -90,54 +93,37 @@ class Caller:
     window: memoryview = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """Under what a request runs, from its handle or from the defaults. `told_id`: its router's id."""
-
-    tenant: TenantId
-    segments: tuple[Segment, ...] = ()
-    epochs: tuple[tuple[str, int], ...] = ()
-    public_tokens: int = 0
-    cacheable_tokens: int = -1
-    no_store: bool = False
-    no_read: bool = False
-    told_id: str = ""
-
-
 def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
     """Verify the handle and open the request. Raises BadHandle, Fenced, UnknownTenant."""
+    services, session = caller.services, caller.session
     terms = _terms_of(caller, message) if message.handle else _default_terms(caller)
-    key = _namespace_key(caller, terms.tenant)
-    public_key = _namespace_key(caller, PUBLIC_TENANT) if terms.public_tokens else b""
-    block_tokens = caller.session.layout.block_tokens
-    opted_out = _opted_out(caller, terms.tenant)
-    grant = RequestGrant(
-        tenant=terms.tenant,
-        namespace_tag=namespace_tag(key),
-        public_tag=namespace_tag(public_key) if public_key else b"",
-        public_blocks=terms.public_tokens // block_tokens,
-        cacheable_blocks=max(-1, terms.cacheable_tokens // block_tokens),
-        block_tokens=block_tokens,
-        segments=terms.segments,
-        epochs=terms.epochs,
-        no_store=terms.no_store or opted_out,
-        no_read=terms.no_read or opted_out,
-    )
-    caller.services.store.open_request(caller.session.id, message.request_id, grant)
+    given = granted(services, terms, _weights_of(session))
+    services.store.open_request(session.id, message.request_id, given.grant)
     if terms.told_id:
-        caller.services.lookups.opened(
-            caller.session.id, message.request_id, terms.told_id, terms.tenant
-        )
+        services.lookups.opened(session.id, message.request_id, terms.told_id, terms.tenant)
+    if terms.sources and services.fetches is not None:
+        services.fetches.opened(session, message.request_id, message.handle, terms.sources)
     return HandleOpened(
-        namespace_key=key,
-        public_key=public_key,
+        namespace_key=given.namespace_key,
+        public_key=given.public_key,
         public_tokens=terms.public_tokens,
         cacheable_tokens=terms.cacheable_tokens,
         segments=tuple(
             WireSegment(s.template, s.version, s.incarnation, s.first_token) for s in terms.segments
         ),
-        no_store=grant.no_store,
-        no_read=grant.no_read,
+        no_store=given.grant.no_store,
+        no_read=given.grant.no_read,
+    )
+
+
+def _weights_of(session: Session) -> Weights:
+    hello = session.hello
+    return Weights(
+        hello.model_revision,
+        hello.adapter,
+        hello.adapter_revision,
+        session.fingerprint,
+        session.layout.block_tokens,
     )
 
 
@@ -152,6 +138,24 @@ def match(caller: Caller, message: Match) -> Matched:
         matched.reason,
     )
     return matched
+
+
+async def match_with_peers(caller: Caller, message: Match) -> Matched:
+    """As `match`, of a request that other nodes may have more for: they are asked first, for a moment."""
+    _check_keys(message.keys)
+    services, session = caller.services, caller.session
+    assert services.fetches is not None
+    await services.fetches.promise(session, message.request_id, message.keys)
+    return match(caller, message)
+
+
+def asks_peers(caller: Caller, message: Request) -> bool:
+    fetches = caller.services.fetches
+    return (
+        isinstance(message, Match)
+        and fetches is not None
+        and fetches.concerns(caller.session.id, message.request_id)
+    )
 
 
 async def load(caller: Caller, message: Load) -> Located:
@@ -216,6 +220,8 @@ def abort(caller: Caller, message: Abort) -> Done:
 def release(caller: Caller, message: Release) -> Done:
     caller.services.store.release(caller.session.id, message.request_ids)
     caller.services.lookups.released(caller.session.id, message.request_ids)
+    if caller.services.fetches is not None:
+        caller.services.fetches.released(caller.session.id, message.request_ids)
     return Done()
 
 
@@ -245,7 +251,7 @@ CONCURRENT: Mapping[type[Request], Callable[[Caller, Any], Awaitable[Reply]]] = 
 }
 
 
-def _terms_of(caller: Caller, message: OpenHandle) -> _Terms:
+def _terms_of(caller: Caller, message: OpenHandle) -> Terms:
     services, session = caller.services, caller.session
     try:
         opened = handles.open_handle(
@@ -274,50 +280,17 @@ def _terms_of(caller: Caller, message: OpenHandle) -> _Terms:
         if reason is not MissReason.NONE:
             services.lookups.refused(opened.request_id, TenantId(opened.tenant), reason)
             raise Fenced(f"what the handle was made under has changed since: {reason.value}")
-    return _Terms(
-        tenant=TenantId(opened.tenant),
-        segments=opened.to_segments(),
-        epochs=opened.epochs,
-        public_tokens=max(0, opened.public_tokens),
-        cacheable_tokens=opened.cacheable_tokens,
-        no_store=opened.no_store,
-        no_read=opened.no_read,
-        told_id=opened.request_id,
-    )
+    return terms_of(opened)
 
 
-def _default_terms(caller: Caller) -> _Terms:
+def _default_terms(caller: Caller) -> Terms:
     if caller.services.require_handle:
         raise BadHandle("this node serves no request without a handle (require_handle)")
     hello, state = caller.session.hello, caller.services.registry()
     if state is None:
-        return _Terms(tenant=DEFAULT_TENANT, epochs=UNKNOWN_EPOCHS)
+        return Terms(tenant=DEFAULT_TENANT, epochs=UNKNOWN_EPOCHS)
     scopes = scopes_of(DEFAULT_TENANT, hello.model_revision, hello.adapter)
-    return _Terms(tenant=DEFAULT_TENANT, epochs=state.epochs_of(scopes))
-
-
-def _namespace_key(caller: Caller, tenant: TenantId) -> bytes:
-    hello = caller.session.hello
-    namespace = namespace_of(
-        caller.services.registry() or RegistryState(),  # without epochs the store serves nothing
-        tenant,
-        hello.model_revision,
-        caller.session.fingerprint,
-        hello.adapter,
-        hello.adapter_revision,
-    )
-    try:
-        secret = caller.services.keyring.tenant_secret(tenant)
-    except UnknownTenant:
-        caller.services.key_unknown()
-        raise
-    return namespace_key(namespace, secret)
-
-
-def _opted_out(caller: Caller, tenant: TenantId) -> bool:
-    state = caller.services.registry()
-    known = state.tenants.get(tenant) if state is not None else None
-    return known is not None and known.opted_out
+    return Terms(tenant=DEFAULT_TENANT, epochs=state.epochs_of(scopes))
 
 
 def _check_keys(keys: bytes) -> None:

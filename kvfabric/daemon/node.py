@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvfabric import garbage
 from kvfabric.config import NodeConfig, split_address
@@ -48,7 +48,7 @@ from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol.messages import BlockRun, EngineEvents
-from kvfabric.registry.home import fleet_keys, holders_of, open_registry
+from kvfabric.registry.home import fleet_keys, holders_of, open_registry, security_of
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
@@ -56,6 +56,9 @@ from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.segments import SegmentTier
 from kvfabric.tiers.write_budget import WriteBudget
 from kvfabric.types import TierName
+
+if TYPE_CHECKING:
+    from kvfabric.daemon.transfers import Transfers
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +94,7 @@ class Node:
         self.events = EventStream(boot_id=self.boot_id)
         self.lookups = Lookups()
         self.ssd: SegmentTier | None = None
+        self.transfers: Transfers | None = None
         # Of what these tiers need to be there at all; once there, SSD has breakers of its own.
         self.host_breaker = Breaker("the host tier", time.monotonic)
         self.ssd_breaker = Breaker("the SSD tier", time.monotonic)
@@ -184,6 +188,7 @@ class Node:
         self.probe.start()
         stack.callback(self.probe.stop)
         stack.push_async_callback(self.store.seal)  # after the engines' socket is closed, below
+        await self._start_transfers(stack)
         await stack.enter_async_context(self.engines)
         stack.push_async_callback(self._close_front)
         await (self._open_front() if estate is None else self._return_to_front())
@@ -326,6 +331,30 @@ class Node:
         )
         return EngineServer(options, services, self.sessions)
 
+    async def _start_transfers(self, stack: contextlib.AsyncExitStack) -> None:
+        """Between nodes of a fleet only."""
+        config, holders = self.config, holders_of(self.registry)
+        if not config.ucx_net_devices:
+            return
+        if holders is None:
+            raise ConfigError("node.ucx_net_devices needs node.directory: blocks move in a fleet")
+        from kvfabric.daemon.transfers import Transfers
+        from kvfabric.transfer.ucx import Settings
+
+        self.transfers = await stack.enter_async_context(
+            Transfers(
+                Settings(config.ucx_net_devices),
+                self.engines.services,
+                security_of(config),
+                lambda: {
+                    holder.name: holder.address
+                    for holder in holders()
+                    if holder.kind == "node" and holder.name != config.name
+                },
+            )
+        )
+        self.engines.services.fetches = self.transfers.fetches
+
     def _make_admin(self) -> AdminServer:
         sources = AdminSources(
             registry=self.registry,
@@ -339,6 +368,7 @@ class Node:
             fleet_keys=self.fleet_keys,
             scrub=self.store.scrub_all,
             lookups=self.lookups,
+            sender=None if self.transfers is None else self.transfers.sender,
         )
         return AdminServer(
             self.config.admin_socket_path,
@@ -498,10 +528,14 @@ class Node:
         await self._changing.acquire()
         self._is_frozen = True
         await self._close_front()
+        if self.transfers is not None:
+            await self.transfers.pause()
         await self.engines.freeze()
         await self.store.freeze()
 
     async def thaw(self) -> None:
+        if self.transfers is not None:
+            self.transfers.resume()
         self.store.thaw()
         self.engines.thaw()
         if self._is_frozen:

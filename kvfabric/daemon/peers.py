@@ -27,7 +27,7 @@ _ALLOWED = {
         "/kvfabric.v1.RegistryService/RenewLease",
         _SECRETS,
     ),
-    "node": ("/kvfabric.v1.NodeEvents/", _SECRETS),
+    "node": ("/kvfabric.v1.NodeEvents/", "/kvfabric.v1.NodeTransfer/", _SECRETS),
 }
 _HOLDERS_OF_SECRETS = ("node", "router")
 

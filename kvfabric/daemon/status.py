@@ -48,6 +48,9 @@ def node_samples(node: Node) -> Iterator[Sample | Distribution]:
     )
     for name, value in values:
         yield Sample(_PREFIX + name, value)
+    if node.transfers is not None:
+        for result, count in node.transfers.counts():
+            yield Sample(_PREFIX + "transfers", count, (result,))
     if node.ssd is not None:
         yield from _ssd_samples(node.ssd.statistics())
     for result, count in counts.requests.items():

@@ -706,3 +706,67 @@ class AuditStatus(_message.Message):
     stale_serves: int
     alarm: str
     def __init__(self, num_audits: _Optional[int] = ..., num_refused: _Optional[int] = ..., num_uncontrolled: _Optional[int] = ..., stale_serves: _Optional[int] = ..., alarm: _Optional[str] = ...) -> None: ...
+
+class HoldRequest(_message.Message):
+    __slots__ = ("handle", "layout", "keys", "address")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    handle: str
+    layout: bytes
+    keys: bytes
+    address: bytes
+    def __init__(self, handle: _Optional[str] = ..., layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., address: _Optional[bytes] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("hold", "num_blocks", "reason", "address")
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    hold: bytes
+    num_blocks: int
+    reason: str
+    address: bytes
+    def __init__(self, hold: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., reason: _Optional[str] = ..., address: _Optional[bytes] = ...) -> None: ...
+
+class SendRequest(_message.Message):
+    __slots__ = ("hold", "group", "shard", "first", "num_blocks", "tags", "parts_per_message")
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    PARTS_PER_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    hold: bytes
+    group: int
+    shard: int
+    first: int
+    num_blocks: int
+    tags: _containers.RepeatedScalarFieldContainer[int]
+    parts_per_message: int
+    def __init__(self, hold: _Optional[bytes] = ..., group: _Optional[int] = ..., shard: _Optional[int] = ..., first: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tags: _Optional[_Iterable[int]] = ..., parts_per_message: _Optional[int] = ...) -> None: ...
+
+class Sent(_message.Message):
+    __slots__ = ("there", "part_bytes", "checksums", "reason")
+    THERE_FIELD_NUMBER: _ClassVar[int]
+    PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    there: bool
+    part_bytes: int
+    checksums: bytes
+    reason: str
+    def __init__(self, there: _Optional[bool] = ..., part_bytes: _Optional[int] = ..., checksums: _Optional[bytes] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class DropRequest(_message.Message):
+    __slots__ = ("hold",)
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    hold: bytes
+    def __init__(self, hold: _Optional[bytes] = ...) -> None: ...
+
+class Dropped(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

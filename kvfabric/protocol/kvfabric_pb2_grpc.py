@@ -917,6 +917,170 @@ class RegistryService:
             _registered_method=True)
 
 
+class NodeTransferStub:
+    """Blocks from node to node: what may be had is agreed on here, the bytes go over UCX.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Hold = channel.unary_unary(
+                '/kvfabric.v1.NodeTransfer/Hold',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Held.FromString,
+                _registered_method=True)
+        self.Send = channel.unary_unary(
+                '/kvfabric.v1.NodeTransfer/Send',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SendRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Sent.FromString,
+                _registered_method=True)
+        self.Drop = channel.unary_unary(
+                '/kvfabric.v1.NodeTransfer/Drop',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.DropRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Dropped.FromString,
+                _registered_method=True)
+
+
+class NodeTransferServicer:
+    """Blocks from node to node: what may be had is agreed on here, the bytes go over UCX.
+    """
+
+    def Hold(self, request, context):
+        """The longest prefix that the request of this handle may read here, leased until `Drop` or its expiry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Send(self, request, context):
+        """Post one part of some held blocks to the asker's worker. Answered when they are posted, or are not there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drop(self, request, context):
+        """No part of it is asked for any more. Its blocks are released once UCX has let go of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_NodeTransferServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Held.SerializeToString,
+            ),
+            'Send': grpc.unary_unary_rpc_method_handler(
+                    servicer.Send,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SendRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Sent.SerializeToString,
+            ),
+            'Drop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drop,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.DropRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Dropped.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kvfabric.v1.NodeTransfer', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kvfabric.v1.NodeTransfer', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class NodeTransfer:
+    """Blocks from node to node: what may be had is agreed on here, the bytes go over UCX.
+    """
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeTransfer/Hold',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Held.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Send(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeTransfer/Send',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.SendRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Sent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeTransfer/Drop',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.DropRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Dropped.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class NodeAdminStub:
     """For administrators.
     """

@@ -84,6 +84,16 @@ class Reader:
             reason=reason.value,
         )
 
+    def peek(self, session: SessionId, request_id: str, keys: bytes) -> int:
+        found = self._leases.find(session, request_id)
+        if found is None or self._access.to_read(found[1]) is not MissReason.NONE:
+            return 0
+        holder, request = found
+        words = packed_keys(keys)
+        rows = self._index.lookup(words[: min(MAX_KEYS, cacheable(request.grant, len(words)))])
+        expected = self._access.lineages(holder, request.grant, 0, len(rows))
+        return leading(self._readable(rows, expected, holder, request.grant))
+
     def _missed(self, num_keys: int, reason: MissReason, *, counts: bool = True) -> Matched:
         if counts:
             self._misses.counts[reason] += num_keys

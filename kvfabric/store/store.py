@@ -353,6 +353,10 @@ class BlockStore:
         """
         return self._reader.match(session, request_id, keys)
 
+    def peek(self, session: SessionId, request_id: str, keys: bytes) -> int:
+        """How many blocks `match` would find, without leasing or counting anything."""
+        return self._reader.peek(session, request_id, keys)
+
     async def load(
         self, session: SessionId, request_id: str, keys: bytes, group: int, shard: int
     ) -> Located:
@@ -418,6 +422,16 @@ class BlockStore:
         that the slots drain until `fill` has ended. On cancellation: as `fill` does, and nothing was stored.
         """
         return await self._writer.receive(session, reservation, fill, deadline_s=deadline_s)
+
+    def arena_memory(self) -> memoryview:
+        """The whole arena. Only what is leased may be read there."""
+        assert self._residency.arena is not None
+        return self._residency.arena.view
+
+    async def in_pool(self, work: Callable[[], bytes]) -> bytes:
+        """`work` in the threads that copy and checksum. On cancellation: it has ended."""
+        (result,) = await self._pool.run_all([work])
+        return result
 
     def part_memory(self, first_page: int, num_bytes: int) -> memoryview:
         """A slot of the arena, writable, for `fill`."""

@@ -21,6 +21,7 @@ class Minter:
 
     def __init__(self, directory: Path) -> None:
         keyring = Keyring.create_or_open(directory)
+        self.sources: tuple[str, ...] = ()  # of each handle: nodes that probably hold the prefix
         self._key_id, self._key = max(keyring.handle_keys().items())
 
     def handle(
@@ -55,6 +56,7 @@ class Minter:
             audience=engine.client.session,
             request_id=request,
             expires_at=int(time.time()) + TTL_S,
+            sources=self.sources,
         )
         return mint(handle, self._key)
 

@@ -1,0 +1,365 @@
+"""The side of a transfer that wants the blocks: asks whom a router's hints name, and receives into slots.
+
+`promise` asks the nodes that a handle names whether they may serve more of the prompt than is here, for a
+moment only. What one of them holds is reserved here as an engine's own store would be (charged, fenced, one
+writer a part), so a second request for the same blocks finds them on their way; then it arrives in the
+background, verified before anybody sees it. Every failure is a miss: the engine computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grpc
+import msgspec
+import numpy as np
+
+from kvfabric.client.link import wire_layout
+from kvfabric.daemon.sessions import Session
+from kvfabric.errors import (
+    CorruptBlock,
+    DeadlineExceeded,
+    KVFabricError,
+    PeerClosed,
+    TransferError,
+)
+from kvfabric.hashing import ROOT_PARENT
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
+from kvfabric.store.copying import checksum
+from kvfabric.store.store import BlockStore
+from kvfabric.tiers.arena import Slots
+from kvfabric.tls import Security, open_channel
+from kvfabric.transfer.ucx import Link, Message, Transport
+from kvfabric.types import KEY_BYTES, GrantState, SessionId
+
+log = logging.getLogger(__name__)
+
+ANSWER_S = 0.05
+"""A peer that takes longer to say what it holds is not worth waiting for."""
+FETCH_S = 5.0
+"""Blocks that are not there after this are computed; see also `sending.SEND_S`."""
+CHUNK_BYTES = 32 << 20
+IN_FLIGHT_BYTES = 256 << 20
+PACK_BELOW_BYTES = 256 << 10
+PACKED_BYTES = 2 << 20
+"""Parts smaller than `PACK_BELOW_BYTES` travel together, in messages of about this size: a message costs
+20 us and more, whatever its size."""
+MAX_REQUESTS = 4096
+MAX_CHUNK_BLOCKS = 256
+
+
+@dataclass(slots=True)
+class _Hint:
+    handle: str
+    sources: tuple[str, ...]
+    is_asked: bool = False
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A node that holds blocks for us, and the way to it. `num_chunks`: still to come."""
+
+    stub: Any
+    link: Link
+    hold: bytes
+    session: Session
+    num_chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Consecutive blocks from block `first` of the hold on, one part of each."""
+
+    reservation: int
+    first: int
+    count: int
+    group: int
+    shard: int
+    part_bytes: int
+
+
+class Fetches:
+    """An async context manager: leaving aborts what is on its way. `peers`: each other node's gRPC, by its id. Counts by what became of them: blocks, bytes and failures."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        transport: Transport,
+        security: Security,
+        *,
+        peers: Callable[[], Mapping[str, str]],
+        fetch_s: float = FETCH_S,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._store = store
+        self._transport = transport
+        self._security = security
+        self._peers = peers
+        self._fetch_s = fetch_s
+        self._hints: OrderedDict[tuple[SessionId, str], _Hint] = OrderedDict()
+        self._channels: dict[str, Any] = {}
+        self._links: dict[bytes, Link] = {}
+        self._room = asyncio.Semaphore(IN_FLIGHT_BYTES // CHUNK_BYTES)
+        self._group = asyncio.TaskGroup()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_paused = False
+
+    async def __aenter__(self) -> Fetches:
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.pause()
+        await self._group.__aexit__(None, None, None)
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def pause(self) -> None:
+        """End what is on its way and begin nothing, until `resume`: no slot is written any more."""
+        self._is_paused = True
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+
+    def resume(self) -> None:
+        self._is_paused = False
+
+    # -- what handles say ----------------------------------------------------------------------------
+
+    def opened(
+        self, session: Session, request_id: str, handle: str, sources: tuple[str, ...]
+    ) -> None:
+        self._hints[session.id, request_id] = _Hint(handle, sources)
+        if len(self._hints) > MAX_REQUESTS:
+            self._hints.popitem(last=False)
+
+    def released(self, session: SessionId, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._hints.pop((session, request_id), None)
+
+    def concerns(self, session: SessionId, request_id: str) -> bool:
+        """Whether peers are still to be asked for this request."""
+        hint = self._hints.get((session, request_id))
+        return hint is not None and not hint.is_asked
+
+    # -- promises ------------------------------------------------------------------------------------
+
+    async def promise(self, session: Session, request_id: str, keys: bytes) -> None:
+        """Have what a peer holds beyond our own blocks on its way, so that a match finds it. Never raises
+        for what a peer does. Cancelled, what has begun goes on.
+        """
+        hint = self._hints.get((session.id, request_id))
+        if hint is None or hint.is_asked or self._is_paused:
+            return
+        hint.is_asked = True
+        here = self._store.peek(session.id, request_id, keys)
+        if here * KEY_BYTES == len(keys):
+            return
+        for source in hint.sources:
+            try:
+                peer, count = await self._hold(source, session, hint.handle, keys)
+            except (KVFabricError, grpc.aio.AioRpcError) as exc:
+                self.counts["refused"] += 1
+                log.debug("node %s holds nothing for us: %s", source, exc)
+                continue
+            here = self._store.peek(session.id, request_id, keys)
+            if count > here and not self._is_paused:
+                self._begin(peer, request_id, keys, here, count)
+                # Tasks made before take their first step before this returns: the blocks are expected then.
+                await asyncio.sleep(0)
+                return
+            self._start(self._drop(peer))
+
+    async def _hold(
+        self, source: str, session: Session, handle: str, keys: bytes
+    ) -> tuple[_Peer, int]:
+        """Raises KVFabricError, AioRpcError."""
+        address = self._peers().get(source)
+        if not address:
+            raise TransferError(f"no node {source} in the registry")
+        stub = self._stub(address)
+        held: pb.Held = await stub.Hold(
+            pb.HoldRequest(
+                handle=handle,
+                layout=msgspec.msgpack.encode(wire_layout(session.layout)),
+                keys=keys,
+                address=self._transport.address,
+            ),
+            timeout=ANSWER_S,
+        )
+        link = self._links.get(held.address)
+        if link is None or not link.is_alive:
+            link = self._links[held.address] = await self._transport.connect(held.address)
+        return _Peer(stub, link, held.hold, session), held.num_blocks
+
+    def _stub(self, address: str) -> Any:
+        channel = self._channels.get(address)
+        if channel is None:
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channel = self._channels[address] = open_channel(address, self._security, options)
+        return pb_grpc.NodeTransferStub(channel)  # type: ignore[no-untyped-call]
+
+    def _begin(self, peer: _Peer, request_id: str, keys: bytes, here: int, count: int) -> None:
+        """Reserve blocks `here` to `count` and have them come."""
+        session = peer.session
+        chunks: list[_Chunk] = []
+        for part in session.layout.parts:
+            step = min(max(1, CHUNK_BYTES // part.num_bytes), MAX_CHUNK_BLOCKS)
+            for first in range(here, count, step):
+                end = min(first + step, count)
+                parent = keys[(first - 1) * KEY_BYTES : first * KEY_BYTES] if first else ROOT_PARENT
+                reserved = self._store.reserve(
+                    session.id,
+                    request_id,
+                    parent,
+                    keys[first * KEY_BYTES : end * KEY_BYTES],
+                    part.group,
+                    part.shard,
+                )
+                granted = [at for at, s in enumerate(reserved.states) if s == GrantState.GRANTED]
+                if granted and granted[-1] - granted[0] + 1 != len(granted):
+                    # Somebody stores some in between: what is there already need not travel.
+                    self._store.abort(session.id, reserved.reservation)
+                elif granted:
+                    chunk = _Chunk(
+                        reserved.reservation,
+                        first + granted[0],
+                        len(granted),
+                        part.group,
+                        part.shard,
+                        part.num_bytes,
+                    )
+                    chunks.append(chunk)
+                if GrantState.REFUSED in reserved.states:
+                    break
+        peer.num_chunks = len(chunks)
+        for chunk in chunks:
+            self._start(self._receive(peer, chunk))
+        if not chunks:
+            self._start(self._drop(peer))
+
+    def _start(self, work: Any) -> None:
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- arrival -------------------------------------------------------------------------------------
+
+    async def _receive(self, peer: _Peer, chunk: _Chunk) -> None:
+        try:
+            stored, reason = await self._store.receive(
+                peer.session.id,
+                chunk.reservation,
+                partial(self._fill, peer, chunk),
+                deadline_s=self._fetch_s,
+            )
+        except (KVFabricError, grpc.aio.AioRpcError) as exc:
+            kind = "corrupt" if isinstance(exc, CorruptBlock) else "failed"
+            self.counts[f"{kind}_blocks"] += chunk.count
+            log.warning("%d blocks did not come from a peer: %s", chunk.count, exc)
+        else:
+            self.counts["fetched_blocks" if stored else "unwanted_blocks"] += chunk.count
+            self.counts["fetched_bytes"] += chunk.count * chunk.part_bytes if stored else 0
+            if not stored:
+                log.debug("%d blocks that came are not kept: %s", chunk.count, reason)
+        finally:
+            peer.num_chunks -= 1
+            if not peer.num_chunks:
+                await self._drop(peer)
+
+    async def _fill(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
+        """Have the chunk sent into `slots`, and verify it. Raises KVFabricError, AioRpcError. However it
+        ends, UCX has let go of the slots."""
+        async with self._room, asyncio.timeout(self._fetch_s) as limit:
+            try:
+                return await self._sent(peer, chunk, slots)
+            except TimeoutError as exc:
+                if not limit.expired():
+                    raise
+                raise DeadlineExceeded(f"{chunk.count} blocks, {self._fetch_s:g} s") from exc
+
+    async def _sent(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
+        together = 1
+        if chunk.part_bytes < PACK_BELOW_BYTES:
+            together = max(1, PACKED_BYTES // chunk.part_bytes)
+        num_messages = -(-chunk.count // together)
+        tags = [secrets.randbits(64) for _ in range(num_messages)]
+        sent: pb.Sent = await peer.stub.Send(
+            pb.SendRequest(
+                hold=peer.hold,
+                group=chunk.group,
+                shard=chunk.shard,
+                first=chunk.first,
+                num_blocks=chunk.count,
+                tags=tags,
+                parts_per_message=together,
+            )
+        )
+        if not sent.there:
+            raise PeerClosed(f"the peer does not have it any more: {sent.reason}")
+        if sent.part_bytes != chunk.part_bytes or len(sent.checksums) != 16 * chunk.count:
+            raise CorruptBlock(f"a peer sends parts of {sent.part_bytes} B")
+        parts = [
+            self._store.part_memory(page, chunk.part_bytes) for page in slots.first_pages.tolist()
+        ]
+        if together == 1:
+            await self._arrived(peer, [Message(b, t) for b, t in zip(parts, tags, strict=True)])
+            return await self._store.in_pool(partial(_verified, parts, sent.checksums))
+        size = chunk.part_bytes
+        packed = memoryview(bytearray(size * chunk.count))
+        step = size * together
+        buffers = [packed[at : at + step] for at in range(0, len(packed), step)]
+        await self._arrived(peer, [Message(b, t) for b, t in zip(buffers, tags, strict=True)])
+        return await self._store.in_pool(partial(_unpacked, packed, parts, sent.checksums))
+
+    async def _arrived(self, peer: _Peer, messages: list[Message]) -> None:
+        """Raises PeerClosed. Cancelled or late, the link is ended, and with it what still comes."""
+        posted = peer.link.receive(messages)
+        try:
+            errors = [error for error in await posted.outcome() if error]
+        except BaseException:
+            peer.link.abort()
+            await _quiet(posted.outcome)
+            raise
+        if errors:
+            raise PeerClosed(f"{len(errors)} of {len(messages)} messages: {errors[0]}")
+
+    async def _drop(self, peer: _Peer) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await peer.stub.Drop(pb.DropRequest(hold=peer.hold), timeout=ANSWER_S)
+
+
+async def _quiet(outcome: Callable[[], Any]) -> None:
+    """Until UCX is done, however often we are cancelled meanwhile: memory must not be given back before."""
+    while True:
+        try:
+            await outcome()
+        except asyncio.CancelledError:
+            continue
+        return
+
+
+def _verified(parts: Sequence[memoryview], checksums: bytes) -> bytes:
+    """Raises CorruptBlock."""
+    for at, part in enumerate(parts):
+        if checksum(part) != checksums[16 * at : 16 * at + 16]:
+            raise CorruptBlock(f"part {at} of {len(parts)} that a peer sent does not verify")
+    return checksums
+
+
+def _unpacked(packed: memoryview, parts: Sequence[memoryview], checksums: bytes) -> bytes:
+    size = len(parts[0])
+    source = np.frombuffer(packed, dtype=np.uint8)
+    for at, part in enumerate(parts):
+        np.copyto(np.frombuffer(part, dtype=np.uint8), source[at * size : (at + 1) * size])
+    return _verified(parts, checksums)

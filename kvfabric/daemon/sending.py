@@ -1,0 +1,232 @@
+"""The side of a transfer that has the blocks: `NodeTransfer`, for other nodes of the fleet.
+
+A hold is a request of the store like an engine's: opened with the handle that the asking node passes on,
+fenced, counted and leased as any other. UCX reads the arena itself, so the lease ends on proof only: when the
+asker dropped the hold, or it expired, *and* every send of it has completed. A peer that does not take its
+bytes in time loses its link, which completes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvfabric.daemon.grants import Weights, granted, terms_of
+from kvfabric.daemon.handlers import Services
+from kvfabric.daemon.rpc import unary
+from kvfabric.daemon.sessions import to_layout
+from kvfabric.errors import BadHandle, NotFound, Overloaded, RemoteProtocolError
+from kvfabric.handle import open_relayed
+from kvfabric.hashing import layout_fingerprint
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
+from kvfabric.protocol.messages import WireLayout
+from kvfabric.transfer.ucx import Link, Message, Posted, Transport
+from kvfabric.types import KEY_BYTES, SessionId
+
+MAX_HOLDS = 256
+MAX_SENDING_BYTES = 1 << 30
+"""Posted and not completed, for all peers; beyond it a peer is refused and computes."""
+HOLD_S = 30.0
+SEND_S = 10.0
+"""A peer takes what was posted for it within this, or its link is ended."""
+
+_LAYOUTS = msgspec.msgpack.Decoder(WireLayout)
+
+
+@dataclass(slots=True)
+class _Hold:
+    session: SessionId
+    keys: bytes
+    link: Link
+    expiry: asyncio.TimerHandle
+    posted: list[Posted] = field(default_factory=list)
+    is_dropped: bool = False
+
+    @property
+    def is_quiet(self) -> bool:
+        return all(posted.quiet for posted in self.posted)
+
+
+class Sender(pb_grpc.NodeTransferServicer):
+    """An async context manager: leaving ends what is being sent and releases all holds."""
+
+    def __init__(self, services: Services, transport: Transport) -> None:
+        self.counts: Counter[str] = Counter()
+        self._services = services
+        self._transport = transport
+        self._links: dict[bytes, Link] = {}
+        self._holds: dict[bytes, _Hold] = {}
+        self._sending_bytes = 0
+        self._is_paused = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def __aenter__(self) -> Sender:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.pause()
+
+    async def pause(self) -> None:
+        """End what is being sent and every hold; there are no new ones until `resume`."""
+        self._is_paused = True
+        for hold in [*self._holds.values()]:
+            hold.link.abort()
+        for number in [*self._holds]:
+            self._drop(number)
+        await self._idle.wait()
+
+    def resume(self) -> None:
+        self._is_paused = False
+
+    @unary
+    async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.Held:
+        """Raises BadHandle, Fenced, UnknownTenant, Overloaded, RemoteProtocolError."""
+        services = self._services
+        if (
+            self._is_paused
+            or len(self._holds) >= MAX_HOLDS
+            or self._sending_bytes >= MAX_SENDING_BYTES
+        ):
+            raise Overloaded("this node sends as much as it may")
+        layout = to_layout(_decoded(request.layout))
+        fingerprint = layout_fingerprint(layout)
+        if not request.keys or len(request.keys) % KEY_BYTES:
+            raise RemoteProtocolError(f"keys are {KEY_BYTES} bytes each")
+        opened = open_relayed(
+            request.handle, services.keyring.handle_keys(), now=services.wall_clock()
+        )
+        if opened.layout_fingerprint != fingerprint:
+            raise BadHandle("handle for another layout")
+        weights = Weights(
+            opened.model_revision,
+            opened.adapter,
+            opened.adapter_revision,
+            fingerprint,
+            layout.block_tokens,
+        )
+        given = granted(services, terms_of(opened), weights)
+        link = await self._link(request.address)
+        if self._is_paused:
+            raise Overloaded("this node is handing over")
+        number = secrets.token_bytes(16)
+        session = SessionId(number)
+        services.store.open_session(session, layout)
+        services.store.open_request(session, _REQUEST, given.grant)
+        matched = services.store.match(session, _REQUEST, request.keys)
+        expiry = asyncio.get_running_loop().call_later(HOLD_S, self._drop, number)
+        self._holds[number] = _Hold(session, request.keys, link, expiry)
+        self._idle.clear()
+        if not matched.num_blocks:
+            self._drop(number)
+        return pb.Held(
+            hold=number,
+            num_blocks=matched.num_blocks,
+            reason=matched.reason,
+            address=self._transport.address,
+        )
+
+    @unary
+    async def Send(self, request: pb.SendRequest, context: Any) -> pb.Sent:
+        hold = self._holds.get(request.hold)
+        if hold is None or hold.is_dropped:
+            raise NotFound("no such hold, or no more")
+        start, end = request.first * KEY_BYTES, (request.first + request.num_blocks) * KEY_BYTES
+        together = max(1, request.parts_per_message)
+        if not 0 < end - start <= len(hold.keys) - start or len(request.tags) != -(
+            -request.num_blocks // together
+        ):
+            raise RemoteProtocolError("blocks of the hold are sent, with a tag for each message")
+        located = await self._services.store.load(
+            hold.session, _REQUEST, hold.keys[start:end], request.group, request.shard
+        )
+        if located.num_blocks < request.num_blocks or hold.is_dropped:
+            return pb.Sent(there=False, reason=located.reason)
+        parts = self._parts(located.offsets, located.part_bytes)
+        buffers: list[Any] = parts
+        if together > 1:
+            # A copy of its own: what is packed is let go of at once.
+            buffers = await asyncio.to_thread(_packed, parts, together)
+        messages = [Message(b, tag) for b, tag in zip(buffers, request.tags, strict=True)]
+        self._post(request.hold, hold, messages, len(parts) * located.part_bytes)
+        self.counts["sent_blocks"] += request.num_blocks
+        self.counts["sent_bytes"] += len(parts) * located.part_bytes
+        return pb.Sent(there=True, part_bytes=located.part_bytes, checksums=located.checksums)
+
+    @unary
+    async def Drop(self, request: pb.DropRequest, context: Any) -> pb.Dropped:
+        self._drop(request.hold)
+        return pb.Dropped()
+
+    # -- in between ----------------------------------------------------------------------------------
+
+    async def _link(self, address: bytes) -> Link:
+        link = self._links.get(address)
+        if link is None or not link.is_alive:
+            link = self._links[address] = await self._transport.connect(address)
+        return link
+
+    def _parts(self, offsets: bytes, num_bytes: int) -> list[memoryview]:
+        memory = self._services.store.arena_memory()
+        return [memory[at : at + num_bytes] for at in np.frombuffer(offsets, "<u8").tolist()]
+
+    def _post(self, number: bytes, hold: _Hold, messages: list[Message], num_bytes: int) -> None:
+        posted = hold.link.send(messages)
+        hold.posted.append(posted)
+        self._sending_bytes += num_bytes
+        timer = asyncio.get_running_loop().call_later(SEND_S, self._too_late, hold)
+
+        def ended() -> None:
+            timer.cancel()
+            self._sending_bytes -= num_bytes
+            self._settle(number)
+
+        posted.when_quiet(ended)
+
+    def _too_late(self, hold: _Hold) -> None:
+        self.counts["late_peers"] += 1
+        hold.link.abort()
+
+    def _drop(self, number: bytes) -> None:
+        hold = self._holds.get(number)
+        if hold is not None:
+            hold.expiry.cancel()
+            hold.is_dropped = True
+            self._settle(number)
+
+    def _settle(self, number: bytes) -> None:
+        """Release what is dropped and quiet."""
+        hold = self._holds.get(number)
+        if hold is None or not hold.is_dropped or not hold.is_quiet:
+            return
+        del self._holds[number]
+        store = self._services.store
+        store.release(hold.session, [_REQUEST])
+        store.end_rights(hold.session)
+        store.quiet(hold.session)
+        if not self._holds:
+            self._idle.set()
+
+
+_REQUEST = "held"
+
+
+def _decoded(layout: bytes) -> WireLayout:
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _LAYOUTS.decode(layout)
+    raise RemoteProtocolError("no block layout")
+
+
+def _packed(parts: list[memoryview], together: int) -> list[memoryview]:
+    """Parts one after the other, `together` a buffer. Blocks: it copies."""
+    return [
+        memoryview(b"".join(parts[at : at + together])) for at in range(0, len(parts), together)
+    ]
