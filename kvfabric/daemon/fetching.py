@@ -140,6 +140,9 @@ class Fetches:
         self, session: Session, request_id: str, handle: str, sources: tuple[str, ...]
     ) -> None:
         self._hints[session.id, request_id] = _Hint(handle, sources)
+        for source in sources:
+            if address := self._address_of(source):
+                self._channel(address).get_state(try_to_connect=True)
         if len(self._hints) > MAX_REQUESTS:
             self._hints.popitem(last=False)
 
@@ -187,7 +190,7 @@ class Fetches:
         address = self._peers().get(source)
         if not address:
             raise TransferError(f"no node {source} in the registry")
-        stub = self._stub(address)
+        stub = pb_grpc.NodeTransferStub(self._channel(address))  # type: ignore[no-untyped-call]
         held: pb.Held = await stub.Hold(
             pb.HoldRequest(
                 handle=handle,
@@ -202,12 +205,12 @@ class Fetches:
             link = self._links[held.address] = await self._transport.connect(held.address)
         return _Peer(stub, link, held.hold, session), held.num_blocks
 
-    def _stub(self, address: str) -> Any:
+    def _channel(self, address: str) -> Any:
         channel = self._channels.get(address)
         if channel is None:
             options = [("grpc.use_local_subchannel_pool", 1)]
             channel = self._channels[address] = open_channel(address, self._security, options)
-        return pb_grpc.NodeTransferStub(channel)  # type: ignore[no-untyped-call]
+        return channel
 
     def _begin(self, peer: _Peer, request_id: str, keys: bytes, here: int, count: int) -> None:
         """Reserve blocks `here` to `count` and have them come."""
