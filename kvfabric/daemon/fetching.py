@@ -88,7 +88,10 @@ class _Chunk:
 
 
 class Fetches:
-    """An async context manager: leaving aborts what is on its way. `peers`: each other node's gRPC, by its id. Counts by what became of them: blocks, bytes and failures."""
+    """An async context manager: leaving aborts what is on its way.
+
+    `peers`: each other node's gRPC, by its id. `counts`: blocks, bytes and failures, by what became of them.
+    """
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class Fetches:
     ) -> None:
         self._hints[session.id, request_id] = _Hint(handle, sources)
         for source in sources:
-            if address := self._address_of(source):
+            if address := self._peers().get(source):
                 self._channel(address).get_state(try_to_connect=True)
         if len(self._hints) > MAX_REQUESTS:
             self._hints.popitem(last=False)

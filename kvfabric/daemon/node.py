@@ -184,9 +184,7 @@ class Node:
         else:
             await self._inherit(estate)
             stack.callback(estate.close)
-        self.probe = StallProbe(_STALL_PROBE_S)
-        self.probe.start()
-        stack.callback(self.probe.stop)
+        self.probe = stack.enter_context(StallProbe(_STALL_PROBE_S))
         stack.push_async_callback(self.store.seal)  # after the engines' socket is closed, below
         await self._start_transfers(stack)
         await stack.enter_async_context(self.engines)

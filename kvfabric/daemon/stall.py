@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Self
 
 
 class StallProbe:
-    """A timer that notes how late it is called. `max_s`: the worst so far; set it to 0 to begin anew."""
+    """A timer that notes, inside its context, how late it is called. `max_s`: the worst so far; set it to 0
+    to begin anew."""
 
     def __init__(self, interval_s: float) -> None:
         self.max_s = 0.0
@@ -15,10 +17,11 @@ class StallProbe:
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         self._set()
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
 

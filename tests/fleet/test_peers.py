@@ -64,7 +64,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
                     keyring_dir=keys,
                     ucx_net_devices="lo",
                     http="127.0.0.1:0",
-                    epoch_lease_s=0.5,
+                    epoch_lease_s=1.0,
                     host_bytes=512 << 20,
                 )
             )

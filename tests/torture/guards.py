@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvfabric.daemon import handlers
+from kvfabric.daemon import grants
 from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
@@ -131,8 +131,8 @@ def forgets_nothing() -> None:
 
 def no_salt() -> None:
     """Guard out: nothing of the tenant enters keys. All have the secret and the name of one."""
-    key = handlers._namespace_key
-    handlers._namespace_key = lambda caller, tenant: key(caller, DEFAULT_TENANT)
+    key = grants._namespace_key
+    grants._namespace_key = lambda services, tenant, weights: key(services, DEFAULT_TENANT, weights)
 
 
 def no_lineage() -> None:
