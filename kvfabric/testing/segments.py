@@ -65,6 +65,7 @@ def make_tier(
 def small_tier(
     directory: Path,
     *,
+    kind: type[SegmentTier] = SegmentTier,
     files: int = 4,
     owner: Owner | None = None,
     ops: FileOps | None = None,
@@ -72,6 +73,7 @@ def small_tier(
 ) -> SegmentTier:
     tier = make_tier(
         directory,
+        kind=kind,
         capacity_bytes=files * SMALL,
         segment_bytes=SMALL,
         ops=ops,

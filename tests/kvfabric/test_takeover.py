@@ -236,8 +236,10 @@ def test_frame_that_is_half_sent_is_answered(tmp_path: Path) -> None:
 
 
 def test_ssd_comes_back_when_the_predecessor_has_exited(tmp_path: Path) -> None:
-    """What was evicted to SSD before is read from there after; what is in both tiers is there once."""
+    """What was evicted to SSD before is read from there after; what is in both tiers is there once. What may
+    still be written today is what it was."""
     options: dict[str, Any] = {"ssd_bytes": 64 << 20, "host_bytes": 1 << 20} | HTTP
+    options["ssd_write_bytes_per_day"] = 24 << 20  # an hour's worth at once, and 291 bytes a second
     with running(NodeProcess(tmp_path, **options)) as old:
         engine = connect(old)
         engine.store("r", engine.open("r", "prompt", 8))
@@ -251,6 +253,8 @@ def test_ssd_comes_back_when_the_predecessor_has_exited(tmp_path: Path) -> None:
         expect_hits(engine, "s2", "both", 4)
         engine.release("s")
         until(lambda: old.metrics()["ssd_writes_total"] >= 12)
+        left = old.metrics()["ssd_budget_left_bytes"]
+        assert left <= (1 << 20) - 12 * 8192 + 10_000
         with running(succeed(old, **options)) as new:
             old.wait()
             expect_hits(engine, "s3", "both", 4)
@@ -260,6 +264,7 @@ def test_ssd_comes_back_when_the_predecessor_has_exited(tmp_path: Path) -> None:
             metrics = new.metrics()
             assert metrics["corrupt_parts_total"] == 0
             assert metrics['tier_blocks{tier="ssd"}'] >= 12
+            assert left - 12 * 8192 <= metrics["ssd_budget_left_bytes"] <= left + 10_000
             engine.client.close()
 
 

@@ -71,7 +71,7 @@ def can_trace() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not can_trace(), reason="strace may not trace here")
 def test_the_nth_call_on_the_index_fails(tmp_path: Path) -> None:
-    calls, faults = "pwrite64,pwritev,fdatasync,fsync,ftruncate", ("EIO", "ENOSPC")
+    calls, faults = "pwrite64,writev,fdatasync,fsync,ftruncate,msync", ("EIO", "ENOSPC")
     numbers = range(1, count(2, 100))
     tries, wrong, lost = 0, 0, 0
     for fault in faults:
