@@ -6,12 +6,14 @@ lives, an engine sees a miss at worst, and what was sealed before is there in th
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +22,10 @@ import pytest
 
 from kvfabric.testing.engine import TinyEngine, payload_of, tiny_hello
 from kvfabric.testing.processes import NodeProcess, until
-from tests.torture.scale import at_most, count, record
+from kvfabric.tiers.segment_groups import GROUP_S
+from tests.torture.scale import FULL, at_most, count, record
 
-BLOCKS = 8
+BLOCKS, PROMPTS = 8, 3
 PART = 16 << 10
 
 
@@ -71,34 +74,40 @@ def can_trace() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not can_trace(), reason="strace may not trace here")
 def test_the_nth_call_on_the_index_fails(tmp_path: Path) -> None:
-    calls, faults = "pwrite64,writev,fdatasync,fsync,ftruncate,msync", ("EIO", "ENOSPC")
-    numbers = range(1, count(2, 100))
+    calls = "pwrite64,writev,fdatasync,fsync,ftruncate,msync"
+    # Each thread's Nth call, once; or all from there on.
+    kinds = list(itertools.product(("EIO", "ENOSPC"), ("", "+")))
     tries, wrong, lost = 0, 0, 0
-    for fault in faults:
-        for nth in numbers:
-            state = tmp_path / f"{fault}-{nth}"
+    for fault, following in kinds if FULL else [kinds[0], kinds[-1]]:
+        for nth in range(1, count(2, 100)):
+            name = f"{fault}-{nth}{following}"
+            state = tmp_path / name
             with NodeProcess(state, ssd_bytes=16 << 20) as node:
                 store_and_use(node, ["before"])
             index = state / "ssd" / "index" / "data.mdb"
-            how = f"error={fault}:when={nth}"
-            python = traced(tmp_path, f"{fault}-{nth}", calls, how, f"-P {index}")
+            how = f"error={fault}:when={nth}{following}"
+            python = traced(tmp_path, name, calls, how, f"-P {index}")
             with NodeProcess(state, ssd_bytes=16 << 20, python=python) as node:
                 wrong += loaded(node, "before")[1]
-                store_and_use(node, ["during"])
-                got, bad = loaded(node, "during")
-                wrong += bad
-                assert got == BLOCKS, "the host tier has them"
+                for number in range(PROMPTS):
+                    store_and_use(node, [f"during {number}"])
+                    time.sleep(2 * GROUP_S)  # each in a commit of its own
+                for number in range(PROMPTS):
+                    got, bad = loaded(node, f"during {number}")
+                    wrong += bad
+                    assert got == BLOCKS, "the host tier has them"
                 assert node.is_running()
                 assert node.stop() == 0
             was_injected = "INJECTED" in (tmp_path / "strace").read_text()
             with NodeProcess(state, ssd_bytes=16 << 20) as node:
                 got, bad = loaded(node, "before")
                 lost += BLOCKS - got
-                wrong += bad + loaded(node, "during")[1]
+                wrong += bad
+                wrong += sum(loaded(node, f"during {number}")[1] for number in range(PROMPTS))
             if not was_injected:
                 break  # a run without a fault: it makes no Nth call
             tries += 1
-    assert tries >= len(faults)
+    assert tries >= 2
     result = f"wrong {at_most(wrong, tries)}, sealed blocks lost {lost}"
     record("3 the Nth call on the index's file", tries, result)
     assert (wrong, lost) == (0, 0)
