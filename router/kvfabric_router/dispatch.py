@@ -32,7 +32,7 @@ from kvfabric_router.drift import Drift, DriftWatch, Seen
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.flight import Sent
 from kvfabric_router.hold import DemandOf
-from kvfabric_router.identity import PromptKeys, RequestIdentity, one_time_salt
+from kvfabric_router.identity import Addressee, PromptKeys, RequestIdentity, one_time_salt
 from kvfabric_router.journal import BLOCK_ID_BYTES, Journal
 from kvfabric_router.keyring_reader import KeyringReader
 from kvfabric_router.metrics import RouterMetrics
@@ -179,7 +179,7 @@ class Planner:
     def plan(self, ranking: Ranking) -> Plan:
         """What the best engine of a ranking made just now needs."""
         call, ranked, identities = ranking.call, ranking.ranked, ranking.identities
-        fields, reason = self._fields(call, ranked[0].candidate.engine, identities)
+        fields, reason = self._fields(call, ranked[0].candidate, identities)
         alone = reason or call.no_store or call.no_read
         keys = None if alone else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
@@ -284,9 +284,10 @@ class Planner:
     # ------------------------------------------------------------------ what it gets
 
     def _fields(
-        self, call: Call, engine: EngineView, identities: _Identities
+        self, call: Call, chosen: Candidate, identities: _Identities
     ) -> tuple[dict[str, Any], str]:
         """What the engine gets in place of the client's fields or beside them, and why it reuses nothing."""
+        engine = chosen.engine
         fields: dict[str, Any] = {}
         request = call.request
         if request.stream and not request.usage_wanted:
@@ -302,20 +303,27 @@ class Planner:
         fields["cache_salt"] = one_time_salt() if alone else keys.salt
         if engine.session:
             try:
-                handle = self._mint(call, engine, identities)
+                handle = self._mint(call, chosen, identities)
             except KVFabricError as exc:
                 _log.warning("request %s: no handle: %s", call.request_id, exc)
                 return {**fields, "cache_salt": one_time_salt()}, "no_handle"
             fields["kv_transfer_params"] = {PARAMS_FIELD: handle}
         return fields, ""
 
-    def _mint(self, call: Call, engine: EngineView, identities: _Identities) -> str:
+    def _mint(self, call: Call, chosen: Candidate, identities: _Identities) -> str:
+        engine = chosen.engine
         identity, model = identities.of(engine.tokenizer), engine.model
+        keys = identities.keys(engine)
         assert identity is not None
         assert model is not None
+        assert keys is not None
+        assert call.matches is not None
+        sources = policy.sources_of(
+            engine, call.matches.of(keys), chosen.reuse, block_tokens=keys.block_tokens
+        )
         return identity.mint(
             model,
-            session=engine.session,
+            to=Addressee(engine.session, sources),
             request_id=call.request_id,
             expires_at=int(time.time() + self._config.handle_ttl_s),
             no_store=call.no_store,

@@ -11,13 +11,14 @@ import base64
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvfabric import hashing
 from kvfabric.errors import LocalProtocolError
 from kvfabric.handle import FORMAT_VERSION, Handle, from_segments, mint
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RegistryState, Tenant, namespace_of, scopes_of
-from kvfabric.types import PUBLIC_TENANT, BlockKey, TenantId, tenant_scope
+from kvfabric.types import PUBLIC_TENANT, BlockKey, NodeId, TenantId, tenant_scope
 from kvfabric_router.prompt import NO_LIMIT, Recognised
 
 
@@ -52,6 +53,13 @@ class PromptKeys:
 def one_time_salt() -> str:
     """A salt that no other request has: whoever gets it reuses nothing and leaves nothing behind."""
     return base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
+
+
+class Addressee(NamedTuple):
+    """For whom a handle is. `sources`: other nodes that probably hold more of the prompt than theirs."""
+
+    session: bytes
+    sources: tuple[NodeId, ...] = ()
 
 
 class RequestIdentity:
@@ -129,7 +137,7 @@ class RequestIdentity:
         self,
         model: ModelIdentity,
         *,
-        session: bytes,
+        to: Addressee,
         request_id: str,
         expires_at: int,
         no_store: bool = False,
@@ -137,11 +145,12 @@ class RequestIdentity:
     ) -> str:
         """The handle for one engine session; `expires_at` in Unix seconds.
 
-        If the segments make it too long, the last ones are left out and caching ends where they start.
+        If it is too long, no node is named in it; then the last segments are left out and caching ends where
+        they start.
         Raises LocalProtocolError if it is too long even so.
         """
         key_id, key = self._keyring.current_handle_key()
-        recognised = self.recognised
+        recognised, sources = self.recognised, to.sources
         while True:
             handle = Handle(
                 version=FORMAT_VERSION,
@@ -155,18 +164,21 @@ class RequestIdentity:
                 public_tokens=0 if model.adapter else recognised.public_tokens,
                 cacheable_tokens=recognised.cacheable_tokens,
                 epochs=self.state.epochs_of(self._scopes(model, recognised)),
-                audience=session,
+                audience=to.session,
                 request_id=request_id,
                 expires_at=expires_at,
+                sources=sources,
                 no_store=no_store or self._tenant.opted_out,
                 no_read=no_read or self._tenant.opted_out,
             )
             try:
                 return mint(handle, key)
             except LocalProtocolError:
-                if not recognised.segments:
+                if not sources and not recognised.segments:
                     raise
-                recognised = _without_last_segment(recognised)
+                if not sources:
+                    recognised = _without_last_segment(recognised)
+                sources = ()
 
     def _scopes(self, model: ModelIdentity, recognised: Recognised) -> tuple[str, ...]:
         templates = [segment.template for segment in recognised.segments]

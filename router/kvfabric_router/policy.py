@@ -31,6 +31,8 @@ from kvfabric.types import NodeId, TierName
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.rates import UNKNOWN, Rates, Work
 
+MAX_SOURCES = 2
+"""Nodes that a handle names."""
 TIE_SHARE = 0.01
 """Costs closer than this are the same cost: measured rates are no better than that."""
 
@@ -240,6 +242,23 @@ def reuse_of(
         host_tokens=from_host * block_tokens,
         ssd_tokens=(from_node - from_host) * block_tokens,
     )
+
+
+def sources_of(
+    engine: EngineView, present: Mapping[Holder, Present], reuse: Reuse, *, block_tokens: int
+) -> tuple[NodeId, ...]:
+    """Other nodes whose host memory holds more of the prompt than `engine` would find by itself, the one with
+    the most first: hints for its node, which asks them."""
+    if not present or engine.node_id is None:
+        return ()
+    own = reuse.tokens // block_tokens
+    held = {
+        NodeId(holder.node_id): _leading(blocks)
+        for holder, blocks in present.items()
+        if holder.tier is TierName.HOST and holder.node_id != engine.node_id
+    }
+    more = sorted((-count, node) for node, count in held.items() if count > own)
+    return tuple(node for _, node in more[:MAX_SOURCES])
 
 
 def _either(one: Present | None, other: Present | None) -> Present | None:

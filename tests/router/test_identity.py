@@ -7,7 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kvfabric_router.identity import ModelIdentity, PromptKeys, RequestIdentity, one_time_salt
+from kvfabric_router.identity import (
+    Addressee,
+    ModelIdentity,
+    PromptKeys,
+    RequestIdentity,
+    one_time_salt,
+)
 from kvfabric_router.prompt import NO_LIMIT, TemplateIndex
 
 from kvfabric import hashing, tokenizer
@@ -62,7 +68,7 @@ def keys_of(
 
 def opened(keyring: Keyring, identity: RequestIdentity, **fields: bool) -> Handle:
     text = identity.mint(
-        MODEL, session=SESSION, request_id="req-1", expires_at=int(time.time()) + 60, **fields
+        MODEL, to=Addressee(SESSION), request_id="req-1", expires_at=int(time.time()) + 60, **fields
     )
     return open_handle(text, keyring.handle_keys(), audience=SESSION, now=time.time())
 
@@ -180,7 +186,7 @@ def test_the_handle_says_everything_that_the_node_needs(keyring: Keyring) -> Non
 
 def test_the_handle_is_for_one_engine_session_only(keyring: Keyring) -> None:
     text = identity_of(keyring, tenant("t-1")).mint(
-        MODEL, session=SESSION, request_id="r", expires_at=int(time.time()) + 60
+        MODEL, to=Addressee(SESSION), request_id="r", expires_at=int(time.time()) + 60
     )
     with pytest.raises(BadHandle, match="another engine session"):
         open_handle(text, keyring.handle_keys(), audience=b"f" * 16, now=time.time())

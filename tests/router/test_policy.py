@@ -14,6 +14,7 @@ from kvfabric_router.policy import (
     cost,
     reuse_of,
     round_robin,
+    sources_of,
 )
 from kvfabric_router.rates import Rates, fetch_prior
 from msgspec.structs import replace
@@ -171,3 +172,19 @@ def test_another_engines_hbm_and_another_nodes_host_are_not_reused() -> None:
 def test_an_engine_without_a_node_reuses_nothing_that_is_known() -> None:
     held = {Holder(NODE, TierName.HOST): present("111")}
     assert reused(engine("a", node_id=None), held, 3).tokens == 0
+
+
+def test_nodes_that_hold_more_are_named_the_one_with_the_most_first() -> None:
+    held = {
+        Holder(NODE, TierName.HOST): present("1000"),
+        Holder(NodeId("more"), TierName.HOST): present("1110"),
+        Holder(NodeId("most"), TierName.HOST): present("1111"),
+        Holder(NodeId("third"), TierName.HOST): present("1100"),
+        Holder(NodeId("gap"), TierName.HOST): present("0111"),
+        Holder(NodeId("hbm"), TierName.HBM, b"s"): present("1111"),
+    }
+    a = engine("a")
+    assert sources_of(a, held, Reuse(host_tokens=16), block_tokens=16) == ("most", "more")
+    assert sources_of(a, held, Reuse(hbm_tokens=3 * 16), block_tokens=16) == ("most",)
+    assert sources_of(a, held, Reuse(hbm_tokens=4 * 16), block_tokens=16) == ()
+    assert sources_of(engine("a", node_id=None), held, Reuse(), block_tokens=16) == ()
