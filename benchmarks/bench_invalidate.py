@@ -29,7 +29,7 @@ import harness
 import lmdb
 import numpy as np
 import public_prefix
-from kvfabric_router.identity import ModelIdentity, RequestIdentity
+from kvfabric_router.identity import Addressee, ModelIdentity, RequestIdentity
 from kvfabric_router.prompt import Recognised
 
 from kvfabric.daemon.admin_client import AdminClient
@@ -393,7 +393,10 @@ def isolation(home: Path, rounds: int) -> dict[str, float]:
             )
             identity.keys(model)
             handle = identity.mint(
-                model, session=client.session, request_id=name, expires_at=int(time.time()) + 60
+                model,
+                to=Addressee(client.session),
+                request_id=name,
+                expires_at=int(time.time()) + 60,
             )
             minted.append((time.perf_counter() - started) * 1e6)
             client.open_handle(name, handle, deadline_s=5)

@@ -18,7 +18,7 @@ import harness
 import vllm_process
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.testing import ask, small_config
-from kvfabric_router.identity import ModelIdentity, RequestIdentity
+from kvfabric_router.identity import Addressee, ModelIdentity, RequestIdentity
 from kvfabric_router.prompt import Recognised
 
 from kvfabric.daemon.admin_client import AdminClient
@@ -67,7 +67,7 @@ class Fleet:
             )
             name = f"{side}-{tenant.name}".replace(" ", "-")
             handle = identity.mint(
-                model, session=session, request_id=name, expires_at=int(time.time()) + 600
+                model, to=Addressee(session), request_id=name, expires_at=int(time.time()) + 600
             )
             yield Request(tokens, handle, identity.keys(model).salt, name)
 

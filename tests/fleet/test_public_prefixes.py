@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from kvfabric_router.identity import ModelIdentity, RequestIdentity
+from kvfabric_router.identity import Addressee, ModelIdentity, RequestIdentity
 from kvfabric_router.prompt import Recognised, TemplateIndex
 
 from kvfabric import tokenizer
@@ -72,7 +72,7 @@ class Fleet:
         model = ModelIdentity(hello.model_revision, layout_fingerprint(hello.layout), BLOCK_TOKENS)
         return identity.mint(
             model,
-            session=self.engine.client.session,
+            to=Addressee(self.engine.client.session),
             request_id=request,
             expires_at=int(time.time()) + 60,
         )
