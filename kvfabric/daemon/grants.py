@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvfabric.errors import UnknownTenant
+from kvfabric.errors import Fenced, UnknownTenant
 from kvfabric.handle import Handle
 from kvfabric.hashing import namespace_key, namespace_tag
 from kvfabric.registry.state import RegistryState, namespace_of
@@ -65,8 +65,17 @@ def terms_of(opened: Handle) -> Terms:
     )
 
 
+def state_of(services: Services) -> RegistryState:
+    """What requests are opened by. Raises Fenced without an epoch lease: a namespace key made by an old state
+    names what was invalidated since, in an engine's own HBM, and here as soon as there is a lease again."""
+    state = services.registry()
+    if state is None:
+        raise Fenced("this node holds no epoch lease: it cannot know what was withdrawn")
+    return state
+
+
 def granted(services: Services, terms: Terms, weights: Weights) -> Granted:
-    """Raises UnknownTenant."""
+    """Raises Fenced, UnknownTenant."""
     key = _namespace_key(services, terms.tenant, weights)
     public_key = _namespace_key(services, PUBLIC_TENANT, weights) if terms.public_tokens else b""
     opted_out = _opted_out(services, terms.tenant)
@@ -87,7 +96,7 @@ def granted(services: Services, terms: Terms, weights: Weights) -> Granted:
 
 def _namespace_key(services: Services, tenant: TenantId, weights: Weights) -> bytes:
     namespace = namespace_of(
-        services.registry() or RegistryState(),  # without epochs the store serves nothing
+        state_of(services),
         tenant,
         weights.model_revision,
         weights.layout_fingerprint,
@@ -103,6 +112,5 @@ def _namespace_key(services: Services, tenant: TenantId, weights: Weights) -> by
 
 
 def _opted_out(services: Services, tenant: TenantId) -> bool:
-    state = services.registry()
-    known = state.tenants.get(tenant) if state is not None else None
+    known = state_of(services).tenants.get(tenant)
     return known is not None and known.opted_out

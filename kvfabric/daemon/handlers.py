@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvfabric import handle as handles
-from kvfabric.daemon.grants import Terms, Weights, granted, terms_of
+from kvfabric.daemon.grants import Terms, Weights, granted, state_of, terms_of
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.sessions import Session
 from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError
@@ -49,14 +49,10 @@ from kvfabric.types import (
     KEY_BYTES,
     MissReason,
     TenantId,
-    fabric_scope,
 )
 
 if TYPE_CHECKING:
     from kvfabric.daemon.fetching import Fetches
-
-UNKNOWN_EPOCHS = ((fabric_scope(), -1),)
-"""Of a request that came while the node could not know the epochs: fenced for good."""
 
 
 class EngineEventSink(Protocol):
@@ -274,21 +270,23 @@ def _terms_of(caller: Caller, message: OpenHandle) -> Terms:
     if opened.layout_fingerprint != session.fingerprint:
         raise BadHandle("handle for another layout than this session's")
     # The store would refuse each call; refused here, the engine's own HBM serves nothing by it either.
-    state = services.registry()
-    if state is not None:
-        reason = state.fence_reason(opened.epochs, opened.to_segments())
-        if reason is not MissReason.NONE:
-            services.lookups.refused(opened.request_id, TenantId(opened.tenant), reason)
-            raise Fenced(f"what the handle was made under has changed since: {reason.value}")
+    try:
+        state = state_of(services)
+    except Fenced:
+        reason = MissReason.NO_EPOCH_LEASE
+        services.lookups.refused(opened.request_id, TenantId(opened.tenant), reason)
+        raise
+    reason = state.fence_reason(opened.epochs, opened.to_segments())
+    if reason is not MissReason.NONE:
+        services.lookups.refused(opened.request_id, TenantId(opened.tenant), reason)
+        raise Fenced(f"what the handle was made under has changed since: {reason.value}")
     return terms_of(opened)
 
 
 def _default_terms(caller: Caller) -> Terms:
     if caller.services.require_handle:
         raise BadHandle("this node serves no request without a handle (require_handle)")
-    hello, state = caller.session.hello, caller.services.registry()
-    if state is None:
-        return Terms(tenant=DEFAULT_TENANT, epochs=UNKNOWN_EPOCHS)
+    hello, state = caller.session.hello, state_of(caller.services)
     scopes = scopes_of(DEFAULT_TENANT, hello.model_revision, hello.adapter)
     return Terms(tenant=DEFAULT_TENANT, epochs=state.epochs_of(scopes))
 

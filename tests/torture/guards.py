@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,15 +12,18 @@ from kvfabric.daemon import grants
 from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
+from kvfabric.protocol.messages import Confirmed
 from kvfabric.registry.state import RegistryState
 from kvfabric.store import policy
+from kvfabric.store.access import Access
+from kvfabric.store.index import packed_keys
 from kvfabric.store.lease import LeaseBook, Request
 from kvfabric.store.reading import Reader
 from kvfabric.tiers import direct_io
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES
 from kvfabric.tiers.segments import SegmentTier
-from kvfabric.types import DEFAULT_TENANT, MissReason
+from kvfabric.types import DEFAULT_TENANT, KEY_BYTES, MissReason
 
 
 def volatile() -> None:
@@ -155,10 +161,55 @@ def no_pins() -> None:
     setattr(policy, "PINNED", 0)  # noqa: B010
 
 
+def no_store_fence() -> None:
+    """Guard out: what was reserved is committed, whatever changed since."""
+    Access.to_store = lambda *_: ""  # type: ignore[method-assign]
+
+
+def no_confirmation() -> None:
+    """Guard out: what was located once may be used, if it is still there."""
+
+    def confirm(reader: Reader, session: Any, request_id: str, keys: bytes, *_: Any) -> Confirmed:
+        known = reader._leases.find(session, request_id) is not None
+        return Confirmed(len(keys) // KEY_BYTES if known else 0, MissReason.NONE.value)
+
+    Reader.confirm = confirm  # type: ignore[method-assign, assignment]
+
+
+def no_generation() -> None:
+    """Guard out: a confirmation does not look at whether the slot is still the one that was read."""
+    confirm = Reader.confirm
+
+    def by_rights_alone(
+        reader: Reader, session: Any, request_id: str, keys: bytes, _: bytes, part: Any
+    ) -> Confirmed:
+        index = reader._index
+        parts = index.parts(index.lookup(packed_keys(keys)), 0)
+        now = index.part_generation.array[parts].astype("<u4").tobytes()
+        return confirm(reader, session, request_id, keys, now, part)
+
+    Reader.confirm = by_rights_alone  # type: ignore[method-assign, assignment]
+
+
+def clocks_jump() -> None:
+    """The wall clock is set again and again, by minutes, forward and back."""
+    now, chance = time.time, random.Random(os.getpid())
+    offset, until = 0.0, 0.0
+
+    def jumping() -> float:
+        nonlocal offset, until
+        if time.monotonic() >= until:
+            until = time.monotonic() + chance.uniform(0.05, 0.5)
+            offset = chance.uniform(-300.0, 300.0)
+        return now() + offset
+
+    time.time = jumping
+
+
 _OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
 _OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
 _OF_TENANTS = (no_salt, no_lineage, no_pins)
-_OF_VERSIONS = (no_fence,)
+_OF_VERSIONS = (no_fence, no_store_fence, no_confirmation, no_generation, clocks_jump)
 CHANGES: dict[str, Callable[[], None]] = {
     change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS, *_OF_VERSIONS)
 }

@@ -22,6 +22,7 @@ class ForkedNode:
         self,
         launcher: Launcher,
         directory: Path,
+        /,
         *,
         changes: tuple[str, ...] = (),
         failpoint: str = "",
