@@ -98,11 +98,10 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(directory: Path, *changes: str) -> Iterator[Rig]:
+def rig(launcher: Launcher, directory: Path, *changes: str) -> Iterator[Rig]:
     with contextlib.ExitStack() as stack:
-        launcher = stack.enter_context(Launcher())
         node = stack.enter_context(
-            ForkedNode(launcher, directory, changes=changes, ssd_bytes=16 << 20, epoch_lease_s=0.5)
+            ForkedNode(launcher, directory, changes=changes, ssd_bytes=16 << 20, epoch_lease_s=0.1)
         )
         admin = stack.enter_context(AdminClient(directory / "admin.sock"))
         engine = TinyEngine.connect(node.socket)
@@ -110,8 +109,16 @@ def rig(directory: Path, *changes: str) -> Iterator[Rig]:
         yield Rig(directory, admin, engine, Minter(directory), node)
 
 
-def test_every_change_is_audited_with_something_live_beside_it(tmp_path: Path) -> None:
-    with rig(tmp_path) as found:
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with Launcher() as launcher:
+        yield launcher
+
+
+def test_every_change_is_audited_with_something_live_beside_it(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    with rig(launcher, tmp_path) as found:
         assert found.node is not None
         found.register("t")
         found.register("t", "2")
@@ -147,8 +154,8 @@ def test_every_change_is_audited_with_something_live_beside_it(tmp_path: Path) -
         assert 0 < _metric(found, "withdrawal_visible_seconds_sum") < 5
 
 
-def test_adapters_and_public_prefixes_are_audited_too(tmp_path: Path) -> None:
-    with rig(tmp_path) as found:
+def test_adapters_and_public_prefixes_are_audited_too(launcher: Launcher, tmp_path: Path) -> None:
+    with rig(launcher, tmp_path) as found:
         found.register("t")
         found.register("other")
         adapted = dataclasses.replace(tiny_hello(), adapter="a", adapter_revision="1")
@@ -191,8 +198,8 @@ def _metric(found: Rig, name: str) -> float:
     return found.node.metrics()[name]
 
 
-def test_without_anything_live_nothing_has_passed(tmp_path: Path) -> None:
-    with rig(tmp_path) as found:
+def test_without_anything_live_nothing_has_passed(launcher: Launcher, tmp_path: Path) -> None:
+    with rig(launcher, tmp_path) as found:
         found.register("t")
         found.register("empty")
         audit = found.invalidate("template", "empty")
@@ -206,8 +213,8 @@ def test_without_anything_live_nothing_has_passed(tmp_path: Path) -> None:
         assert report.num_uncontrolled == BLOCKS
 
 
-def test_what_is_asked_leaves_no_trace(tmp_path: Path) -> None:
-    with rig(tmp_path) as found:
+def test_what_is_asked_leaves_no_trace(launcher: Launcher, tmp_path: Path) -> None:
+    with rig(launcher, tmp_path) as found:
         assert found.node is not None
         found.register("t")
         found.register("other")
@@ -228,15 +235,15 @@ def test_what_is_asked_leaves_no_trace(tmp_path: Path) -> None:
         assert found.status().engines == engines
 
 
-def test_blocks_on_ssd_are_asked_for(tmp_path: Path) -> None:
+def test_blocks_on_ssd_are_asked_for(launcher: Launcher, tmp_path: Path) -> None:
     """After a restart they are there alone."""
-    with rig(tmp_path) as found:
+    with rig(launcher, tmp_path) as found:
         found.register("t")
         found.register("other")
         found.store("mine", "t")
         found.store("kept", "other")
         until(lambda: len(found.status().sealed_keys) == 2 * BLOCKS)
-    with rig(tmp_path) as found:
+    with rig(launcher, tmp_path) as found:
         audit = found.invalidate("template", "t")
         assert (audit.result, audit.num_refused) == ("passed", 4)
 
@@ -251,15 +258,17 @@ def _store_two(found: Rig) -> None:
 
 
 @pytest.mark.parametrize("on_ssd", [False, True], ids=["host", "ssd"])
-def test_without_the_fence_it_is_served_and_loud(tmp_path: Path, on_ssd: bool) -> None:
+def test_without_the_fence_it_is_served_and_loud(
+    launcher: Launcher, tmp_path: Path, on_ssd: bool
+) -> None:
     """The twin: a node that lets everything pass."""
     with contextlib.ExitStack() as stack:
         if on_ssd:
-            with rig(tmp_path) as found:
+            with rig(launcher, tmp_path) as found:
                 _store_two(found)
                 until(lambda: len(found.status().sealed_keys) == 3 * BLOCKS)
                 tenants = found.tenants
-        found = stack.enter_context(rig(tmp_path, "no_fence"))
+        found = stack.enter_context(rig(launcher, tmp_path, "no_fence"))
         if on_ssd:
             found.tenants = tenants
         else:
@@ -293,9 +302,9 @@ def _told(found: Rig) -> tuple[int, int]:
     return node.stale_serves, batch.stale_serves
 
 
-def test_without_the_lineage_a_key_is_enough(tmp_path: Path) -> None:
+def test_without_the_lineage_a_key_is_enough(launcher: Launcher, tmp_path: Path) -> None:
     """The twin of the second guard: today's handle finds yesterday's keys."""
-    with rig(tmp_path, "no_lineage") as found:
+    with rig(launcher, tmp_path, "no_lineage") as found:
         assert found.node is not None
         _store_two(found)
         assert found.invalidate("template", "t").result == "stale"
@@ -305,12 +314,12 @@ def test_without_the_lineage_a_key_is_enough(tmp_path: Path) -> None:
 
 
 async def test_what_died_before_this_life_is_asked_for_all_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On SSD since an earlier life, its version withdrawn then. Beside its twin, in one story."""
 
     def first_life() -> None:
-        with rig(tmp_path) as found:
+        with rig(launcher, tmp_path) as found:
             _store_two(found)
             until(lambda: len(found.status().sealed_keys) == 3 * BLOCKS)
             assert found.invalidate("template", "t").result == "passed"

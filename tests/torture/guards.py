@@ -13,6 +13,7 @@ from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
 from kvfabric.protocol.messages import Confirmed
+from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.state import RegistryState
 from kvfabric.store import policy
 from kvfabric.store.access import Access
@@ -161,6 +162,11 @@ def no_pins() -> None:
     setattr(policy, "PINNED", 0)  # noqa: B010
 
 
+def no_lease() -> None:
+    """Guard out: what was last heard of the epochs is believed for ever."""
+    EpochLease.allows = lambda _, state: state is not None  # type: ignore[method-assign, assignment]
+
+
 def no_store_fence() -> None:
     """Guard out: what was reserved is committed, whatever changed since."""
     Access.to_store = lambda *_: ""  # type: ignore[method-assign]
@@ -209,7 +215,7 @@ def clocks_jump() -> None:
 _OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
 _OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
 _OF_TENANTS = (no_salt, no_lineage, no_pins)
-_OF_VERSIONS = (no_fence, no_store_fence, no_confirmation, no_generation, clocks_jump)
+_OF_VERSIONS = (no_fence, no_lease, no_store_fence, no_confirmation, no_generation, clocks_jump)
 CHANGES: dict[str, Callable[[], None]] = {
     change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS, *_OF_VERSIONS)
 }

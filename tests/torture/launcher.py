@@ -1,7 +1,9 @@
 """Starts `kvfabric node` processes fast: imports everything once, then forks one for each line it reads.
 
-    {"argv": [...], "failpoint": "name:n", "changes": [...], "log": "path"}   ->   {"pid": n}
-    {"reap": pid}                                                            ->   {"status": wait status}
+    {"argv": ["node", ...], "failpoint": "name:n", "changes": [...], "log": "path"}   ->   {"pid": n}
+    {"reap": pid}   ->   {"status": wait status}
+
+Routers likewise: what they import is imported when the first is asked for.
 
 What a child runs is the command itself, `kvfabric.cli.main`, on a state directory like any other. A test
 process must not fork nodes of its own: it has threads.
@@ -40,8 +42,17 @@ class Launcher:
         self._process.wait()
         self._process.stdout.close()
 
-    def start(self, argv: list[str], *, failpoint: str, changes: tuple[str, ...], log: Path) -> int:
-        """The process id of a new node."""
+    def start(
+        self,
+        argv: list[str],
+        *,
+        failpoint: str,
+        changes: tuple[str, ...],
+        log: Path,
+        verb: str = "node",
+    ) -> int:
+        """The process id of a new node, or of another command."""
+        argv = [verb, *argv]
         document = {"argv": argv, "failpoint": failpoint, "changes": changes, "log": str(log)}
         pid: int = self._ask(document)["pid"]
         return pid
@@ -72,14 +83,16 @@ def _serve() -> None:
             _, status = os.waitpid(request["reap"], 0)
             answer = {"status": status}
         else:
+            if request["argv"][0] == "router":
+                import kvfabric_router.command  # noqa: F401
             pid = os.fork()
             if not pid:
-                _become_node(request)
+                _become(request)
             answer = {"pid": pid}
         print(json.dumps(answer), flush=True)
 
 
-def _become_node(request: dict[str, Any]) -> None:
+def _become(request: dict[str, Any]) -> None:
     from guards import CHANGES
 
     from kvfabric.cli import main
@@ -94,7 +107,7 @@ def _become_node(request: dict[str, Any]) -> None:
         for name in request["changes"]:
             CHANGES[name]()
         arm(request["failpoint"])
-        code = main(["node", *request["argv"]])
+        code = main(request["argv"])
     finally:
         os._exit(code)
 

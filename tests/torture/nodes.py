@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kvfabric.testing.processes import READY, until
@@ -17,6 +17,15 @@ DEADLINE_S = 60.0
 
 class ForkedNode:
     """A context manager; it may be killed before the end, and hand over to another on its directory."""
+
+    verb = "node"
+    defaults: Mapping[str, object] = {
+        "http": "127.0.0.1:0",
+        "host_bytes": 8 << 20,
+        "ssd_bytes": 0,
+        "max_blocks": 16384,
+        "sessions_return_s": 0.2,
+    }
 
     def __init__(
         self,
@@ -30,21 +39,16 @@ class ForkedNode:
         **options: object,
     ) -> None:
         """`options`: keys of NodeConfig. The host tier is 8 MiB, no SSD."""
-        defaults: dict[str, object] = {
-            "http": "127.0.0.1:0",
-            "host_bytes": 8 << 20,
-            "ssd_bytes": 0,
-            "max_blocks": 16384,
-            "sessions_return_s": 0.2,
-        }
         self.socket = directory / "node.sock"
         self._launcher = launcher
         self._log = directory / f"log.{os.urandom(4).hex()}"
         argv = ["--state-dir", str(directory), *(["--takeover"] if takeover else [])]
-        for name, value in (defaults | options).items():
+        for name, value in ({**self.defaults} | options).items():
             argv += ["--" + name.replace("_", "-"), str(value)]
         directory.mkdir(exist_ok=True, mode=0o700)
-        self.pid = launcher.start(argv, failpoint=failpoint, changes=changes, log=self._log)
+        self.pid = launcher.start(
+            argv, failpoint=failpoint, changes=changes, log=self._log, verb=self.verb
+        )
         self._ended = False
 
     @property
@@ -53,8 +57,9 @@ class ForkedNode:
 
     def wait_ready(self) -> None:
         """Raises TimeoutError; also for a node that ended before."""
-        until(lambda: READY in self.log or not self.is_running(), deadline_s=DEADLINE_S)
-        assert READY in self.log, self.log
+        ready = f"kvfabric {self.verb} ready"
+        until(lambda: ready in self.log or not self.is_running(), deadline_s=DEADLINE_S)
+        assert ready in self.log, self.log
 
     def is_running(self) -> bool:
         with contextlib.suppress(OSError):
@@ -91,6 +96,18 @@ class ForkedNode:
         if not self._ended:
             os.kill(self.pid, signal.SIGKILL)
             self.reap()
+
+
+class ForkedRouter(ForkedNode):
+    """A router, likewise. `options`: keys of RouterConfig."""
+
+    verb = "router"
+    defaults: Mapping[str, object] = {"listen": "127.0.0.1:0"}
+
+    @property
+    def url(self) -> str:
+        """Of its API, once it is ready."""
+        return self.log.split("kvfabric router ready", 1)[1].split()[-1]
 
 
 def arenas(*pids: int) -> set[int]:
