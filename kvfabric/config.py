@@ -158,10 +158,11 @@ class RouterConfig:
         "", "where choices are recorded for `kvfabric replay` (default: nowhere)"
     )
     journal_bytes: int = _key(64 << 20, "size of the journal; the oldest choices go first")
+    workers: int = _key(1, "processes that do the HTTP; more than 1: beside the one that decides")
     log_level: str = _key("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
-        _positive(self, "request_timeout_s", "handle_ttl_s", "journal_bytes")
+        _positive(self, "request_timeout_s", "handle_ttl_s", "journal_bytes", "workers")
         _one_of(self, "policy", "cost", "least_loaded", "round_robin")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
 

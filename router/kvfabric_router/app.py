@@ -14,70 +14,41 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import msgspec
 from aiohttp import web
 
 from kvfabric import garbage
 from kvfabric.config import RouterConfig, split_address
-from kvfabric.errors import ConfigError, KVFabricError
+from kvfabric.errors import ConfigError
 from kvfabric.events.index import FleetIndex
 from kvfabric.registry.lease import EpochLease
+from kvfabric.registry.state import Tenant
 from kvfabric.tls import Security
-from kvfabric_router import api, diagnosis
+from kvfabric_router import api, diagnosis, front
 from kvfabric_router.admission import Admission
 from kvfabric_router.api import ApiError
-from kvfabric_router.desk import LocalDesk
 from kvfabric_router.dispatch import Call, Planner
 from kvfabric_router.explain import explain
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.journal import Journal
 from kvfabric_router.links import Links
+from kvfabric_router.local_desk import LocalDesk
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
-from kvfabric_router.openapi import TTFT_OBJECTIVE, document
+from kvfabric_router.openapi import document
 from kvfabric_router.probes import Prober
 from kvfabric_router.proxy import REQUEST_ID, Proxy, client
 from kvfabric_router.registry_view import RegistryView
 from kvfabric_router.request_rate import RequestRates
+from kvfabric_router.worker_link import WorkerLink
+from kvfabric_router.workers import Workers
 
 MAX_IN_FLIGHT = 2048
-STOP_S = 30.0
-"""How long answers in progress may take to end when the router stops."""
-
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 _log = logging.getLogger(__name__)
-
-
-@web.middleware
-async def _openai_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Every error in the shape that OpenAI clients read."""
-    try:
-        return await handler(request)
-    except ApiError as exc:
-        return _error(exc)
-    except web.HTTPException as exc:
-        response = _error(ApiError(exc.status, f"{exc.reason}: {request.method} {request.path}"))
-        if "Allow" in exc.headers:
-            response.headers["Allow"] = exc.headers["Allow"]
-        return response
-    except KVFabricError:
-        _log.exception("%s %s", request.method, request.path)
-        return _error(ApiError(500, "The router failed on this request."))
-
-
-def _error(error: ApiError) -> web.Response:
-    return web.Response(
-        status=error.status,
-        body=error.body(),
-        headers=error.headers,
-        content_type="application/json",
-    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,12 +66,12 @@ class Router:
     links: Links
     rates: RequestRates
     journal: Journal | None = None
+    workers: Workers | None = None
     url: str = ""
 
     def application(self) -> web.Application:
         """The routes, as one table."""
-        app = web.Application(middlewares=[_openai_errors], client_max_size=api.MAX_BODY_BYTES)
-        app.add_routes(
+        return front.application(
             [
                 web.post(api.COMPLETIONS, self.complete),
                 web.post(api.CHAT_COMPLETIONS, self.complete),
@@ -113,7 +84,6 @@ class Router:
                 web.get("/openapi.json", self.describe),
             ]
         )
-        return app
 
     # ------------------------------------------------------------------ the OpenAI API
 
@@ -122,40 +92,49 @@ class Router:
         request_id = f"req-{secrets.token_hex(16)}"
         tenant, call = "", None
         try:
-            known = self.registry.authenticate(request.headers.get("Authorization"))
-            tenant = known.tenant_id
-            self.rates.take(known)
+            tenant = self.enter(request.headers.get("Authorization")).tenant_id
             call = await self._call(request, request_id)
             response = await self.proxy.serve(request, call)
         except ApiError as exc:
-            response = _error(exc)
+            response = front.error_response(exc)
         except web.HTTPRequestEntityTooLarge as exc:
-            message = f"A request has at most {api.MAX_BODY_BYTES} bytes."
-            response = _error(ApiError(exc.status, message))
+            response = front.error_response(front.too_large(exc))
         except (asyncio.CancelledError, ConnectionError):
-            self._count(tenant, "disconnected")
+            self.left(tenant, "disconnected")
             raise
         if not response.prepared:
             response.headers.setdefault(REQUEST_ID, request_id)
-        self._count(tenant, (call.result if call else "") or str(response.status))
+        self.left(tenant, (call.result if call else "") or str(response.status))
         return response
 
     async def _call(self, request: web.Request, request_id: str) -> Call:
-        """Raises ApiError 400, 401, 429. The key is asked again: it may be revoked while a body comes."""
-        if self.fleet.num_flights >= MAX_IN_FLIGHT:
-            raise ApiError(429, "The router has as many requests as it takes.", code="overloaded")
+        """Raises ApiError 400, 401."""
         raw = await request.read()
-        directives = _cache_control(request)
+        asked = front.directives(request)
         return Call(
-            ttft_ms=_objective(request.headers.get(TTFT_OBJECTIVE)),
+            ttft_ms=asked.ttft_ms,
             request_id=request_id,
-            tenant=self.registry.authenticate(request.headers.get("Authorization")),
+            tenant=self.again(request.headers.get("Authorization")),
             request=api.parse(request.path, raw),
-            no_store="no-store" in directives,
-            no_read="no-read" in directives,
+            no_store=asked.no_store,
+            no_read=asked.no_read,
         )
 
-    def _count(self, tenant: str, result: str) -> None:
+    # ------------------------------------------------------------------ who may ask (`worker_link.Door`)
+
+    def enter(self, authorization: str | None) -> Tenant:
+        """Whose request it is. Raises ApiError 401, 429 or 503."""
+        tenant = self.registry.authenticate(authorization)
+        self.rates.take(tenant)
+        if self.fleet.num_flights >= MAX_IN_FLIGHT:
+            raise ApiError(429, "The router has as many requests as it takes.", code="overloaded")
+        return tenant
+
+    def again(self, authorization: str | None) -> Tenant:
+        """The key may have been revoked while a body came. Raises ApiError 401 or 503."""
+        return self.registry.authenticate(authorization)
+
+    def left(self, tenant: str, result: str) -> None:
         self.metrics.requests.labels(tenant=tenant, result=result).inc()
 
     async def models(self, request: web.Request) -> web.Response:
@@ -165,7 +144,7 @@ class Router:
         data = [
             {"id": name, "object": "model", "created": 0, "owned_by": "kvfabric"} for name in names
         ]
-        return _json({"object": "list", "data": data})
+        return front.json_response({"object": "list", "data": data})
 
     async def explain(self, request: web.Request) -> web.Response:
         """Why a recent request of this tenant went where it went, and reused what it reused."""
@@ -176,13 +155,13 @@ class Router:
             raise ApiError(404, "No recent request of yours has this id.", code="unknown_request")
         node = found.ranked[0].candidate.engine.node_id
         told = await self.links.lookup(node, request_id, tenant.tenant_id)
-        return _json(explain(request_id, found, told))
+        return front.json_response(explain(request_id, found, told))
 
     # ------------------------------------------------------------------ for operators
 
     async def healthz(self, request: web.Request) -> web.Response:
         """The process serves."""
-        return _json({"status": "ok"})
+        return front.json_response({"status": "ok"})
 
     async def readyz(self, request: web.Request) -> web.Response:
         """Requests are answered well: tenants and what nodes hold are known, an engine takes requests."""
@@ -197,17 +176,19 @@ class Router:
             "nodes_connected": self.links.num_connected,
         }
         ready = all(parts.values())
-        return _json({"ready": ready, **parts, **details}, status=200 if ready else 503)
+        return front.json_response(
+            {"ready": ready, **parts, **details}, status=200 if ready else 503
+        )
 
     async def doctor(self, request: web.Request) -> web.Response:
         """What is wrong without anybody noticing, for `kvfabric doctor ROUTER_URL`."""
         totals = self.metrics.totals(self.index.statistics().num_blocks)
         found = diagnosis.examine(self.links.sights(), self.fleet.sights(), totals)
-        return _json({"findings": found})
+        return front.json_response({"findings": found})
 
     async def describe(self, request: web.Request) -> web.Response:
         """This API as an OpenAPI document."""
-        return _json(document())
+        return front.json_response(document())
 
     async def metrics_text(self, request: web.Request) -> web.Response:
         """Prometheus metrics."""
@@ -221,31 +202,6 @@ class Router:
         return web.Response(
             body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"}
         )
-
-
-def _cache_control(request: web.Request) -> set[str]:
-    """What a client asks of the cache: `no-store` leaves nothing behind, `no-read` finds nothing."""
-    values = ",".join(request.headers.getall("Cache-Control", ())).lower().split(",")
-    return {value.strip() for value in values}
-
-
-def _objective(header: str | None) -> float | None:
-    """Milliseconds. Raises ApiError 400."""
-    if header is None:
-        return None
-    try:
-        value = float(header)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ApiError(400, f"`{TTFT_OBJECTIVE}` must be a number of milliseconds above 0.")
-    return value
-
-
-def _json(value: object, *, status: int = 200) -> web.Response:
-    return web.Response(
-        status=status, body=msgspec.json.encode(value), content_type="application/json"
-    )
 
 
 def security_of(config: RouterConfig) -> Security:
@@ -287,16 +243,25 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
     desk = LocalDesk(admission, fleet, registry, metrics)
     proxy = Proxy(desk, http=http, timeout_s=config.request_timeout_s)
     rates = RequestRates(time.monotonic)
-    return Router(
+    router = Router(
         config, fleet, index, registry, metrics, planner, desk, proxy, links, rates, journal
     )
+    if config.workers == 1:
+        return router
+    workers = Workers(
+        config.workers,
+        link=lambda group: WorkerLink(desk, router, group),
+        timeout_s=config.request_timeout_s,
+        log_level=config.log_level.upper(),
+    )
+    return dataclasses.replace(router, workers=workers)
 
 
 @contextlib.asynccontextmanager
 async def running(config: RouterConfig) -> AsyncIterator[Router]:
     """A router that listens, with its links and probes, until the block ends.
 
-    On the way out: no new connections, answers in progress get STOP_S to end, then all is closed.
+    On the way out: no new connections, answers in progress get `front.STOP_S` to end, then all is closed.
     Raises ConfigError if the address cannot be listened on.
     """
     async with client() as http:
@@ -342,25 +307,21 @@ async def _background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _listening(router: Router) -> AsyncIterator[str]:
-    # handler_cancellation: a client that goes away ends its handler, and with it the engine's work.
-    runner = web.AppRunner(
-        router.application(), handler_cancellation=True, shutdown_timeout=STOP_S, access_log=None
-    )
-    host, port = split_address(router.config.listen, "router.listen")
-    await runner.setup()
-    try:
-        await _listen(runner, host, port)
+    config = router.config
+    host, port = split_address(config.listen, "router.listen")
+    if router.workers is not None:
+        async with router.workers.running(router.application(), host, port) as url:
+            yield url
+        return
+    async with front.serving(router.application()) as runner:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as exc:
+            raise ConfigError(
+                f"router.listen: cannot listen on {host}:{port}: {exc.strerror}"
+            ) from exc
         address = runner.addresses[0]
         yield f"http://{address[0]}:{address[1]}"
-    finally:
-        await runner.cleanup()
-
-
-async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except OSError as exc:
-        raise ConfigError(f"router.listen: cannot listen on {host}:{port}: {exc.strerror}") from exc
 
 
 async def serve_until_stopped(config: RouterConfig) -> None:

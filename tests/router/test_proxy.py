@@ -1,8 +1,12 @@
-"""Answers pass through, broken engines are replaced while nobody saw a byte, clients may go away."""
+"""Answers pass through, broken engines are replaced while nobody saw a byte, clients may go away.
+
+All of it from one process and from several workers behind one port: who asks sees no difference.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +37,20 @@ async def pair() -> AsyncIterator[list[StandInEngine]]:
         yield found
 
 
+@pytest.fixture(
+    autouse=True, params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["alone", "workers"]
+)
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    number: int = request.param
+    monkeypatch.setenv("KVFABRIC_TEST_WORKERS", str(number))
+    return number
+
+
 def served(tmp_path: Path, found: list[StandInEngine], **keys: Any) -> Any:
     keyring_with(tmp_path)
-    return client_of(config_for(tmp_path, [e.url for e in found], **keys), registry_state())
+    urls = [engine.url for engine in found]
+    number = int(os.environ["KVFABRIC_TEST_WORKERS"])
+    return client_of(config_for(tmp_path, urls, workers=number, **keys), registry_state())
 
 
 async def test_an_answer_passes_through(tmp_path: Path, pair: list[StandInEngine]) -> None:
@@ -138,7 +153,7 @@ async def test_an_engine_that_breaks_before_the_first_byte_is_replaced(
             assert status == 200
             assert headers["x-kvfabric-engine"] == pair[1].url
             assert b"error" not in (answer if isinstance(answer, bytes) else b"")
-        assert client.router.fleet.num_flights == 0
+        await until(lambda: client.router.fleet.num_flights == 0)
 
 
 async def test_an_engine_that_is_gone_is_replaced_and_excluded(
@@ -166,7 +181,7 @@ async def test_an_engine_that_breaks_after_the_first_byte_is_not_replaced(
         assert first["choices"][0]["text"] == "a"
         assert last["error"]["code"] == "engine_lost"
         assert len(pair[0].requests) + len(pair[1].requests) == 1
-        assert client.router.fleet.num_flights == 0
+        await until(lambda: client.router.fleet.num_flights == 0)
 
 
 async def test_an_answer_that_only_names_the_end_has_not_ended(
@@ -180,6 +195,7 @@ async def test_an_answer_that_only_names_the_end_has_not_ended(
         assert list(events(raw))[-1]["error"]["code"] == "engine_lost"
 
 
+@pytest.mark.parametrize("workers", [1], indirect=True)  # what is patched is in this process
 async def test_replaying_after_the_first_byte_would_be_seen(
     tmp_path: Path, pair: list[StandInEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +255,7 @@ async def test_an_engine_that_takes_too_long_is_a_504_or_an_error_event(
         else:
             assert status == 200
             assert list(events(answer))[-1]["error"]["code"] == "engine_lost"
-        assert client.router.fleet.num_flights == 0
+        await until(lambda: client.router.fleet.num_flights == 0)
 
 
 async def test_who_waits_for_an_engine_that_stopped_answering_is_moved(
