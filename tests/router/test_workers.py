@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -214,12 +215,10 @@ def test_workers_end_with_the_process_that_decides(tmp_path: Path) -> None:
         next(line for line in process.stderr if "ready" in line)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 2
+        watched = [os.pidfd_open(int(pid)) for pid in children]
         process.kill()
         process.wait()
-        process.stderr.read()  # it has an end once nobody holds it any more
-    assert not any(_is_alive(int(pid)) for pid in children)
-
-
-def _is_alive(pid: int) -> bool:
-    state = Path(f"/proc/{pid}/stat")
-    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+        ended = [bool(select.select([descriptor], [], [], 10)[0]) for descriptor in watched]
+    for descriptor in watched:
+        os.close(descriptor)
+    assert ended == [True, True]
