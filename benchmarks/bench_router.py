@@ -29,7 +29,7 @@ from pathlib import Path
 import aiohttp
 import harness
 import traffic
-from routers import PEER_NAMES, PEERS, ROUTERS, deployed
+from routers import PEER_NAMES, PEERS, ROUTERS, NotReady, deployed
 from simulated import MODEL, EngineModel
 
 NUM_ENGINES = 8
@@ -268,15 +268,22 @@ def main() -> None:
     asked = [c for c in cases(args) if tuple(getattr(c, name) for name in names) not in done]
     signal.signal(signal.SIGTERM, _end)
     spawn = multiprocessing.get_context("spawn")
+    failures: list[str] = []
     with ProcessPoolExecutor(args.lanes, mp_context=spawn) as lanes:
-        measured = [lanes.submit(row_of, case, args.traces) for case in asked]
+        measured = {lanes.submit(row_of, case, args.traces): case for case in asked}
         for future in as_completed(measured):
-            row = future.result()
+            try:
+                row = future.result()
+            except NotReady as exc:  # the other rows are worth having all the same
+                failures.append(f"{measured[future]}: {exc}")
+                continue
             print(json.dumps(row), flush=True)
             rows.append(row)  # type: ignore[arg-type]
             if not args.quick:
                 with ROWS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+    if failures:
+        raise SystemExit("\n".join(failures))
     harness.report("router", args, figures(rows), rows)
 
 
