@@ -74,6 +74,11 @@ class PoolEvents:
         self._changed[block.key] = (block, present)
         return was_empty
 
+    def struck(self, names: Collection[bytes]) -> list[BlockKey]:
+        """Blocks that are cached now and made of these incarnations, or in these namespaces."""
+        with self._lock:
+            return [key for key, block in self._held.items() if block.is_struck(names)]
+
     def take(self) -> EngineEvents | None:
         """The oldest changes that were not taken yet, as many as one message holds; None for none."""
         with self._lock:

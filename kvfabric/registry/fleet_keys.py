@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 POLL_S, RETRY_S, PAUSE_S = 5.0, 0.5, 0.1
 """Between looks for newer handle keys; between tries while something is lacking; at least, whoever wakes."""
+GOSSIP, REACH = 2, 16
+"""How many nodes are asked for handle keys now and then, and when somebody showed one that is not known."""
 _ASK_S = 2.0
 _WHOSE = (DEFAULT_TENANT, PUBLIC_TENANT)
 
@@ -73,7 +76,8 @@ class FleetKeys:
         self._security = security
         self._own_address = own_address
         self._claims = claims
-        self._woken = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._reach = 0
         self._reported: frozenset[TenantId] = frozenset()
         self._seen: frozenset[TenantId] = frozenset()
         self._refusals: dict[str, str] = {}
@@ -81,7 +85,9 @@ class FleetKeys:
         self._lacking: Mapping[TenantId, bytes] = {}
 
     def wake(self) -> None:
-        self._woken.set()
+        """A tenant or handle key is unknown here."""
+        self._reach = REACH
+        self._changed.set()
 
     def lacking(self) -> Mapping[TenantId, bytes]:
         """Tenants of which the fleet has a secret that is not here, with its check."""
@@ -117,22 +123,31 @@ class FleetKeys:
         version = self._directory.state.version
         while True:
             version = (await self._directory.wait_newer(version)).version
-            self._woken.set()
+            self._changed.set()
 
     async def _keep(self) -> None:
+        reach = GOSSIP
         while True:
-            self._woken.clear()
+            self._changed.clear()
             if self._claims:
                 await self._claim()
+            if self.lacking() or reach:
+                await self._ask_some(reach)
             lacking = self.lacking()
-            if self._keyring() is not None:
-                await self._ask_all(lacking)
-                lacking = self.lacking()
             self._report(frozenset(lacking))
-            await asyncio.sleep(PAUSE_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RETRY_S if lacking else POLL_S):
-                    await self._woken.wait()
+            reach = await self._pause(RETRY_S if lacking else POLL_S)
+
+    async def _pause(self, at_most_s: float) -> int:
+        """Until something changed, or a handle key is unknown, or for so long; how many nodes to ask for
+        handle keys then."""
+        await asyncio.sleep(PAUSE_S)
+        try:
+            async with asyncio.timeout(at_most_s):
+                await self._changed.wait()
+        except TimeoutError:
+            self._reach = max(self._reach, GOSSIP)
+        reach, self._reach = self._reach, 0
+        return reach
 
     async def _claim(self) -> None:
         keyring, state = self._keyring(), self._directory.state
@@ -151,12 +166,12 @@ class FleetKeys:
                     checks, requested_by="the first node that has them"
                 )
 
-    async def _ask_all(self, lacking: Mapping[TenantId, bytes]) -> None:
-        """Each node, until nothing is lacking; handle keys of all of them."""
+    async def _ask_some(self, reach: int) -> None:
+        """Any nodes: `reach` for handle keys, and on until nothing is lacking."""
         self._refusals.clear()
-        for address in self._nodes():
-            keyring = self._keyring()
-            if keyring is None:
+        for number, address in enumerate(self._nodes()):
+            keyring, lacking = self._keyring(), self.lacking()
+            if keyring is None or (number >= reach and not lacking):
                 return
             try:
                 given = await self._ask(address, lacking)
@@ -168,17 +183,17 @@ class FleetKeys:
                 self._refusals[address] = str(exc)
             except grpc.aio.AioRpcError as exc:
                 self._refusals[address] = f"{exc.code().name}: {exc.details()}"
-            lacking = self.lacking()
 
     def _nodes(self) -> list[str]:
-        """Which can be asked. Over plain TCP nobody gives keys."""
+        """Which can be asked, in any order. Over plain TCP nobody gives keys."""
         found = [
             holder.address
             for holder in self._directory.holders
             if holder.kind == "node" and holder.address not in ("", self._own_address)
         ]
         is_secure = self._security.tls_dir is not None
-        return [one for one in dict.fromkeys(found) if is_secure or one.startswith("unix:")]
+        fit = [one for one in dict.fromkeys(found) if is_secure or one.startswith("unix:")]
+        return random.sample(fit, len(fit))
 
     async def _ask(self, address: str, lacking: Mapping[TenantId, bytes]) -> SharedKeys:
         """Raises AioRpcError, ConfigError."""

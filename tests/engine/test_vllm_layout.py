@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kvfabric_engine.integrations.vllm_layout import SKIP, PagedMover, find_runs, prove
@@ -126,6 +128,55 @@ def held(events: PoolEvents) -> int:
     events.snapshot()
     told = events.take()
     return sum(len(run.keys) // 8 for run in told.stored) if told is not None else 0
+
+
+def made_of(number: int, *incarnations: bytes) -> CachedKey:
+    return replace(key(number), incarnations=incarnations)
+
+
+def test_what_was_struck_off_is_evicted_and_nothing_else() -> None:
+    events = PoolEvents()
+    mirror = PoolMirror(events)
+    evicted: list[set[int]] = []
+    one, two = b"1" * 16, b"2" * 16
+    mirror.busy()
+    mirror.let_go(evicted.append)
+    for block, pages in (
+        (made_of(1, one), [3, 4]),
+        (made_of(2, one, two), [5, 6]),
+        (made_of(3, two), [7, 8]),
+    ):
+        mirror.cached(block, pages)
+    done = mirror.strike((one,))
+    assert (done.done(), evicted) == (False, []), "the pool is its own thread's"
+    mirror.let_go(evicted.append)
+    assert (done.done(), evicted) == (True, [{3, 4, 5, 6}])
+    assert held(events) == 1
+    # A request that runs with it completes another block: that goes too.
+    mirror.cached(made_of(4, one), [9, 10])
+    mirror.let_go(evicted.append)
+    mirror.let_go(evicted.append)
+    assert evicted[1:] == [{9, 10}]
+    mirror.cached(key(5), [11])
+    assert mirror.strike((b"namespac",)).done() is False
+    mirror.let_go(evicted.append)
+    assert held(events) == 0
+
+
+def test_an_idle_engine_lets_go_before_the_next_lookup() -> None:
+    events = PoolEvents()
+    mirror = PoolMirror(events)
+    evicted: list[set[int]] = []
+    mirror.busy()
+    mirror.cached(made_of(1, b"1" * 16), [3])
+    done = mirror.strike((b"1" * 16,))
+    assert not done.done()
+    mirror.idle()
+    assert done.done()
+    assert mirror.strike((b"2" * 16,)).done()
+    mirror.busy()
+    mirror.let_go(evicted.append)
+    assert evicted == [{3}]
 
 
 def test_mirror_follows_the_pool() -> None:

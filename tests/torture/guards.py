@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+from msgspec.structs import replace
+
+from kvfabric import handle as handles
 from kvfabric.daemon import grants
 from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
+from kvfabric.handle import Handle
 from kvfabric.protocol.messages import Confirmed
 from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.state import RegistryState
@@ -212,10 +218,52 @@ def clocks_jump() -> None:
     time.time = jumping
 
 
+def no_signature() -> None:
+    """Guard out: who signed a handle is not asked."""
+
+    def believe(text: str, keys: Mapping[int, bytes]) -> tuple[bytes, int]:
+        body = base64.urlsafe_b64decode(text + "==")[: -handles.MAC_BYTES]
+        return body, msgspec.msgpack.decode(body)[1]
+
+    handles._verify = believe
+
+
+def _opened_with(change: Callable[[Handle], dict[str, Any]]) -> None:
+    open_handle = handles.open_handle
+
+    def opened(text: str, keys: Mapping[int, bytes], **asked: Any) -> Handle:
+        body, _ = handles._verify(text, keys)
+        return open_handle(text, keys, **asked | change(handles._DECODER.decode(body)))
+
+    handles.open_handle = opened
+
+
+def no_audience() -> None:
+    """Guard out: a handle counts for whatever engine session shows it."""
+    _opened_with(lambda handle: {"audience": handle.audience})
+
+
+def no_expiry() -> None:
+    """Guard out: a handle counts for ever."""
+    _opened_with(lambda handle: {"now": handle.expires_at - 1})
+
+
+def no_request() -> None:
+    """Guard out: a handle counts for any request."""
+    open_handle = handles.open_handle
+
+    def opened(text: str, keys: Mapping[int, bytes], **asked: Any) -> Handle:
+        return replace(open_handle(text, keys, **asked), request_id="")
+
+    handles.open_handle = opened
+
+
 _OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
 _OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
 _OF_TENANTS = (no_salt, no_lineage, no_pins)
 _OF_VERSIONS = (no_fence, no_lease, no_store_fence, no_confirmation, no_generation, clocks_jump)
+_OF_HANDLES = (no_signature, no_audience, no_expiry, no_request)
 CHANGES: dict[str, Callable[[], None]] = {
-    change.__name__: change for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS, *_OF_VERSIONS)
+    change.__name__: change
+    for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS, *_OF_VERSIONS, *_OF_HANDLES)
 }

@@ -40,6 +40,7 @@ Prompts = list[list[int]]
 NAMES = (
     "cold", "mid", "control", "corrupt", "ssd", "restart", "kill", "absent", "require", "reset",
     "abort", "preempt", "hbm", "version", "tenants", "template", "quota", "whole", "partial",
+    "purged", "purged-other", "left", "left-other",
 )  # fmt: skip
 
 
@@ -387,6 +388,42 @@ def test_withdrawn_template_is_gone(engine: Vllm, node: NodeProcess, gate: Gate)
     assert cached_with(engine, tokens, handle(first)) == 0
     assert cached_with(engine, tokens, handle(second)) == 640
     gate.check([tokens], engine.ask([tokens], handles=[handle(second)]))
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_purged_template_leaves_vllms_own_cache(
+    engine: Vllm, node: NodeProcess, monkeypatch: pytest.MonkeyPatch, is_guarded: bool
+) -> None:
+    """Page by page, also what a request that runs meanwhile goes on to cache. Twin: a mirror that strikes
+    nothing off leaves them."""
+    mint_for = Minter(engine, node)
+    name = "purged" if is_guarded else "left"
+    tokens, other = prompts_of(name)[0], prompts_of(f"{name}-other")[0]
+    mirror, pool = engine.scheduler.connector._side._mirror, engine.scheduler.connector._pool
+    if not is_guarded:
+        monkeypatch.setattr(mirror._events, "struck", lambda names: [])
+    with admin_channel(node) as channel:
+        stub = registry(channel)
+        text = pb.RegisterTemplateRequest(name=name, version="1", text=name.encode())
+        template = stub.RegisterTemplate(text, timeout=30)
+        segment = HandleSegment(name, "1", template.incarnation, 0)
+        cached_with(engine, tokens, mint_for(segments=(segment,)))
+        pages = [
+            page
+            for page, (key, _) in mirror._by_page.items()
+            if mirror._events._held[key].is_struck([bytes(template.incarnation)])
+        ]
+        assert len(pages) == 5
+        assert all(pool.blocks[page].block_hash is not None for page in pages)
+        purge = pb.InvalidateRequest(scope="template", name=name, purge=True, wait_s=20)
+        receipt = stub.Invalidate(purge, timeout=30)
+    [found] = [
+        one for one in receipt.nodes[0].engines if one.session == engine.fabric.session.hex()[:8]
+    ]
+    assert (found.hbm, found.detail) == ("reset", "")
+    cached_with(engine, other, mint_for())
+    left = [page for page in pages if pool.blocks[page].block_hash is not None]
+    assert left == ([] if is_guarded else pages)
 
 
 def test_tenant_over_quota(engine: Vllm, node: NodeProcess, gate: Gate, said: list[str]) -> None:

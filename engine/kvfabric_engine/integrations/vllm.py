@@ -55,14 +55,14 @@ from kvfabric_engine.integrations.vllm_messages import (
 )
 from kvfabric_engine.integrations.vllm_metrics import FabricPromMetrics, FabricStats, StatsTaker
 from kvfabric_engine.integrations.vllm_pool import PoolMirror
-from kvfabric_engine.integrations.vllm_scheduler import NOTHING, SchedulerSide
+from kvfabric_engine.integrations.vllm_scheduler import NOTHING, SchedulerSide, can_evict
 from kvfabric_engine.integrations.vllm_worker import JOIN_S, WorkerSide
 from kvfabric_engine.pool_events import PoolEvents
 
 _log = logging.getLogger("vllm.kvfabric")
 
-KEPT = "vLLM lets no connector drop its blocks: another salt keeps them out of reach until they are evicted"
-"""What a receipt says of the HBM of an engine after a purge."""
+KEPT = "this vLLM lets no connector drop blocks: another salt keeps them out of reach until they are evicted"
+"""What a receipt says of the HBM of such an engine after a purge."""
 START_S = 5.0
 """Longest that an engine's start waits for a node that listens and for the digest of the weights."""
 
@@ -461,7 +461,12 @@ class _Fabric:
 
     def _new_connector(self, join: Join) -> tuple[Connector, PoolMirror]:
         events = PoolEvents()
-        events.kept = KEPT
+        is_caching = bool(self._config.cache_config.enable_prefix_caching)
+        mirror = PoolMirror(events, is_caching=is_caching)
+        if can_evict(self._pool):
+            events.strike = mirror.strike
+        else:
+            events.kept = KEPT
         connector = Connector(
             ConnectorOptions(
                 node_socket=self._socket,
@@ -477,8 +482,7 @@ class _Fabric:
             events=events,
         )
         connector.start()
-        is_caching = bool(self._config.cache_config.enable_prefix_caching)
-        return connector, PoolMirror(events, is_caching=is_caching)
+        return connector, mirror
 
     def _engine_id(self) -> str:
         engine_id = self._config.kv_transfer_config.engine_id

@@ -125,6 +125,8 @@ class SchedulerSide:
 
     def new(self, request: Any) -> None:
         """Begin to open the request at the node."""
+        self._mirror.busy()
+        self._let_go()
         tracked = _Tracked(
             request,
             _handle_of(request),
@@ -202,6 +204,11 @@ class SchedulerSide:
                 start = computed // self._groups.page_tokens if is_whole else 0
                 self._reused(fresh[0][start:])
             self._scheduled(request_id, computed, output)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if can_evict(self._pool):
+            self._mirror.let_go(self._pool.evict_blocks)
 
     def _reused(self, pages: Sequence[int]) -> None:
         self._mirror.reused(pages)
@@ -219,6 +226,8 @@ class SchedulerSide:
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None and request.request_id not in self._loading:
             self._connector.release(tracked.name)
+        if not self._tracked:
+            self._mirror.idle()
 
     def move_to(self, connector: Connector, mirror: PoolMirror, join: Join) -> None:
         """Another session: nothing that was opened in the old one counts any more."""
@@ -366,6 +375,11 @@ class SchedulerSide:
         if current is not self._pool_map:
             self._pool_map = current
             self._mirror.reset()
+
+
+def can_evict(pool: Any) -> bool:
+    """Whether this vLLM lets a connector take single blocks out of its prefix cache."""
+    return callable(getattr(pool, "evict_blocks", None))
 
 
 def _handle_of(request: Any) -> str:
