@@ -150,8 +150,10 @@ class Auditor:
     def __init__(self, parts: AuditorParts) -> None:
         self._parts = parts
         self._store = parts.services.store
-        # Questions leave no trace among the lookups of engines.
-        self._services = replace(parts.services, lookups=Lookups(max_kept=1))
+        # Questions leave no trace among the lookups of engines, and send nobody for keys.
+        self._services = replace(
+            parts.services, lookups=Lookups(max_kept=1), fetches=None, key_unknown=lambda: None
+        )
         self._models: OrderedDict[tuple[object, ...], Session] = OrderedDict()
         self._gone_tags: deque[bytes] = deque(maxlen=_REMEMBERED)
         self._window = 0

@@ -68,7 +68,7 @@ PATIENCE_S = 60.0
 HELD = 48
 """Open requests that a reader keeps, many of them under epochs that are over. A node looks at all of them for
 each receipt that is not final, which is for each change since the oldest of them was opened."""
-MATCHES, HANDLES, FRESH = 128, 6, 3
+MATCHES, HANDLES, FRESH, CONFIRMS, COMMITS = 128, 6, 3, 4, 3
 """Questions of a round."""
 HANDLE_S = 3600
 REFUSE, SERVE, RACED = "refuse", "serve", "raced"
@@ -108,6 +108,11 @@ class Tally:
     @property
     def num_refused(self) -> int:
         return self.refused.total()
+
+    @property
+    def num_checks(self) -> int:
+        """Questions with one right answer."""
+        return self.num_refused + self.served.total()
 
     @property
     def num_stale(self) -> int:
@@ -172,9 +177,17 @@ class Reader:
     """An engine at one node, with as many requests as it likes. It comes back when its node does."""
 
     def __init__(
-        self, socket: Path, keys: Path, ledger: Ledger, tenants: Sequence[str], seed: int
+        self,
+        socket: Path,
+        keys: Path,
+        ledger: Ledger,
+        tenants: Sequence[str],
+        seed: int,
+        sources: tuple[str, ...] = (),
     ) -> None:
+        """`sources`: nodes that may have what this one lacks."""
         self.tally = Tally()
+        self._sources = sources
         self._socket = socket
         self._ledger = ledger
         self._tenants = tenants
@@ -290,13 +303,16 @@ class Reader:
         if self._stolen:
             found += self._ask_stolen(view)
         located = [held for held in self._held if held.located is not None]
-        if len(located) > HELD // 6:  # the oldest of them, to be late
-            found.append(self._ask_confirm(located[chance.randrange(3)]))
+        if len(located) > HELD // 4:  # the oldest of them, to be late
+            found += [self._ask_confirm(held) for held in located[:CONFIRMS]]
         if self._held:
-            self._locate(chance.choice(self._held))
-            self._write(chance.choice(self._held))
-        while len(self._written) > 24 or (self._written and chance.random() < 0.1):
-            found.append(self._ask_commit(self._written.popleft()))
+            self._locate(chance.sample(self._held, min(CONFIRMS, len(self._held))))
+            self._write(chance.sample(self._held, min(COMMITS, len(self._held))))
+        while len(self._written) > 8 * COMMITS or (self._written and chance.random() < 0.3):
+            at = chance.randrange(len(self._written))
+            written = self._written[at]
+            del self._written[at]
+            found.append(self._ask_commit(written))
         return found
 
     def _ask_space(self, tenant: str, view: View) -> Question:
@@ -343,14 +359,15 @@ class Reader:
         number = f"{request}-{next(self._numbers)}"
 
         def answer(replies: Sequence[Reply]) -> tuple[int, str]:
+            self._dropped.append(number)
             matched = replies[1]
             assert isinstance(matched, Matched)
             return matched.num_blocks, matched.reason
 
+        # Released with the next round: a match that asks other nodes may be answered after what comes next.
         messages: list[Request] = [
             OpenHandle(number, handle),
             Match(number, b"".join(held.keys)),
-            Release((number,)),
         ]
         return Question("handle", held.epochs, held.segment, messages, answer)
 
@@ -389,6 +406,7 @@ class Reader:
         held = self._new(tenant, None, view, old.keys)
 
         def answer(replies: Sequence[Reply]) -> tuple[int, str]:
+            self._dropped.append(held.request)
             matched = replies[1]
             assert isinstance(matched, Matched)
             return matched.num_blocks, matched.reason
@@ -396,7 +414,6 @@ class Reader:
         messages: list[Request] = [
             OpenHandle(held.request, self._mint(held)),
             Match(held.request, b"".join(held.keys)),
-            Release((held.request,)),
         ]
         return [Question("stolen", (*held.epochs, *old.epochs[:2]), None, messages, answer)]
 
@@ -438,31 +455,31 @@ class Reader:
 
     # ------------------------------------------------------------------ what comes before a question
 
-    def _locate(self, held: Held) -> None:
-        found = held.keys
-        replies = pipelined(
-            self._client,
-            [Match(held.request, b"".join(found)), Load(held.request, b"".join(found), 0, 0)],
-        )
-        located = replies[1]
-        if isinstance(located, Located) and located.num_blocks == BLOCKS:
-            held.located = located
+    def _locate(self, some: Sequence[Held]) -> None:
+        messages: list[Request] = []
+        for held in some:
+            keys = b"".join(held.keys)
+            messages += [Match(held.request, keys), Load(held.request, keys, 0, 0)]
+        for held, located in zip(some, pipelined(self._client, messages)[1::2], strict=True):
+            if isinstance(located, Located) and located.num_blocks == BLOCKS:
+                held.located = located
 
-    def _write(self, like: Held) -> None:
-        """Reserve a new prompt under the terms of an open request, and write its bytes."""
+    def _write(self, some: Sequence[Held]) -> None:
+        """Reserve a new prompt under the terms of each of these requests, and write its bytes."""
         window = self._client.window
-        keys = (BlockKey(self._chance.randbytes(32)),)
-        start = window.allocate(PART)
-        if start is None:
-            return
-        message = Reserve(like.request, ROOT_PARENT, keys[0], 0, 0)
-        [reserved] = pipelined(self._client, [message])
-        assert isinstance(reserved, Reserved)
-        if set(reserved.states) != {GrantState.GRANTED}:
-            window.free(start)
-            return
-        window.view(start, PART)[:] = payload_of(keys[0], PART)
-        self._written.append(Written(reserved.reservation, keys, start, like))
+        keys = [BlockKey(self._chance.randbytes(32)) for _ in some]
+        messages = [
+            Reserve(held.request, ROOT_PARENT, key, 0, 0)
+            for held, key in zip(some, keys, strict=True)
+        ]
+        for held, key, reserved in zip(some, keys, pipelined(self._client, messages), strict=True):
+            assert isinstance(reserved, Reserved)
+            if set(reserved.states) != {GrantState.GRANTED}:
+                continue
+            start = window.allocate(PART)
+            assert start is not None, "a window holds more than is written at once"
+            window.view(start, PART)[:] = payload_of(key, PART)
+            self._written.append(Written(reserved.reservation, (key,), start, held))
 
     def _store(self, held: Held) -> None:
         engine = TinyEngine(self._client, HELLO)
@@ -504,6 +521,7 @@ class Reader:
             audience=self._client.session,
             request_id=held.request,
             expires_at=int(time.time()) + HANDLE_S,
+            sources=self._sources,
         )
         return mint(handle, key)
 

@@ -199,14 +199,22 @@ class Upheaval:
             directory,
             changes=changes,
             takeover=takeover,
+            node_id=directory.name,
             **self._options,  # type: ignore[arg-type]
         )
 
+    @property
+    def _deeds(self) -> list[Callable[[int], None]]:
+        of_redis = [self._stop_redis] if self._redis is not None else []
+        return [self._kill, self._take_over, self._stop, *of_redis]
+
+    @property
+    def met_all(self) -> bool:
+        """Whether each thing that may happen has happened."""
+        return len(self.counts) == len(self._deeds)
+
     def run(self, until: Callable[[], bool], every_s: float) -> None:
-        deeds: list[Callable[[int], None]] = [self._kill, self._take_over, self._stop]
-        if self._redis is not None:
-            deeds += [self._stop_redis]
-        for deed in itertools.cycle(self._chance.sample(deeds, len(deeds))):
+        for deed in itertools.cycle(self._chance.sample(self._deeds, len(self._deeds))):
             ends = time.monotonic() + self._chance.uniform(0.5, 1.5) * every_s
             while time.monotonic() < ends:
                 if until():
