@@ -10,7 +10,7 @@ from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.base import RegistryStatus
 from kvfabric.registry.receipts import NO_CONTROL, PASSED
 from kvfabric.store.store import StoreStatistics
-from kvfabric.tiers.segments import SegmentStatistics
+from kvfabric.tiers.segment_accounts import SegmentStatistics
 from kvfabric.types import TierName
 
 if TYPE_CHECKING:

@@ -9,11 +9,37 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvfabric.tiers.base import RecordBatch
+from kvfabric.tiers.base import RecordBatch, TierStatistics
 from kvfabric.tiers.records import PAGE_BYTES
 from kvfabric.tiers.segment_file import SegmentFile
 from kvfabric.tiers.segment_index import Extent
 from kvfabric.types import TenantId
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentStatistics(TierStatistics):
+    """`file_bytes`: length of all files, at most the capacity. `direct`: False where the file system
+    refused O_DIRECT. `read_s`, `write_s`: time in which at least one read or write was under way.
+
+    `rescued_bytes`: of records written anew at a reclaim. `budget_left_bytes`: negative when overdrawn, 0
+    without a budget; `budget_refused`: writes that found it spent. `unreadable`: records that the scrubber or
+    a reclaim could not read. `scrub_rounds`: how often everything was verified at rest.
+    """
+
+    file_bytes: int
+    sealed_writes: int
+    group_commits: int
+    direct: bool
+    read_bytes: int
+    read_s: float
+    write_bytes: int
+    write_s: float
+    rescued_bytes: int
+    budget_left_bytes: int
+    budget_refused: int
+    unreadable: int
+    scrubbed_bytes: int
+    scrub_rounds: int
 
 
 @dataclass(slots=True, eq=False)

@@ -37,7 +37,7 @@ from kvfabric.testing.tiers import (
     page_buffer,
     read_back,
 )
-from kvfabric.tiers import direct_io, segment_groups, segment_recovery, segments
+from kvfabric.tiers import direct_io, segment_groups, segment_reclaim, segment_recovery
 from kvfabric.tiers.base import Location, PartIdentity
 from kvfabric.tiers.file_ops import FileOps
 from kvfabric.tiers.records import PAGE_BYTES, record_bytes
@@ -400,7 +400,7 @@ async def test_oldest_segment_gives_way(tmp_path: Path, fast: None) -> None:
 async def test_a_reclaimed_segment_of_many_parts_is_told_of_in_slices(
     tmp_path: Path, fast: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segments, "_DROPPED", 3)
+    monkeypatch.setattr(segment_reclaim, "_DROPPED", 3)
     owner = Owner()
     async with small_tier(tmp_path, files=4, owner=owner) as tier:
         for seed in range(13):
@@ -556,7 +556,10 @@ async def test_failed_group_leaves_no_hole(tmp_path: Path, fast: None) -> None:
     async with make_tier(tmp_path) as tier:
         await write_parts(tier, range(1))
         full = os.open("/dev/full", os.O_RDWR)
-        with replaced(tier._segments[1].file._fd, full), pytest.raises(NoSpace, match="ENOSPC"):
+        with (
+            replaced(tier._directory.segments[1].file._fd, full),
+            pytest.raises(NoSpace, match="ENOSPC"),
+        ):
             await tier.write(*make_part(1, RECORD))
         os.close(full)
         await write_parts(tier, range(2, 4))
@@ -570,7 +573,10 @@ async def test_failing_disk_is_a_transfer_error(tmp_path: Path, fast: None) -> N
     async with make_tier(tmp_path) as tier:
         [(identity, location)] = (await write_parts(tier, range(1))).items()
         directory = os.open(tmp_path, os.O_RDONLY)
-        with replaced(tier._segments[1].file._fd, directory), pytest.raises(TransferError):
+        with (
+            replaced(tier._directory.segments[1].file._fd, directory),
+            pytest.raises(TransferError),
+        ):
             await read_back(tier, location, identity)
         os.close(directory)
         assert await readable(tier) == [0]
@@ -616,7 +622,10 @@ async def test_damaged_entry_of_the_index_costs_its_own_part_only(
     """A deletion that the index cannot carry out is given up: it must not fail all writes after it."""
     async with make_tier(tmp_path) as tier:
         [(_, location)] = (await write_parts(tier, range(1))).items()
-        with tier._index._transaction() as (txn, tables), txn.cursor(db=tables.extents) as cursor:
+        with (
+            tier._directory.index._transaction() as (txn, tables),
+            txn.cursor(db=tables.extents) as cursor,
+        ):
             cursor.first()
             key, row = cursor.item()
             cursor.delete()

@@ -50,7 +50,7 @@ class Reader:
 
     def outcome(self, location: Location, identity: PartIdentity) -> str:
         """`right`, `detected` or `wrong`."""
-        file = self._tier._segments[location.file].file
+        file = self._tier._directory.segments[location.file].file
         self._buffer[:] = bytes(len(self._buffer))
         try:
             self._tier._read(file, location.offset, identity, self._buffer)
