@@ -28,6 +28,8 @@ SLICE_BLOCKS = 8192
 """Blocks in one batch of a snapshot, and at most about so many in one batch of the stream."""
 
 _PREFIX_BYTES = 8
+_KEPT_BYTES = 48
+"""Of memory for each batch that is kept, beside its own bytes."""
 _TIERS = {TierName.HBM: pb.HBM, TierName.HOST: pb.HOST}
 
 
@@ -80,11 +82,12 @@ class EventStreamStatistics:
 
 
 class EventStream:
-    """See the module. `boot_id`: 16 random bytes, one life of the daemon."""
+    """See the module. `boot_id`: 16 random bytes, one life of the daemon. `history_bytes`: of memory."""
 
     def __init__(self, *, boot_id: bytes, history_bytes: int = 16 << 20) -> None:
         self.boot_id = boot_id
-        self._history: deque[pb.EventBatch] = deque()
+        # Packed: a message of a few runs takes a dozen times its bytes.
+        self._history: deque[bytes] = deque()
         self._history_limit = history_bytes
         self._history_bytes = 0
         self._sequence = 0
@@ -271,7 +274,7 @@ class EventStream:
             return None
         oldest = self._sequence + 1 - len(self._history)
         if oldest <= following <= self._sequence:
-            return self._history[following - oldest]
+            return pb.EventBatch.FromString(self._history[following - oldest])
         return pb.EventBatch(
             boot_id=self.boot_id, sequence=self._sequence, engines=self.engines, gap=True
         )
@@ -305,10 +308,11 @@ class EventStream:
             self._timer = asyncio.get_running_loop().call_later(BATCH_S, self.flush)
 
     def _keep(self, batch: pb.EventBatch) -> None:
-        self._history.append(batch)
-        self._history_bytes += batch.ByteSize()
+        packed = batch.SerializeToString()
+        self._history.append(packed)
+        self._history_bytes += len(packed) + _KEPT_BYTES
         while self._history_bytes > self._history_limit and len(self._history) > 1:
-            self._history_bytes -= self._history.popleft().ByteSize()
+            self._history_bytes -= len(self._history.popleft()) + _KEPT_BYTES
 
     def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()

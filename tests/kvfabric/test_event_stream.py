@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import random
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +98,20 @@ async def test_history_is_bounded_and_a_slow_reader_gets_a_gap() -> None:
     assert batch.sequence == 51
     events.stored(TierName.HOST, TAG, b"", prefixes(99, 1))
     assert (await take(slow, 1))[0].sequence == 52
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+async def test_the_bound_of_the_history_is_one_of_memory() -> None:
+    """Small batches are many: 2 MiB of them as messages would take 20."""
+    events, before = stream(history_bytes=2 << 20), resident_bytes()
+    for number in range(25_000):
+        events.stored(TierName.HOST, TAG, b"", prefixes(number, 1))
+        events.flush()
+    assert events.statistics().history_batches > 15_000
+    assert resident_bytes() - before < 8 << 20
 
 
 async def test_a_flood_is_cut_into_batches_that_a_message_can_carry() -> None:
