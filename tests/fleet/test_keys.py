@@ -13,7 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from kvfabric import pki
+from kvfabric import doctor, pki
+from kvfabric.cli import main
+from kvfabric.config import NodeConfig
 from kvfabric.daemon.admin_client import AdminClient
 from kvfabric.errors import BadHandle, NotFound
 from kvfabric.keyring import Keyring
@@ -92,6 +94,7 @@ class Machine:
 @dataclass
 class Fleet:
     home: Path
+    directory: str
     machines: dict[str, Machine]
     routers: list[RouterProcess] = field(default_factory=list)
 
@@ -144,7 +147,7 @@ def fleet(home: Path, *names: str, tls: bool = True, num_routers: int = 0) -> It
             machine = machines[name] = Machine(node, admin, TinyEngine.connect(node.socket))
             stack.callback(machine.engine.client.close)
             until(lambda machine=machine: machine.status().registry.state == "serving")  # type: ignore[misc]
-        yield Fleet(home, machines, routers)
+        yield Fleet(home, redis.url, machines, routers)
 
 
 def offboard(found: Fleet, tenant: str, *, wait_s: float = 10.0) -> pb.Receipt:
@@ -281,7 +284,9 @@ def test_secrets_reach_every_node_and_end_on_every_node(tmp_path: Path) -> None:
             assert machine.keyring.has_keys(other)
 
 
-def test_without_a_way_for_secrets_it_is_said_loudly_and_nothing_is_wrong(tmp_path: Path) -> None:
+def test_without_a_way_for_secrets_it_is_said_loudly_and_nothing_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The twin: over plain TCP nobody gives keys. Requests of the tenant are misses where they are not."""
     with fleet(tmp_path, *NAMES, tls=False) as found:
         machines = found.machines
@@ -298,6 +303,16 @@ def test_without_a_way_for_secrets_it_is_said_loudly_and_nothing_is_wrong(tmp_pa
         ]
         until(lambda: tenant in lacking.status().registry.tenants_without_keys)
         until(lambda: any("no keys of tenants" in line for line in lacking.node.log))
+        found_by_doctor = doctor.examine(
+            NodeConfig(
+                state_dir=lacking.node.state_dir, directory=found.directory, insecure=True, http=""
+            )
+        )
+        [finding] = [one for one in found_by_doctor if one.subject == "keys of the fleet"]
+        assert (finding.result, "keyring_dir" in finding.advice) == (doctor.WARN, True)
+        there = ["--admin-socket", str(lacking.node.state_dir / "admin.sock")]
+        assert main(["status", *there]) == 0
+        assert "no keys of tenants" in capsys.readouterr().out
         with pytest.raises(BadHandle):
             lacking.open(tenant, Minter(machines["n1"].node.state_dir))
         assert machines["n1"].on_disk(stored) == BLOCKS
@@ -305,7 +320,7 @@ def test_without_a_way_for_secrets_it_is_said_loudly_and_nothing_is_wrong(tmp_pa
         where = str(machines["n1"].node.options["listen"])
         assert refused(where, Security("node", insecure=True)) == "PERMISSION_DENIED"
         # Whoever has keys of his own may say that those are the fleet's from now on.
-        lacking.admin.call(lacking.admin.registry.ClaimKeys, pb.ClaimKeysRequest())
+        assert main(["tenant", "claim-keys", *there]) == 0
         claimed = lacking.status().registry.tenants_without_keys
         assert list(claimed) == [tenant], "it never had that one"
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvfabric.daemon.admin_client import AdminClient
+from kvfabric.daemon.sessions import Session, Sessions
+from kvfabric.daemon.withdrawals import NodeParts, Withdrawals
 from kvfabric.errors import NotFound
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.base import Change
 from kvfabric.registry.changes import invalidate_scope, promote_template, withdraw_template
 from kvfabric.registry.embedded import EmbeddedRegistry
+from kvfabric.registry.receipts import NodeRow
 from kvfabric.registry.state import RETIRED, SERVING, RegistryState, TemplateVersion
 from kvfabric.registry.withdrawn import Withdrawal, withdrawals
+from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.testing.engine import TinyEngine, payload_of, wrong_blocks
 from kvfabric.testing.minting import Minter, keys_of, segment_of
 from kvfabric.testing.processes import NodeProcess, until
+from kvfabric.testing.store import RecordedEvents
 from kvfabric.types import DEFAULT_TENANT, BlockKey, Incarnation, TenantId
 
 BLOCKS = 6
@@ -229,6 +237,64 @@ def test_a_node_that_dies_meanwhile_finishes_receipt_and_destruction(rig: Rig) -
     receipt = rig.receipt(receipt.receipt_id, wait_s=20)
     assert receipt.destroyed_at
     assert rig.on_disk(mine) == 0
+
+
+class _Nobody:
+    def session_opened(self, session: Session) -> None: ...
+    def session_ended(self, session: Session) -> None: ...
+    def processes_changed(self) -> None: ...
+
+
+async def test_nothing_is_called_destroyed_before_the_ssd_tier_is_there(tmp_path: Path) -> None:
+    """It opens late after a takeover, or when its disk is back, with whatever it has of it."""
+    limits, ready = StoreLimits(host_bytes=1 << 20, max_blocks=64), asyncio.Event()
+    async with (
+        EmbeddedRegistry(tmp_path / "registry") as registry,
+        BlockStore(
+            limits=limits,
+            registry=lambda: registry.state,
+            clock=time.monotonic,
+            events=RecordedEvents(),
+            ssd=None,
+        ) as store,
+    ):
+        withdrawals = Withdrawals(
+            NodeParts(
+                registry=registry,
+                store=store,
+                sessions=Sessions(store, _Nobody()),
+                keyring=Keyring.create_or_open(tmp_path),
+                node_id="n1",
+                changing=asyncio.Lock(),
+                file=tmp_path / "withdrawals",
+                models_file=tmp_path / "models",
+                awaits_ssd=lambda: not ready.is_set(),
+                wall_clock=time.time,
+            )
+        )
+        await registry.register_template("t", "1", b"You are kind.", is_public=False)
+        running = asyncio.create_task(withdrawals.run())  # noqa: TID251 - ended below
+        await asyncio.sleep(0)
+        await registry.invalidate("template", "t", "", purge=True)
+
+        async def row(until: Callable[[NodeRow], bool]) -> NodeRow:
+            async with asyncio.timeout(10):
+                while True:
+                    for found in (await registry.receipt_rows("template:t@2")).values():
+                        decoded = msgspec.msgpack.decode(found, type=NodeRow)
+                        if until(decoded):
+                            return decoded
+                    await asyncio.sleep(0.02)
+
+        waits = await row(lambda one: bool(one.failure))
+        assert "the SSD tier is not there yet" in waits.failure
+        assert waits.destroyed_at == 0
+        ready.set()
+        done = await row(lambda one: bool(one.destroyed_at))
+        assert done.failure == ""
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
 
 
 def test_an_unknown_receipt_is_said_to_be_none(rig: Rig) -> None:
