@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ def _fate_lines(receipt: pb.Receipt) -> list[str]:
             size(node.bytes_reclaimed),
             since(node.drained_at),
             since(node.destroyed_at) if node.destroyed_at or node.failure else "-",
-            _audit(node),
+            _audit(node, since),
             node.failure,
         )
         for node in receipt.nodes
@@ -103,13 +104,16 @@ def _fate_lines(receipt: pb.Receipt) -> list[str]:
     return lines
 
 
-def _audit(node: pb.NodeReport) -> str:
+def _audit(node: pb.NodeReport, since: Callable[[float], str]) -> str:
     """What the node's auditor was answered when it asked for it."""
     if not node.HasField("audit"):
         return "-"
     audit = node.audit
     asked = audit.num_refused + audit.num_uncontrolled + audit.num_stale
-    return f"{audit.result} ({asked} asked for)" if asked else audit.result
+    if not asked:
+        return audit.result
+    last = f", last refusal {since(audit.refused_at)}" if audit.refused_at else ""
+    return f"{audit.result} ({asked} asked for{last})"
 
 
 def configure_receipt(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,8 @@ class Changer:
     def __init__(self, directories: Sequence[Path], ledger: Ledger, seed: int) -> None:
         self.counts: Counter[str] = Counter()
         self.tenants: list[str] = []
-        self._admins = [AdminClient(one / "admin.sock", deadline_s=10) for one in directories]
+        self._sockets = [directory / "admin.sock" for directory in directories]
+        self._admins = [AdminClient(one, deadline_s=10) for one in self._sockets]
         self._ledger = ledger
         self._chance = random.Random(seed)
         self._numbers = itertools.count()
@@ -122,30 +123,36 @@ class Changer:
         while True:
             version = str(next(self._numbers))
             text = pb.RegisterTemplateRequest(name=name, version=version, text=version.encode())
-            admin = self._chance.choice(self._admins)
+            at = self._chance.randrange(len(self._admins))
+            admin = self._admins[at]
             try:
                 made = admin.call(admin.registry.RegisterTemplate, text)
             except (KVFabricError, grpc.RpcError):
-                self._pause(until)
+                self._pause(at, until)
             else:
                 return Segment(name, version, made.incarnation, 0)
 
     def _ask(self, verb: str, request: Any, until: Callable[[], bool]) -> pb.Receipt:
         while True:
-            admin = self._chance.choice(self._admins)
+            at = self._chance.randrange(len(self._admins))
+            admin = self._admins[at]
             try:
                 receipt: pb.Receipt = admin.call(getattr(admin.registry, verb), request)
             except (KVFabricError, grpc.RpcError):
-                self._pause(until)
+                self._pause(at, until)
             else:
                 return receipt
 
-    def _pause(self, until: Callable[[], bool]) -> None:
+    def _pause(self, at: int, until: Callable[[], bool]) -> None:
         """Raises _Ended at the end: what is under way stays so."""
         self.counts["unanswered"] += 1
         if until():
             raise _Ended
         time.sleep(0.02)
+        self._admins[at].__exit__(
+            None, None, None
+        )  # gRPC would wait a second before it tries again
+        self._admins[at] = AdminClient(self._sockets[at], deadline_s=10)
 
 
 class _Ended(Exception):
