@@ -9,7 +9,7 @@ from kvfabric.metrics import Distribution, Sample
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.registry.base import RegistryStatus
 from kvfabric.registry.receipts import NO_CONTROL, PASSED
-from kvfabric.store.store import StoreStatistics
+from kvfabric.store.statistics import StoreStatistics
 from kvfabric.tiers.segment_accounts import SegmentStatistics
 from kvfabric.types import TierName
 

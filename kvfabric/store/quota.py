@@ -215,6 +215,10 @@ class TierAccounts:
         )
         return self.unfloored_bytes - above + mine.floor_bytes - mine.unevictable
 
+    def pin_budgets(self) -> list[tuple[int, int]]:
+        """What `over_pin_budget` goes by, of each account."""
+        return [(account.pin_max_bytes, account.floor_bytes) for account in self.accounts]
+
     def room_to_pin(self, slot: int) -> int:
         """Bytes that may be pinned beyond those that are."""
         room = min(-self.over_pin_budget(slot), self._room_by_floors(self.accounts[slot]))

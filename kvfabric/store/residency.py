@@ -141,12 +141,19 @@ class Residency:
 
     def configure(self, tenants: Mapping[TenantId, Tenant]) -> None:
         """The registry's tenants and what each may have, from now on."""
+        before = self.host.pin_budgets()
         self.host.configure(tenants)
         self.ssd.configure(tenants)
-        self.pins.budgets_changed()
+        if self.host.pin_budgets() != before:
+            self.pins.budgets_changed()
         self.write_budgets.configure(
             {tenant.tenant_id: tenant.limits.ssd_write_bytes_per_day for tenant in tenants.values()}
         )
+
+    def resize(self, host_bytes: int) -> None:
+        """What the host tier really has."""
+        self.host.resize(host_bytes)
+        self.pins.budgets_changed()
 
     def tenant_slot(self, tenant: TenantId) -> int:
         """The tenant's slot number, the same in both tiers' accounts."""

@@ -48,6 +48,7 @@ from kvfabric.store.residency import EventSink, Residency, Run
 from kvfabric.store.sampling import Sampler
 from kvfabric.store.scrub import Scrubber, ScrubReport, scrub_ssd
 from kvfabric.store.ssd import SsdTraffic
+from kvfabric.store.statistics import StoreStatistics, tenant_usage
 from kvfabric.store.turns import Turns
 from kvfabric.store.writing import Writer
 from kvfabric.tiers.arena import Arena
@@ -56,7 +57,6 @@ from kvfabric.tiers.pool import IoPool
 from kvfabric.types import (
     UNKNOWN_COST,
     BlockLayout,
-    MissReason,
     RecomputeCost,
     SessionId,
     TenantId,
@@ -68,8 +68,6 @@ __all__ = [
     "EventSink",
     "RequestGrant",
     "StoreLimits",
-    "StoreStatistics",
-    "TenantUsage",
 ]
 
 _HOUSE_S = 0.5
@@ -98,50 +96,6 @@ class StoreLimits:
     scrub_bytes_per_s: int = 64 * 1024 * 1024
     ssd_scrub_bytes_per_s: int = 16 * 1024 * 1024
     strict_partition: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TenantUsage:
-    """Bytes of one tenant. `host` and `ssd` are what it is charged there, draining included;
-    `ssd_written` since the start of the process; `pins_refused`: blocks of pinned templates that found no
-    room in `pin_max`, at each use."""
-
-    tenant: TenantId
-    host_bytes: int
-    ssd_bytes: int
-    leased_bytes: int
-    draining_bytes: int
-    ssd_written_bytes: int
-    pinned_bytes: int
-    pin_max_bytes: int
-    pins_refused: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStatistics:
-    """Counters run from the start of the process. `hits` and `misses` count blocks of lookups."""
-
-    capacity_bytes: dict[TierName, int]
-    used_bytes: dict[TierName, int]
-    num_blocks: dict[TierName, int]
-    leased_bytes: int
-    draining_bytes: int
-    reserved_bytes: int
-    num_sessions: int
-    num_requests: int
-    tenants: tuple[TenantUsage, ...]
-    hits: dict[TierName, int]
-    misses: dict[MissReason, int]
-    stored_blocks: int
-    stored_bytes: int
-    refusals: dict[str, int]
-    evictions: int
-    corrupt: int
-    promotions: int
-    ssd_writes: int
-    ssd_errors: int
-    ssd_refused: int
-    index_bytes_per_block: float
 
 
 def _made_of(names: Collection[bytes]) -> Callable[[Lineage], bool]:
@@ -285,7 +239,7 @@ class BlockStore:
         if self._residency.arena is not None:
             raise LocalProtocolError("the store has an arena already")
         self._residency.arena = arena
-        self._host.resize(arena.size_bytes)
+        self._residency.resize(arena.size_bytes)
         self._start(partial(self._touch, arena))
 
     async def attach_ssd(self, tier: Tier) -> None:
@@ -549,7 +503,7 @@ class BlockStore:
             finally:
                 breaker.abandon()
             if self._host.capacity_bytes != (given := arena.size_bytes - arena.withheld_bytes):
-                self._host.resize(given)
+                self._residency.resize(given)
                 self._room_is_low.set()
 
     async def _keep_room(self) -> None:
@@ -649,7 +603,7 @@ class BlockStore:
             reserved_bytes=sum(account.reserved for account in host.accounts),
             num_sessions=len(leases.sessions),
             num_requests=sum(len(session.requests) for session in leases.sessions.values()),
-            tenants=self._tenant_usage(),
+            tenants=tuple(tenant_usage(residency)),
             hits=dict(self._reader.hits),
             misses=dict(self._residency.misses.counts),
             stored_blocks=self._writer.stored_blocks,
@@ -672,22 +626,6 @@ class BlockStore:
         elif tier is TierName.SSD and self._ssd is not None:
             breakers = (self._ssd.read_breaker, self._ssd.write_breaker)
         return {breaker.name: breaker.reason for breaker in breakers if breaker.reason}
-
-    def _tenant_usage(self) -> tuple[TenantUsage, ...]:
-        return tuple(
-            TenantUsage(
-                tenant=account.tenant,
-                host_bytes=account.used,
-                ssd_bytes=self._ssd_accounts.accounts[slot].used,
-                leased_bytes=account.leased,
-                draining_bytes=account.draining,
-                ssd_written_bytes=self._residency.write_budgets.written[account.tenant],
-                pinned_bytes=account.pinned,
-                pin_max_bytes=account.pin_max_bytes,
-                pins_refused=self._residency.pins.refused[slot],
-            )
-            for slot, account in enumerate(self._host.accounts)
-        )
 
     def __repr__(self) -> str:
         return (

@@ -365,7 +365,7 @@ class Planner:
             Seen(
                 tokens=tokens,
                 segments=tuple(segments),
-                ends=tuple(one.first_token + templates.length(one) for one in segments),
+                ends=tuple(one.first_token + one.num_tokens for one in segments),
                 block_tokens=engine.model.block_tokens,
                 reused_tokens=outcome.reused_tokens,
             ),

@@ -94,15 +94,11 @@ class TemplateIndex:
             _Needle(version, text, _containers(text, name, versions))
             for (name, text), version in versions.items()
         )
-        self._lengths = {(n.version.name, n.version.version): len(n.text) for n in self._needles}
+        self._known = {(n.version.name, n.version.version) for n in self._needles}
 
     def knows(self, segment: Segment) -> bool:
         """Whether it is one of this state's versions."""
-        return (segment.template, segment.version) in self._lengths
-
-    def length(self, segment: Segment) -> int:
-        """Tokens of a recognised segment's text."""
-        return self._lengths[segment.template, segment.version]
+        return (segment.template, segment.version) in self._known
 
     def recognise(self, token_ids: Sequence[int]) -> Recognised:
         """Raises ApiError 400 if `token_ids` are none."""

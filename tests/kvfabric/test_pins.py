@@ -22,7 +22,8 @@ from kvfabric.store import pins, policy
 from kvfabric.store.index import packed_keys
 from kvfabric.store.lease import RequestGrant
 from kvfabric.store.pins import PinDeadlines
-from kvfabric.store.store import StoreLimits, TenantUsage
+from kvfabric.store.statistics import TenantUsage
+from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import (
     GRANT,
     PART_BYTES,
@@ -460,6 +461,18 @@ async def test_a_floor_given_later_takes_pins_back() -> None:
         assert num_pinned(rig) == 6
         stored = [await rig.put(make_keys(26, 50 + n), grant=grant_of("t-o")) for n in range(2)]
         assert sum(stored) == 52
+
+
+async def test_a_tier_that_shrinks_takes_pins_back() -> None:
+    async with StoreRig(num_slots=SLOTS) as rig:
+        one = template()
+        set_state(rig, pinned(rig, one), default=_default(SLOTS))
+        for seed in range(6):
+            await rig.put(make_keys(TEXT, seed), grant=using(segment(one)))
+        assert num_pinned(rig) == 24
+        rig.store._residency.resize(32 * PART_BYTES)
+        await rig.store.settle_pins()
+        assert num_pinned(rig) == 16
 
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "twin"])

@@ -18,7 +18,8 @@ import pytest
 
 from kvfabric.protocol.messages import Reserved
 from kvfabric.store.residency import Residency
-from kvfabric.store.store import StoreLimits, StoreStatistics
+from kvfabric.store.statistics import StoreStatistics
+from kvfabric.store.store import StoreLimits
 from kvfabric.testing.store import PART_BYTES, SESSION, StoreRig, grant_of, make_keys
 from kvfabric.tiers.segments import SegmentTier
 from kvfabric.types import TierName

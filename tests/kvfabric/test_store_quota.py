@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvfabric.registry.state import Tenant, TenantLimits, TierQuota
 from kvfabric.store.quota import TierAccounts
@@ -42,7 +44,7 @@ def test_the_hard_maximum_bounds_what_may_be_reserved() -> None:
     assert made.room_to_reserve(made.slot(A)) == 0
 
 
-def test_pinned_bytes_leave_every_floor_untouched() -> None:
+def test_reserved_bytes_leave_every_floor_untouched() -> None:
     made = accounts(a=TierQuota(floor_bytes=300), b=TierQuota())
     made.accounts[made.slot(B)].reserved = 650
     assert made.room_to_reserve(made.slot(B)) == 50
@@ -99,3 +101,51 @@ def test_a_strict_partition_gives_each_tenant_what_no_other_can_move() -> None:
     made.configure(gone)
     assert made.accounts[made.slot(B)].max_bytes == 6300
     assert made.over_maximum(made.slot(A), 0) == rooms[A]
+
+
+steps = st.tuples(
+    st.sampled_from(["reserve", "pin", "unpin"]), st.integers(0, 2), st.integers(1, 999)
+)
+
+
+@given(
+    floors=st.lists(st.integers(0, 300), min_size=3, max_size=3), log=st.lists(steps, max_size=20)
+)
+def test_whatever_is_reserved_and_pinned_every_floor_can_be_had(
+    floors: list[int], log: list[tuple[str, int, int]]
+) -> None:
+    made = TierAccounts(1000, lambda tenant: tenant.host)
+    limits = TenantLimits(pin_max_bytes=800)
+    made.configure(
+        {
+            name: Tenant(name, name, host=TierQuota(floor_bytes=floor), limits=limits)
+            for name, floor in zip((A, B, C), floors, strict=True)
+        }
+    )
+    for what, slot, amount in log:
+        account = made.accounts[slot]
+        if what == "reserve":
+            account.reserved += min(amount, made.room_to_reserve(slot))
+        else:
+            change = min(amount, made.room_to_pin(slot)) if what == "pin" else -account.pinned
+            account.pinned += change
+            account.pinned_idle += change
+            account.ready += change
+        for other in made.accounts:
+            own = made.slot(other.tenant)
+            assert made.over_pin_budget(own) <= 0
+            left = other.floor_bytes - other.unevictable
+            assert made.room_to_reserve(own) >= left
+    assert sum(account.unevictable for account in made.accounts) <= 1000
+
+
+def test_pins_within_a_floor_take_nothing_from_those_above_others() -> None:
+    made = accounts(a=TierQuota(floor_bytes=400), b=TierQuota())
+    a, b = made.slot(A), made.slot(B)
+    for account in made.accounts:
+        account.pin_max_bytes = 1000
+    made.accounts[a].pinned = made.accounts[a].pinned_idle = 400
+    assert made.room_to_pin(b) == 300  # half of what the floor leaves
+    made.accounts[b].pinned = made.accounts[b].pinned_idle = 300
+    assert (made.room_to_pin(a), made.room_to_pin(b)) == (0, 0)
+    assert made.room_to_reserve(b) == 300
