@@ -572,3 +572,23 @@ async def test_a_pass_given_up_half_way_is_made_again() -> None:
         await rig.store.settle_pins()
         assert num_pinned(rig) == TEXT
         assert not found.is_stale
+
+
+async def test_a_pass_over_everything_lets_others_run() -> None:
+    count = 600
+    limits = StoreLimits(host_bytes=2048 * PART_BYTES, max_blocks=8192, lease_share=1.0)
+    async with StoreRig(limits=limits) as rig:
+        one = template()
+        chains = [make_keys(1, seed) for seed in range(count)]
+        for state in (one, pinned(rig, one)):
+            set_state(rig, state, default=_default(2048))
+            for keys in chains if state is one else ():
+                await rig.put(keys, grant=using(segment(one, blocks=1)))
+        rig.match("r", make_keys(1, 9999))  # the store hears of the new state
+        before, steps = 0, 0
+        for _ in rig.store._residency.pins.settle():
+            now = num_pinned(rig)
+            assert now - before <= 256
+            before, steps = now, steps + 1
+        assert num_pinned(rig) == count
+        assert steps > 3
