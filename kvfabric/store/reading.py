@@ -74,7 +74,7 @@ class Reader:
             fresh = self._leases.lease(request, rows)
             if holder.counts:
                 self._use(fresh)
-                self._pin(request.grant, rows[tiers != _PEER_TIER])
+                self._pin(request.grant, rows)
         if holder.counts:
             self._count(tiers, len(words), reason)
         return Matched(
