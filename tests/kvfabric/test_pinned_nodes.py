@@ -14,6 +14,7 @@ import pytest
 
 from kvfabric import cli
 from kvfabric.daemon.admin_client import AdminClient
+from kvfabric.errors import Fenced
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.testing.engine import BLOCK_TOKENS, DEADLINE_S, TinyEngine, wrong_blocks
 from kvfabric.testing.minting import Minter, keys_of, segment_of
@@ -62,6 +63,12 @@ class Rig:
         handle = self._minter.handle(self.engine, request, state, segments, tenant=DEFAULT_TENANT)
         opened = self.engine.client.open_handle(request, handle, deadline_s=DEADLINE_S)
         return request, keys_of(opened, prompt, BLOCKS)
+
+    def serves(self) -> bool:
+        """Whether it has an epoch lease by now."""
+        with contextlib.suppress(Fenced):
+            return bool(self.open("any", ""))
+        return False
 
     def store(self, prompt: str, template: str = "") -> int:
         request, keys = self.open(prompt, template)
@@ -225,7 +232,8 @@ def test_a_pin_reaches_every_node_of_a_fleet(tmp_path: Path) -> None:
             one, two = (stack.enter_context(at(tmp_path / name, keys)) for name in ("one", "two"))
             one.register("kind")
             until(lambda: ("kind", "1") in two.admin.state().templates)
-            until(lambda: two.store("kind", "kind") == BLOCKS)  # as soon as it has a lease
+            until(lambda: two.serves())
+            assert two.store("kind", "kind") == BLOCKS
             one.command("pin", "kind", "--ttl", "600")
             until(lambda: two.pinned() == TEXT)
             two.flood()
