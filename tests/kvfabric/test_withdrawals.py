@@ -239,6 +239,25 @@ def test_a_node_that_dies_meanwhile_finishes_receipt_and_destruction(rig: Rig) -
     assert rig.on_disk(mine) == 0
 
 
+@pytest.mark.parametrize("kept", ["", "it cannot"])
+def test_a_receipt_says_what_an_engine_says_of_its_own_cache(rig: Rig, kept: str) -> None:
+    rig.store("mine")
+    pong = rig.engine.client.ping(deadline_s=5, dropped=0, kept=kept)
+    receipt = rig.invalidate(scope="template", name="t", purge=True, wait_s=0.2)
+    [engine] = receipt.nodes[0].engines
+    if kept:
+        assert (engine.hbm, engine.detail) == ("not_reset", kept)
+        return
+    assert engine.hbm == "pending"
+    incarnation = rig.admin.state().templates["t", "1"].incarnation
+    pong = rig.engine.client.ping(deadline_s=5, dropped=pong.version)
+    assert bytes(incarnation) in pong.struck
+    rig.engine.client.ping(deadline_s=5, dropped=pong.version)
+    receipt = rig.receipt(receipt.receipt_id)
+    assert receipt.is_final
+    assert [one.hbm for one in receipt.nodes[0].engines] == ["reset"]
+
+
 class _Nobody:
     def session_opened(self, session: Session) -> None: ...
     def session_ended(self, session: Session) -> None: ...
