@@ -11,8 +11,16 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from kvfabric.errors import KVFabricError
+
 PAD_ID, START_ID, END_ID, FIRST_BYTE_ID = 0, 1, 2, 3
 NUM_IDS = FIRST_BYTE_ID + 256
+
+
+class ChatRefused(KVFabricError):
+    """A model's chat template does not take these messages, or the model has none."""
+
+    code = "chat_refused"
 
 
 def encode(text: str | bytes) -> list[int]:

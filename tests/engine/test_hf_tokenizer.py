@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from kvfabric_engine.reference.hf_tokenizer import MAX_HELD, HfTokenizer
 from kvfabric_engine.reference.openai import AnswerText
-from kvfabric_engine.reference.tokens import ChatRefused
 
 from kvfabric.errors import ConfigError
+from kvfabric.tokenizer import ChatRefused
 from tests.engine import hf_folder
 
 CHAT = [{"role": "user", "content": " the quick fox "}]

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvfabric.errors import ConfigError
-from kvfabric_engine.reference.hf_config import read_json
+from kvfabric.hf_tokenizer import read_json
 from kvfabric_engine.reference.weights import LayerWeights, ModelShape, Weights
 
 CHUNK_BYTES = 4 << 20

@@ -6,7 +6,6 @@ computes what its makers' code computes. No code of the folder runs. Pure but fo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvfabric.errors import ConfigError
+from kvfabric.hf_tokenizer import read_json
 from kvfabric_engine.reference.weights import Llama3Scaling, ModelShape, Rope
 
 
@@ -50,19 +50,6 @@ _ROPE_KEYS = {
     ),
 }
 _ROPE_COMMON = frozenset(("rope_type", "type", "rope_theta", "partial_rotary_factor"))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError that names the file."""
-    try:
-        document = json.loads(file.read_bytes())
-    except OSError as exc:
-        raise ConfigError(f"cannot read {file}: {exc.strerror}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise ConfigError(f"{file} is not JSON: {exc}") from exc
-    if not isinstance(document, dict):
-        raise ConfigError(f"{file} holds no JSON object")
-    return document
 
 
 class _Fields:

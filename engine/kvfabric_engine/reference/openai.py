@@ -15,9 +15,10 @@ from typing import Any
 
 from kvfabric.errors import KVFabricError
 from kvfabric.handle import PARAMS_FIELD
+from kvfabric.tokenizer import ChatRefused
 from kvfabric_engine.reference.sampler import SamplingParams
 from kvfabric_engine.reference.sequence import Reused
-from kvfabric_engine.reference.tokens import ChatRefused, Decoder, Message, Tokenizer
+from kvfabric_engine.reference.tokens import Decoder, Message, Tokenizer
 
 MAX_PROMPTS = 64
 MAX_STOPS = 16

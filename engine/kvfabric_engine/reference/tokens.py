@@ -12,16 +12,9 @@ from pathlib import Path
 
 from kvfabric import tokenizer
 from kvfabric.config import EngineConfig
-from kvfabric.errors import KVFabricError
 
 Message = Mapping[str, str]
 """One turn of a chat: its `role` and its `content`."""
-
-
-class ChatRefused(KVFabricError):
-    """The model's chat template does not take these messages, or the model has none."""
-
-    code = "chat_refused"
 
 
 class Decoder(ABC):
