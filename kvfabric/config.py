@@ -150,6 +150,11 @@ class RouterConfig:
     tls_dir: str = _key("", TLS_HELP)
     insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
     engines: tuple[str, ...] = _key((), "base URLs of engines that no node announces")
+    tokenizers: tuple[str, ...] = _key(
+        (),
+        "MODEL=FOLDER: Hugging Face folders with the tokenizer and chat template of each model; without one "
+        "its prompts are routed approximately",
+    )
     policy: str = _key("cost", "cost, least_loaded or round_robin")
     fabric: bool = _key(True, "use the nodes; false: a plain load balancer with API keys")
     request_timeout_s: float = _key(600.0, "how long an engine may take for one answer")

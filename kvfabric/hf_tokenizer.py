@@ -1,8 +1,8 @@
 """The tokenizer and chat template of a local Hugging Face folder: the same for engines and routers.
 
-From tokenizer.json, tokenizer_config.json (special tokens, chat template) and chat_template.jinja (comes before
-the other). The template runs in jinja2's sandbox, with what `transformers` gives it; no code of the folder
-runs. Needs tokenizers and jinja2, so it is imported only where a folder is used.
+From tokenizer.json, tokenizer_config.json (special tokens, chat template) and chat_template.jinja (comes
+before the other). The template runs in the sandbox of jinja2, with what `transformers` gives it; no code of
+the folder runs. Needs tokenizers and jinja2, so it is imported only where a folder is used.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ class Admission:
         Raises ApiError 429 (the queue is full) or 503 (its objective cannot be kept), with Retry-After, and
         what `Planner.plan` raises. On cancellation the call waits no more.
         """
+        await self._planner.prepare(call)
         if call.tried or not self._planner.holds:
             return self._planner.plan(self._planner.rank(call))
         ranking = self._planner.rank(call, newcomers_view(self._queue))

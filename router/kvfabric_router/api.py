@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from kvfabric import tokenizer
 from kvfabric.errors import KVFabricError
 from kvfabric.types import MissReason
 from kvfabric_router.rates import Work
@@ -104,15 +103,17 @@ def error_body(
 class ModelRequest:
     """One request for an answer of a model.
 
-    `text` or `token_ids` is its prompt; both are None if the router cannot know its tokens (several
-    prompts, images, tools, an engine-side template): such a request is served and reuses nothing.
+    `text`, `token_ids` or (of a chat) `messages` is its prompt; all are None if only the engine can know its
+    tokens: several prompts, images, tools, a template in the request.
     `raw` is the client's body, `fields` what it holds but for what is not a client's to set, each value as
     the client wrote it.
     """
 
     model: str
+    is_chat: bool
     text: str | None
     token_ids: list[int] | None
+    messages: tuple[Mapping[str, str], ...] | None
     max_tokens: int
     stream: bool
     stream_options: Mapping[str, Any]
@@ -147,14 +148,21 @@ def parse(path: str, raw: bytes) -> ModelRequest:
     options = _value(given, "stream_options") or {}
     if not isinstance(options, dict):
         raise ApiError(400, "`stream_options` must be an object", param="stream_options")
-    text, token_ids = _chat(given) if path == CHAT_COMPLETIONS else _prompt(given)
+    is_chat = path == CHAT_COMPLETIONS
+    text = token_ids = messages = None
+    if is_chat:
+        messages = _chat(given)
+    else:
+        text, token_ids = _prompt(given)
     if _is_opaque(given, path):
-        text = token_ids = None
+        text = token_ids = messages = None
     fields = {name: value for name, value in given.items() if not is_reserved(name)}
     return ModelRequest(
         model=model,
+        is_chat=is_chat,
         text=text,
         token_ids=token_ids,
+        messages=messages,
         max_tokens=_max_tokens(given, path),
         stream=stream,
         stream_options=options,
@@ -221,19 +229,21 @@ def _prompt(given: _Fields) -> tuple[str | None, list[int] | None]:
         ) from exc
 
 
-def _chat(given: _Fields) -> tuple[str | None, None]:
+def _chat(given: _Fields) -> tuple[Mapping[str, str], ...] | None:
     messages = _value(given, "messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "`messages` must be a list of messages, not empty", param="messages")
-    plain: list[Mapping[str, str]] | None = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ApiError(400, "each of `messages` needs a `role`", param="messages")
-        if plain is None or not isinstance(message.get("content"), str):
-            plain = None  # content parts: images, audio, or text in pieces
-        else:
-            plain.append({"role": message["role"], "content": message["content"]})
-    return (tokenizer.render_chat(plain) if plain is not None else None), None
+    if any(not isinstance(m, dict) or not isinstance(m.get("role"), str) for m in messages):
+        raise ApiError(400, "each of `messages` needs a `role`", param="messages")
+    if all(map(_is_plain, messages)):
+        return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+    return None
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    """Text and nothing else: no parts, tool calls or names, of which each template makes what it likes."""
+    others = (v for name, v in message.items() if name not in ("role", "content"))
+    return isinstance(message.get("content"), str) and not any(others)
 
 
 def _max_tokens(given: _Fields, path: str) -> int:

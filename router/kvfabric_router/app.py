@@ -44,6 +44,7 @@ from kvfabric_router.probes import Prober
 from kvfabric_router.proxy import REQUEST_ID, Proxy, client
 from kvfabric_router.registry_view import RegistryView
 from kvfabric_router.request_rate import RequestRates
+from kvfabric_router.tokenizers import Tokenizers
 from kvfabric_router.worker_link import WorkerLink
 from kvfabric_router.workers import Workers
 
@@ -210,10 +211,11 @@ def security_of(config: RouterConfig) -> Security:
 
 
 def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
-    fleet = Fleet(clock=time.monotonic)
+    tokenizers = Tokenizers(config.tokenizers)
+    fleet = Fleet(clock=time.monotonic, tokenizers=tokenizers)
     fleet.configure(config.engines)
     index = FleetIndex(capacity=1 << 16)
-    registry = RegistryView(lease=EpochLease())
+    registry = RegistryView(lease=EpochLease(), tokenizers=tokenizers)
     metrics = RouterMetrics()
     journal = None
     if config.journal_dir:

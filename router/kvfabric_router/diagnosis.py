@@ -6,11 +6,11 @@ What a router sees of its nodes and engines, looked through for what `kvfabric d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvfabric import __version__
 from kvfabric_router.policy import EngineView
-from kvfabric_router.prompt import TOKENIZERS
+from kvfabric_router.tokenizers import UNKNOWN, TokenCounts
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 MAX_SKEW_S = 5.0
@@ -42,11 +42,18 @@ class NodeSight:
 
 @dataclass(frozen=True, slots=True)
 class EngineSight:
-    """An engine as it says, what its node says otherwise (`differs`), and all nodes that name it."""
+    """An engine as it says, what its node says otherwise (`differs`), and all nodes that name it.
+
+    `ours`: the tokenizer that its prompts are tokenized with, `expected`: the one that is configured for its
+    model; UNKNOWN for none. `counts`: whether it counts as many tokens.
+    """
 
     view: EngineView
     differs: tuple[str, ...]
     nodes: tuple[str, ...]
+    ours: str = UNKNOWN
+    expected: str = UNKNOWN
+    counts: TokenCounts = field(default_factory=TokenCounts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +112,36 @@ def _engine(engine: EngineSight) -> Iterator[Finding]:
     elif not engine.nodes:
         text = "no node speaks for it: no handles, and what it holds is guessed"
         yield Finding(name, WARN, text, "give it its node's socket")
-    if view.tokenizer not in TOKENIZERS:
-        text = f"its tokenizer {view.tokenizer!r} is not the router's: no key can be made"
-        yield Finding(name, FAIL, text, f"the router has {', '.join(sorted(TOKENIZERS))}")
+    wrong = _tokenizer(engine)
+    if wrong is not None:
+        yield wrong
     if engine.differs:
         text = f"its node knows another {', '.join(engine.differs)} than it says itself"
         yield Finding(name, FAIL, text, "restart it: its session is an earlier one's")
-    if len(engine.nodes) == 1 and not engine.differs and view.tokenizer in TOKENIZERS:
+    if len(engine.nodes) == 1 and not engine.differs and wrong is None:
         yield Finding(name, OK, f"serves {view.model_name}")
+
+
+def _tokenizer(engine: EngineSight) -> Finding | None:
+    """What is wrong with how its prompts are tokenized here."""
+    view, name = engine.view, f"engine {engine.view.engine_id}"
+    configure = f'router.tokenizers = ["{view.model_name}=FOLDER"], with its tokenizer.json'
+    if engine.counts.differ:
+        text = (
+            f"it counted other tokens than the router in {engine.counts.num_different} prompts of "
+            f"{engine.counts.num_different + engine.counts.num_equal}: its tokenizer or chat template differs"
+        )
+        return Finding(
+            name, FAIL, text, "is the folder in router.tokenizers the one that it serves?"
+        )
+    if engine.expected not in (UNKNOWN, engine.ours):
+        text = f"its tokenizer {view.tokenizer} is not {engine.expected}, configured for its model"
+        return Finding(name, FAIL, text, f"{configure} and chat template")
+    if engine.ours == UNKNOWN:
+        said = f" {view.tokenizer!r}" if view.tokenizer else ""
+        text = f"no tokenizer for it here{said}: routed approximately, by text; templates end its reuse"
+        return Finding(name, WARN, text, configure)
+    return None
 
 
 def _together(engines: Sequence[EngineSight]) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ requests now, by the registry state of now. What `plan` returns is sent at once.
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import time
@@ -15,15 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from kvfabric.config import RouterConfig
-from kvfabric.errors import KVFabricError, UnknownTenant
+from kvfabric.errors import KVFabricError
 from kvfabric.events.index import FleetIndex, Holder, Present
 from kvfabric.handle import PARAMS_FIELD
-from kvfabric.keyring import Keyring
-from kvfabric.registry.state import RegistryState, Tenant
+from kvfabric.registry.state import Tenant
 from kvfabric.types import BlockKey, MissReason, TenantId
 from kvfabric_router import policy
 from kvfabric_router.api import ApiError, ModelRequest
@@ -32,19 +33,21 @@ from kvfabric_router.drift import Drift, DriftWatch, Seen
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.flight import Sent
 from kvfabric_router.hold import DemandOf
-from kvfabric_router.identity import Addressee, PromptKeys, RequestIdentity, one_time_salt
+from kvfabric_router.identities import Identities
+from kvfabric_router.identity import Addressee, PromptKeys, one_time_salt
 from kvfabric_router.journal import BLOCK_ID_BYTES, Journal
 from kvfabric_router.keyring_reader import KeyringReader
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.missed import why_missed
 from kvfabric_router.policy import Candidate, EngineView, FleetView, Ranked, Reuse
 from kvfabric_router.predicted import Predicted
-from kvfabric_router.prompt import NO_LIMIT, TOKENIZERS, tokenise
+from kvfabric_router.prompt import NO_LIMIT
 from kvfabric_router.registry_view import RegistryView
+from kvfabric_router.tokenizers import BYTES_PER_TOKEN, Tokens
 
 KEPT_DECISIONS = 1024
 REUSE_FRESH_S = 0.2
-_BYTES_PER_TOKEN = 4  # of a prompt whose tokens nobody told us: only a load estimate
+_FALSE = msgspec.Raw(b"false")
 
 _log = logging.getLogger(__name__)
 
@@ -64,10 +67,10 @@ class Call:
     no_read: bool = False
     result: str = ""
     tried: set[str] = field(default_factory=set)
-    tokens: dict[str, Sequence[int] | None] = field(default_factory=dict)
+    tokens: dict[str, Tokens | None] = field(default_factory=dict)
     arrived: float = field(default_factory=time.monotonic)
     ttft_ms: float | None = None
-    identities: _Identities | None = None
+    identities: Identities | None = None
     matches: _Matches | None = None
 
 
@@ -77,7 +80,7 @@ class Ranking:
 
     call: Call
     ranked: tuple[Ranked, ...]
-    identities: _Identities
+    identities: Identities
     draw: int = 0
 
     @property
@@ -98,6 +101,7 @@ class Plan:
     version: int
     keys: Sequence[BlockKey] = ()
     is_streamed: bool = True
+    is_exact: bool = True
 
     @property
     def has_handle(self) -> bool:
@@ -115,7 +119,13 @@ class Plan:
     def sent(self) -> Sent:
         """What the fleet's account needs to know of it."""
         chosen = self.decision.ranked[0]
-        return Sent(chosen.candidate.work, chosen.terms.own_work, self.keys, self.is_streamed)
+        return Sent(
+            chosen.candidate.work,
+            chosen.terms.own_work,
+            self.keys,
+            self.is_streamed,
+            self.is_exact,
+        )
 
 
 class Planner:
@@ -132,6 +142,7 @@ class Planner:
         rng: random.Random | None = None,
     ) -> None:
         self._config = config
+        self._tokenizers = registry.tokenizers
         self._fleet = fleet
         self._index = index
         self._registry = registry
@@ -151,6 +162,32 @@ class Planner:
         """Whether the choice gets better by being made late."""
         return self._config.fabric and self._config.policy == "cost"
 
+    async def prepare(self, call: Call) -> None:
+        """Tokenize a long prompt beside the event loop, before anything is decided. Raises ApiError 400."""
+        if not self._tokenizers.are_slow:
+            return
+        for engine in self._fleet.view().engines:
+            tokenizer = self._tokenizers[engine.tokenizer]
+            is_asked = engine.model_name == call.request.model and tokenizer.is_slow
+            if is_asked and tokenizer.name not in call.tokens:
+                made = await tokenizer.tokens_in_thread(call.request, call.tenant.tenant_id)
+                call.tokens[tokenizer.name] = made
+
+    def _tokens(self, call: Call, name: str) -> Tokens | None:
+        """The prompt's tokens, or None if the router cannot know them. Raises ApiError 400."""
+        if name not in call.tokens:
+            call.tokens[name] = self._tokenizers[name].tokens(call.request, call.tenant.tenant_id)
+        return call.tokens[name]
+
+    def _length(self, call: Call, engine: EngineView) -> int | None:
+        """Tokens of the prompt; None if only the engine can know."""
+        if call.request.token_ids is not None:
+            return len(call.request.token_ids)
+        if not self._tokenizers[engine.tokenizer].is_exact:
+            return None
+        tokens = self._tokens(call, engine.tokenizer)
+        return None if tokens is None else len(tokens)
+
     def rank(
         self, call: Call, demand: DemandOf | None = None, *, view: FleetView | None = None
     ) -> Ranking:
@@ -165,7 +202,14 @@ class Planner:
             engines = [demand(engine) for engine in engines]
         state = self._registry.usable() if self._config.fabric else None
         if call.identities is None or call.identities.state is not state:
-            call.identities = _Identities(call, state, self.keyring, self._registry)
+            call.identities = Identities(
+                call.tenant,
+                call.request,
+                state,
+                tokens_of=functools.partial(self._tokens, call),
+                keyring=self.keyring,
+                registry=self._registry,
+            )
             call.matches = None
         now = time.monotonic()
         if call.matches is None or now - call.matches.made_at > REUSE_FRESH_S:
@@ -188,6 +232,7 @@ class Planner:
             identities.state.version if identities.state else 0,
             keys.keys if keys is not None and not call.tenant.opted_out else (),
             call.request.stream,
+            keys is None or keys.is_exact,
         )
         self._remember(call.request_id, plan.decision)
         if self.journal is not None:
@@ -209,6 +254,7 @@ class Planner:
         decision = self._decisions.get(call.request_id)
         if decision is None:
             return
+        self._count_tokens(call, decision, outcome)
         drift = self._drift(call, decision, outcome)
         decision = replace(decision, outcome=outcome, drift=drift)
         self._decisions[call.request_id] = decision
@@ -245,10 +291,10 @@ class Planner:
         return fitting
 
     def _fits(self, call: Call, engine: EngineView) -> bool:
-        tokens = tokens_of(call, engine.tokenizer)
-        if tokens is None or not engine.max_model_tokens:
+        length = self._length(call, engine) if engine.max_model_tokens else None
+        if length is None:
             return True  # the engine itself will say
-        return len(tokens) + call.request.max_tokens <= engine.max_model_tokens
+        return length + call.request.max_tokens <= engine.max_model_tokens
 
     # ------------------------------------------------------------------ what it would cost
 
@@ -257,9 +303,8 @@ class Planner:
         found = call.matches.reuse.get(engine.endpoint)
         if found is None:
             found = call.matches.reuse[engine.endpoint] = self._reuse(call, call.matches, engine)
-        tokens = tokens_of(call, engine.tokenizer)
-        length = len(tokens) if tokens is not None else _guess_tokens(call.request)
-        return Candidate(engine, length, found)
+        length = self._length(call, engine)
+        return Candidate(engine, _guess_tokens(call.request) if length is None else length, found)
 
     def _reuse(self, call: Call, matches: _Matches, engine: EngineView) -> Reuse:
         assert call.identities is not None
@@ -272,6 +317,7 @@ class Planner:
             matches.predicted(keys).get(engine.endpoint),
             num_blocks=len(keys.keys),
             block_tokens=keys.block_tokens,
+            is_exact=keys.is_exact,
         )
 
     def _draw(self, call: Call) -> int:
@@ -284,7 +330,7 @@ class Planner:
     # ------------------------------------------------------------------ what it gets
 
     def _fields(
-        self, call: Call, chosen: Candidate, identities: _Identities
+        self, call: Call, chosen: Candidate, identities: Identities
     ) -> tuple[dict[str, Any], str]:
         """What the engine gets in place of the client's fields or beside them, and why it reuses nothing."""
         engine = chosen.engine
@@ -294,6 +340,7 @@ class Planner:
             fields["stream_options"] = {**request.stream_options, "include_usage": True}
         if not self._config.fabric:
             return fields, ""
+        fields |= self._tokenized(call, engine)
         keys = identities.keys(engine)
         if keys is None:
             return {**fields, "cache_salt": one_time_salt()}, identities.reason(engine)
@@ -310,7 +357,17 @@ class Planner:
             fields["kv_transfer_params"] = {PARAMS_FIELD: handle}
         return fields, ""
 
-    def _mint(self, call: Call, chosen: Candidate, identities: _Identities) -> str:
+    def _tokenized(self, call: Call, engine: EngineView) -> dict[str, Any]:
+        """The prompt of a completion as the tokens that it was keyed by: the engine need not make them."""
+        request = call.request
+        if request.text is None or request.fields.get("echo", _FALSE) != _FALSE:
+            return {}
+        if not self._tokenizers[engine.tokenizer].is_slow:
+            return {}
+        tokens = self._tokens(call, engine.tokenizer)
+        return {} if tokens is None else {"prompt": list(tokens)}
+
+    def _mint(self, call: Call, chosen: Candidate, identities: Identities) -> str:
         engine = chosen.engine
         identity, model = identities.of(engine.tokenizer), engine.model
         keys = identities.keys(engine)
@@ -352,13 +409,21 @@ class Planner:
             left_out=(*self._fleet.not_taking(call.request.model), *tried),
         )
 
+    def _count_tokens(self, call: Call, decision: Decision, outcome: Outcome) -> None:
+        engine = decision.ranked[0].candidate.engine
+        length = self._length(call, engine)
+        if length is not None and call.request.token_ids is None:
+            self._fleet.counted(engine.endpoint, ours=length, its=outcome.prompt_tokens)
+
     def _drift(self, call: Call, decision: Decision, outcome: Outcome) -> Drift | None:
         engine = decision.ranked[0].candidate.engine
         templates = self._registry.templates(engine.tokenizer)
         identity = call.identities.of(engine.tokenizer) if call.identities is not None else None
         tokens = call.tokens.get(engine.tokenizer)
-        if identity is None or tokens is None or templates is None or engine.model is None:
+        is_exact = self._tokenizers[engine.tokenizer].is_exact
+        if identity is None or tokens is None or not is_exact or engine.model is None:
             return None
+        assert templates is not None
         segments = [one for one in identity.recognised.segments if templates.knows(one)]
         return self._drifts.judge(
             call.tenant.tenant_id,
@@ -377,7 +442,7 @@ class Planner:
             self._decisions.popitem(last=False)
         _log.debug("request %s of %s: %s", request_id, decision.tenant, decision)
 
-    def _count(self, plan: Plan, identities: _Identities) -> None:
+    def _count(self, plan: Plan, identities: Identities) -> None:
         decision = plan.decision
         if decision.reason:
             self._metrics.one_time_salts.labels(reason=decision.reason).inc()
@@ -396,91 +461,9 @@ class Planner:
                 self._metrics.templates.labels(template=segment.template, result="used").inc()
 
 
-def tokens_of(call: Call, tokenizer: str) -> Sequence[int] | None:
-    """The prompt's tokens, or None if the router cannot know them. Raises ApiError 400."""
-    request = call.request
-    if tokenizer not in TOKENIZERS:
-        return request.token_ids
-    if tokenizer not in call.tokens:
-        opaque = request.text is None and request.token_ids is None
-        call.tokens[tokenizer] = (
-            None if opaque else tokenise(request.text, request.token_ids, TOKENIZERS[tokenizer])
-        )
-    return call.tokens[tokenizer]
-
-
 def _guess_tokens(request: ModelRequest) -> int:
-    if request.text is not None:
-        return len(request.text) // _BYTES_PER_TOKEN + 1
-    return len(request.raw) // _BYTES_PER_TOKEN + 1
-
-
-class _Identities:
-    """The identity of one call for each tokenizer, and its keys for each model identity: made once."""
-
-    def __init__(
-        self,
-        call: Call,
-        state: RegistryState | None,
-        keyring: KeyringReader,
-        registry: RegistryView,
-    ) -> None:
-        self.state = state
-        self._call = call
-        self._keyring = keyring
-        self._registry = registry
-        self._made: dict[str, RequestIdentity | None] = {}
-
-    def of(self, tokenizer: str) -> RequestIdentity | None:
-        """None if nothing may be reused by an engine with this tokenizer."""
-        if tokenizer not in self._made:
-            self._made[tokenizer] = self._make(tokenizer)
-        return self._made[tokenizer]
-
-    def keys(self, engine: EngineView) -> PromptKeys | None:
-        identity = self.of(engine.tokenizer)
-        if identity is None or engine.model is None:
-            return None
-        try:
-            return identity.keys(engine.model)
-        except UnknownTenant:
-            return None
-
-    def reason(self, engine: EngineView) -> str:
-        """Why `keys` is None."""
-        if self.state is None:
-            return "no_epoch_lease"
-        if engine.model is None or engine.tokenizer not in TOKENIZERS:
-            return "unknown_engine"
-        if self._call.tokens.get(engine.tokenizer) is None:
-            return "opaque_prompt"
-        return "no_secret"
-
-    def _make(self, tokenizer: str) -> RequestIdentity | None:
-        templates = self._registry.templates(tokenizer)
-        if self.state is None or templates is None:
-            return None
-        tokens = tokens_of(self._call, tokenizer)
-        keyring = self._keyring_of_tenant()
-        if tokens is None or keyring is None:
-            return None
-        return RequestIdentity(
-            tenant=self._call.tenant,
-            state=self.state,
-            keyring=keyring,
-            token_ids=tokens,
-            recognised=templates.recognise(tokens),
-        )
-
-    def _keyring_of_tenant(self) -> Keyring | None:
-        keyring = self._keyring.current()
-        try:
-            if keyring is not None:
-                keyring.tenant_secret(self._call.tenant.tenant_id)
-        except UnknownTenant:
-            self._keyring.reread()  # the tenant is newer than what was read
-            self._keyring.unknown()
-        return keyring
+    size = len(request.raw) if request.text is None else len(request.text)
+    return size // BYTES_PER_TOKEN + 1
 
 
 class _Matches:
@@ -492,9 +475,11 @@ class _Matches:
         self._index = index
         self._predicted = predicted
         self._answers: dict[tuple[bytes, bytes, int], dict[Holder, Present]] = {}
-        self._expected: dict[tuple[bytes, bytes, int], dict[str, Present]] = {}
+        self._expected: dict[tuple[bytes, bytes, int, bool], dict[str, Present]] = {}
 
     def of(self, keys: PromptKeys) -> dict[Holder, Present]:
+        if not keys.is_exact:
+            return {}
         name = (keys.tenant_tag, keys.public_tag, keys.block_tokens)
         if name not in self._answers:
             self._answers[name] = self._ask(keys)
@@ -502,7 +487,7 @@ class _Matches:
 
     def predicted(self, keys: PromptKeys) -> dict[str, Present]:
         """What engines will have because of earlier requests, by endpoint."""
-        name = (keys.tenant_tag, keys.public_tag, keys.block_tokens)
+        name = (keys.tenant_tag, keys.public_tag, keys.block_tokens, keys.is_exact)
         if name not in self._expected:
             self._expected[name] = self._predicted.of(keys.keys)
         return self._expected[name]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvfabric.types import NodeId
 from kvfabric_router.diagnosis import EngineSight
@@ -23,6 +23,8 @@ from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import EngineView, FleetView
 from kvfabric_router.predicted import Predicted
 from kvfabric_router.rates import UNKNOWN, Rates, fetch_prior, typical
+from kvfabric_router.tokenizers import UNKNOWN as UNKNOWN_TOKENIZER
+from kvfabric_router.tokenizers import TokenCounts, Tokenizers
 
 BACKOFF_S, MAX_BACKOFF_S = 0.25, 10.0
 PROBE_EVERY_S = 2.0
@@ -68,6 +70,7 @@ class _Engine:
     failures: int = 0
     next_probe: float = 0.0
     failing_since: float = 0.0
+    counts: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def takes_requests(self) -> bool:
@@ -75,7 +78,15 @@ class _Engine:
 
     @property
     def model_names(self) -> set[str]:
-        return {report.model_name for report in (self.announced, self.probed) if report is not None}
+        report = self.probed or self.announced
+        return {report.model_name} if report is not None else set()
+
+    def tokenizer(self, tokenizers: Tokenizers) -> str:
+        """Name of the one that makes the tokens that it makes, as far as is known."""
+        assert self.probed is not None, "only probed engines are shown"
+        if self.counts.differ:
+            return UNKNOWN_TOKENIZER
+        return tokenizers.name_for(self.probed.model_name, self.probed.tokenizer)
 
     def seen(self) -> EngineView:
         """What it says of itself, without what it does."""
@@ -104,19 +115,19 @@ class _Engine:
         prior = fetch_prior(token_bytes, others)
         self.activity.learner.prior(prior, is_fleets=others is not UNKNOWN)
 
-    def view(self) -> EngineView:
+    def view(self, tokenizers: Tokenizers) -> EngineView:
         announced, probed, activity = self.announced, self.probed, self.activity
         assert probed is not None, "only probed engines are shown"
         waiting = activity.waiting()
         return EngineView(
             endpoint=self.endpoint,
             engine_id=announced.engine_id if announced else self.endpoint,
-            model_name=announced.model_name if announced else probed.model_name,
+            model_name=probed.model_name,  # as clients know it; a node has it from its weights
             node_id=self.node_id if announced else None,
             session=announced.session if announced else probed.session,
             model=announced.model if announced else probed.model,
             block_bytes=announced.block_bytes if announced else 0,
-            tokenizer=probed.tokenizer,
+            tokenizer=self.tokenizer(tokenizers),
             max_model_tokens=probed.max_model_tokens,
             rates=activity.learner.rates,
             waiting_ms=activity.waiting_ms(waiting),
@@ -134,8 +145,9 @@ def base_url(endpoint: str) -> str:
 class Fleet:
     """See the module. `clock`: monotonic seconds. Every method is atomic on the event loop."""
 
-    def __init__(self, *, clock: Callable[[], float]) -> None:
+    def __init__(self, *, clock: Callable[[], float], tokenizers: Tokenizers | None = None) -> None:
         self._clock = clock
+        self._tokenizers = tokenizers or Tokenizers()
         self._engines: dict[str, _Engine] = {}
         self._named: dict[NodeId, frozenset[str]] = {}
         self._leaning: tuple[object, ...] = ()
@@ -178,6 +190,7 @@ class Fleet:
         for endpoint, report in named.items():
             engine = self._known(endpoint)
             if engine.announced != report:
+                engine.counts = TokenCounts()
                 engine.node_id, engine.announced = node_id, report
                 self._probe_soon(engine)
 
@@ -229,6 +242,7 @@ class Fleet:
         if engine is not None:
             if engine.probed is not None and engine.probed.session != report.session:
                 self.predicted.forget(endpoint)
+                engine.counts = TokenCounts()
             engine.probed = report
             engine.excluded = False
             engine.failures = 0
@@ -286,7 +300,7 @@ class Fleet:
         """The engines that take requests now."""
         taking = [engine for engine in self._engines.values() if engine.takes_requests]
         self._lean(taking)
-        return FleetView(tuple([engine.view() for engine in taking]))
+        return FleetView(tuple([engine.view(self._tokenizers) for engine in taking]))
 
     def _lean(self, taking: list[_Engine]) -> None:
         """What is known of all engines, for those of which less is. Now and then: it changes slowly."""
@@ -308,9 +322,20 @@ class Fleet:
         return Flight(
             engine.activity,
             sent,
-            is_told=engine.announced is not None,
-            wrong=lambda: self._distrust(engine),
+            is_told=engine.announced is not None and sent.is_exact,
+            wrong=(lambda: self._distrust(engine)) if sent.is_exact else lambda: None,
         )
+
+    def counted(self, endpoint: str, *, ours: int, its: int) -> None:
+        """Tokens of one prompt, by the router's tokenizer and by the engine itself."""
+        engine = self._engines.get(endpoint)
+        # One that names its tokenizer is believed: the name says what its tokens are.
+        if engine is None or engine.probed is None or engine.probed.tokenizer:
+            return
+        if ours == its:
+            engine.counts.num_equal += 1
+        else:
+            engine.counts.num_different += 1
 
     def _has_room(self) -> None:
         self.room()
@@ -334,7 +359,18 @@ class Fleet:
         for engine in self._engines.values():
             if engine.probed is not None:
                 nodes = sorted(n for n, named in self._named.items() if engine.endpoint in named)
-                found.append(EngineSight(engine.seen(), engine.differences(), tuple(nodes)))
+                found.append(
+                    EngineSight(
+                        engine.seen(),
+                        engine.differences(),
+                        tuple(nodes),
+                        ours=self._tokenizers.name_for(
+                            engine.probed.model_name, engine.probed.tokenizer
+                        ),
+                        expected=self._tokenizers.of_model(engine.probed.model_name),
+                        counts=engine.counts,
+                    )
+                )
         return found
 
     def not_taking(self, name: str) -> tuple[tuple[str, str], ...]:

@@ -84,13 +84,14 @@ class Activity:
 @dataclass(frozen=True, slots=True)
 class Sent:
     """What is known of a request when it is sent. `work_ms`: predicted until its first token, once it is
-    its turn; `is_streamed`: that token will be seen.
+    its turn; `is_streamed`: that token will be seen; `is_exact`: nodes tell of `keys`.
     """
 
     work: Work
     work_ms: float
     keys: Sequence[BlockKey] = ()
     is_streamed: bool = True
+    is_exact: bool = True
 
 
 class Flight:

@@ -39,7 +39,8 @@ class PromptKeys:
 
     `keys[:public_blocks]` belong to the namespace `public_tag`, the rest to `tenant_tag`. Neither the
     block that holds the prompt's last token (an engine computes at least one token) nor anything from
-    a withdrawn version's text on is among them. `salt` goes into `cache_salt`.
+    a withdrawn version's text on is among them. `salt` goes into `cache_salt`. Without `is_exact` the keys
+    are the router's own, and no engine has any of them.
     """
 
     block_tokens: int
@@ -48,6 +49,7 @@ class PromptKeys:
     public_blocks: int
     keys: tuple[BlockKey, ...]
     salt: str
+    is_exact: bool = True
 
 
 def one_time_salt() -> str:
@@ -63,7 +65,10 @@ class Addressee(NamedTuple):
 
 
 class RequestIdentity:
-    """One tenant's prompt under one registry state. Raises UnknownTenant if the keyring lacks a secret."""
+    """One tenant's prompt under one registry state. Raises UnknownTenant if the keyring lacks a secret.
+
+    `ids_per_token`: 1, or more where the tokens are not known and `token_ids` stand for them.
+    """
 
     def __init__(
         self,
@@ -73,8 +78,10 @@ class RequestIdentity:
         keyring: Keyring,
         token_ids: Sequence[int],
         recognised: Recognised,
+        ids_per_token: int = 1,
     ) -> None:
         self.state = state
+        self._ids_per_token = ids_per_token
         self.recognised = recognised
         self._tenant = tenant
         self._keyring = keyring
@@ -112,7 +119,7 @@ class RequestIdentity:
             usable = min(usable, recognised.cacheable_tokens)
         hasher = hashing.BlockHasher(
             key,
-            model.block_tokens,
+            model.block_tokens * self._ids_per_token,
             segments=recognised.segments,
             public_key=public_key,
             public_tokens=public_tokens,
@@ -125,6 +132,7 @@ class RequestIdentity:
             public_blocks=min(public_tokens // model.block_tokens, len(keys)),
             keys=tuple(keys),
             salt=self._salt(key),
+            is_exact=self._ids_per_token == 1,
         )
 
     def _salt(self, key: bytes) -> str:

@@ -218,16 +218,18 @@ def reuse_of(
     *,
     num_blocks: int,
     block_tokens: int,
+    is_exact: bool = True,
 ) -> Reuse:
     """What `engine` could reuse of a prompt, given who holds its `num_blocks` cacheable blocks.
 
     An engine uses its own HBM up to the first gap, then what its node has from there, without a gap.
-    `predicted`: blocks that it has or will have because of what was sent there.
+    `predicted`: blocks that it has or will have because of what was sent there. Not `is_exact`: no node tells
+    of blocks like these.
     """
     if not num_blocks:
         return Reuse()
     node = engine.node_id
-    if node is None or not engine.session:
+    if node is None or not engine.session or not is_exact:
         return Reuse(hbm_tokens=_leading(predicted) * block_tokens, is_approximate=True)
     if not present:  # most prompts are new to everybody
         return Reuse(hbm_tokens=_leading(predicted) * block_tokens)

@@ -66,7 +66,7 @@ def read_report(answer: object) -> ProbeReport | None:
         return None
     extension = first.get("kvfabric")
     if not isinstance(extension, dict):
-        return ProbeReport(model_name=first["id"])
+        return ProbeReport(model_name=first["id"], max_model_tokens=_number(first, "max_model_len"))
     return ProbeReport(
         model_name=first["id"],
         session=_hex(extension, "session"),

@@ -1,6 +1,6 @@
-"""From a prompt to its tokens, and which registered template versions stand in them. Pure.
+"""Which registered template versions stand in a prompt. Pure.
 
-A prompt uses a template version if its tokens contain the version's tokens, anywhere. Within one
+A prompt uses a template version if what its tokens spell contains the version's text, anywhere. Within one
 template the longest text that stands at a place is what is used there: a version that extends another
 is not a use of the shorter one. Different templates are independent, also where they overlap.
 
@@ -10,51 +10,14 @@ follow. The first place of a version out of service ends what may be cached at a
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
-from kvfabric import tokenizer
 from kvfabric.registry.state import SERVING, RegistryState, TemplateVersion
 from kvfabric.types import Segment
-from kvfabric_router.api import ApiError
-
-Encode = Callable[[str | bytes], Sequence[int]]
-TOKENIZERS: Mapping[str, Encode] = MappingProxyType({"byte": tokenizer.encode_array})
-"""Tokenizers the router has, by the name that an engine gives its own."""
+from kvfabric_router.tokenizers import Tokenizer, Tokens
 
 NO_LIMIT = -1
-_CODEC = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
-
-
-def tokenise(text: str | None, token_ids: Sequence[int] | None, encode: Encode) -> Sequence[int]:
-    """Token ids of a prompt given as either, packed: each is looked at several times. Raises ApiError 400
-    for what no tokenizer makes.
-    """
-    if token_ids is not None:
-        return _packed(token_ids)
-    assert text is not None, "a prompt is text or token ids"
-    try:
-        return encode(text)
-    except UnicodeEncodeError as exc:
-        raise ApiError(400, f"the prompt is not valid text: {exc.reason}", param="prompt") from exc
-
-
-def _packed(token_ids: Sequence[int]) -> array[int]:
-    try:
-        return array("I", token_ids)  # of an array a plain copy
-    except (TypeError, OverflowError) as exc:
-        raise ApiError(400, "the prompt holds what is no token id", param="prompt") from exc
-
-
-def _searchable(token_ids: Sequence[int]) -> str:
-    # One character a token: `str.find` is then a search for token sequences, at C speed and linear.
-    try:
-        return _packed(token_ids).tobytes().decode(_CODEC, "surrogatepass")
-    except UnicodeDecodeError as exc:
-        raise ApiError(400, "the prompt holds what is no token id", param="prompt") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +45,11 @@ class _Needle:
 class TemplateIndex:
     """Every version of one registry state, ready to be looked for in prompts of one tokenizer."""
 
-    def __init__(self, state: RegistryState, encode: Encode) -> None:
+    def __init__(self, state: RegistryState, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         versions: dict[tuple[str, str], TemplateVersion] = {}
         for version in state.templates.values():
-            text = _searchable(encode(version.text))
+            text = tokenizer.spell_text(version.text)
             known = versions.get((version.name, text))
             # Of two versions with the same text the one in service is the one in use.
             if text and (known is None or known.state != SERVING):
@@ -94,26 +58,40 @@ class TemplateIndex:
             _Needle(version, text, _containers(text, name, versions))
             for (name, text), version in versions.items()
         )
-        self._known = {(n.version.name, n.version.version) for n in self._needles}
+        self._names = {(n.version.name, n.version.version) for n in self._needles}
+
+    def __len__(self) -> int:
+        return len(self._needles)
 
     def knows(self, segment: Segment) -> bool:
         """Whether it is one of this state's versions."""
-        return (segment.template, segment.version) in self._known
+        return (segment.template, segment.version) in self._names
 
-    def recognise(self, token_ids: Sequence[int]) -> Recognised:
-        """Raises ApiError 400 if `token_ids` are none."""
-        prompt = _searchable(token_ids)
+    def recognise(self, tokens: Tokens) -> Recognised:
+        """Raises ApiError 400 if `tokens` are none."""
+        if not self._needles:
+            return Recognised()
+        prompt = self._tokenizer.spell(tokens)
         found = [(_first(prompt, needle), needle) for needle in self._needles]
         found = [(place, needle) for place, needle in found if place >= 0]
+        if not found:
+            return Recognised()
+        token_at = self._tokenizer.token_at(tokens)
         withdrawn = [place for place, needle in found if needle.version.state != SERVING]
-        end = min(withdrawn, default=len(prompt))
-        used = [(place, needle) for place, needle in found if place < end]
+        end = token_at(min(withdrawn, default=len(prompt)))
+        used = [(place, needle) for place, needle in found if token_at(place) < end]
+        public_end = _public(used)
+        segments = []
+        for place, needle in sorted(used, key=_prompt_order):
+            version, first = needle.version, token_at(place)
+            size = token_at(place + len(needle.text) - 1) + 1 - first
+            segments.append(
+                Segment(version.name, version.version, version.incarnation, first, size)
+            )
         return Recognised(
-            segments=tuple(
-                _segment(needle, place) for place, needle in sorted(used, key=_prompt_order)
-            ),
+            segments=tuple(segments),
             cacheable_tokens=end if withdrawn else NO_LIMIT,
-            public_tokens=min(_public(used), end),
+            public_tokens=min(token_at(public_end), end) if public_end else 0,
         )
 
 
@@ -139,11 +117,6 @@ def _public(used: Sequence[tuple[int, _Needle]]) -> int:
         } - seen
         seen |= ends
     return max((end for end, _ in seen), default=0)
-
-
-def _segment(needle: _Needle, place: int) -> Segment:
-    version = needle.version
-    return Segment(version.name, version.version, version.incarnation, place, len(needle.text))
 
 
 def _prompt_order(found: tuple[int, _Needle]) -> tuple[int, str, str]:

@@ -11,7 +11,8 @@ from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.state import RegistryState, Tenant
 from kvfabric_router.api import ApiError
 from kvfabric_router.auth import TenantDirectory
-from kvfabric_router.prompt import TOKENIZERS, TemplateIndex
+from kvfabric_router.prompt import TemplateIndex
+from kvfabric_router.tokenizers import Tokenizers
 
 
 class RegistryView:
@@ -21,8 +22,15 @@ class RegistryView:
     without a lease nothing is ever reused.
     """
 
-    def __init__(self, *, lease: EpochLease, required: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        lease: EpochLease,
+        required: bool = True,
+        tokenizers: Tokenizers | None = None,
+    ) -> None:
         self.lease = lease
+        self.tokenizers = tokenizers or Tokenizers()
         self.holder_id = f"router-{secrets.token_hex(8)}"
         self._required = required
         self._state: RegistryState | None = None if required else RegistryState()
@@ -47,7 +55,7 @@ class RegistryView:
         self._state = state
         self._directory = TenantDirectory(state)
         self._templates = {
-            name: TemplateIndex(state, encode) for name, encode in TOKENIZERS.items()
+            name: TemplateIndex(state, tokenizer) for name, tokenizer in self.tokenizers.items()
         }
         self.changed.set()
 

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from kvfabric_router.identity import Addressee, ModelIdentity, RequestIdentity
 from kvfabric_router.prompt import Recognised, TemplateIndex
+from kvfabric_router.tokenizers import ByteTokenizer
 
 from kvfabric import tokenizer
 from kvfabric.daemon.admin_client import AdminClient
@@ -67,7 +68,7 @@ class Fleet:
             state=state,
             keyring=self.keyring,
             token_ids=tokens,
-            recognised=believed or TemplateIndex(state, tokenizer.encode).recognise(tokens),
+            recognised=believed or TemplateIndex(state, ByteTokenizer()).recognise(tokens),
         )
         model = ModelIdentity(hello.model_revision, layout_fingerprint(hello.layout), BLOCK_TOKENS)
         return identity.mint(
@@ -297,7 +298,7 @@ def test_recognition_agrees_with_the_definition() -> None:
         state = registry_state(templates=templates)
         text = "".join(chance.choices("ab", k=12))
         expected = public_tokens(state, text)
-        recognised = TemplateIndex(state, tokenizer.encode).recognise(tokenizer.encode(text))
+        recognised = TemplateIndex(state, ByteTokenizer()).recognise(tokenizer.encode(text))
         assert recognised.public_tokens == expected, (templates, text)
         found_public += expected > 0
         starts = [t for t in templates if t.is_public and not t.after]

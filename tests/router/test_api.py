@@ -44,8 +44,9 @@ def test_a_list_of_one_prompt_is_that_prompt(prompt: Any) -> None:
     assert request.text == "hi" or request.token_ids == [1, 2]
 
 
-def test_a_chat_is_rendered_as_its_engine_does() -> None:
-    assert chat().text == "<|user|>\nhi\n<|assistant|>\n"
+def test_a_chat_of_texts_is_read() -> None:
+    assert chat().messages == ({"role": "user", "content": "hi"},)
+    assert chat(messages=[{"role": "user", "content": "hi", "name": None}]).messages is not None
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]]])
@@ -65,10 +66,11 @@ def test_several_prompts_are_opaque(prompt: Any) -> None:
         {"reasoning_effort": "low"},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+        {"messages": [{"role": "user", "content": "hi", "name": "me"}]},
     ],
 )
 def test_a_chat_whose_tokens_only_its_engine_knows_is_opaque(fields: dict[str, Any]) -> None:
-    assert chat(**fields).text is None
+    assert chat(**fields).messages is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from kvfabric_router.diagnosis import FAIL, OK, WARN, EngineSight, NodeSight, Totals, examine
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import EngineView
+from kvfabric_router.tokenizers import TokenCounts
 
 from kvfabric import __version__
 from tests.router.standin import client_of, config_for, engines, keyring_with, registry_state
@@ -20,7 +21,8 @@ OTHER = msgspec.structs.replace(
     VIEW, engine_id="other", model=ModelIdentity("r", bytes([1]) * 32, 32), endpoint="http://o"
 )
 NODE = NodeSight("unix:/n", True, __version__, 0.1)
-ENGINE = EngineSight(VIEW, (), ("n",))
+ENGINE = EngineSight(VIEW, (), ("n",), ours="byte")
+SAYS_NOTHING = msgspec.structs.replace(VIEW, tokenizer="")
 TOTALS = Totals(10_000, 5_000, 4_000, 0, 100)
 
 
@@ -28,6 +30,10 @@ def test_where_all_is_well_nothing_is_found() -> None:
     assert {finding.result for finding in examine([NODE], [ENGINE], TOTALS)} == {OK}
     fresh = Totals(0, 0, 0, 0, 0)
     assert {finding.result for finding in examine([NODE], [ENGINE], fresh)} == {OK}
+
+
+def sight(**changes: object) -> EngineSight:
+    return dataclasses.replace(ENGINE, **changes)  # type: ignore[arg-type]
 
 
 def changed(**changes: object) -> Totals:
@@ -42,17 +48,14 @@ def changed(**changes: object) -> Totals:
         ([dataclasses.replace(NODE, version="0.0.1")], [ENGINE], TOTALS, WARN, "runs 0.0.1"),
         ([dataclasses.replace(NODE, clock_ahead_s=-60.0)], [ENGINE], TOTALS, FAIL, "-60.0 s"),
         ([dataclasses.replace(NODE, stale_serves=2)], [ENGINE], TOTALS, FAIL, "withdrawn blocks"),
-        ([NODE], [EngineSight(VIEW, (), ("a", "b"))], TOTALS, FAIL, "registered at 2 nodes"),
-        ([NODE], [EngineSight(VIEW, (), ())], TOTALS, WARN, "no node speaks for it"),
-        (
-            [NODE],
-            [EngineSight(msgspec.structs.replace(VIEW, tokenizer="llama"), (), ("n",))],
-            TOTALS,
-            FAIL,
-            "'llama'",
-        ),
-        ([NODE], [EngineSight(VIEW, ("block_tokens",), ("n",))], TOTALS, FAIL, "block_tokens"),
-        ([NODE], [ENGINE, EngineSight(OTHER, (), ("n",))], TOTALS, WARN, "share nothing"),
+        ([NODE], [sight(nodes=("a", "b"))], TOTALS, FAIL, "registered at 2 nodes"),
+        ([NODE], [sight(nodes=())], TOTALS, WARN, "no node speaks for it"),
+        ([NODE], [sight(view=SAYS_NOTHING, ours="")], TOTALS, WARN, "routed approximately"),
+        ([NODE], [sight(ours="")], TOTALS, WARN, "'byte'"),
+        ([NODE], [sight(expected="hf:1")], TOTALS, FAIL, "byte is not hf:1"),
+        ([NODE], [sight(counts=TokenCounts(1, 3))], TOTALS, FAIL, "in 3 prompts of 4"),
+        ([NODE], [sight(differs=("block_tokens",))], TOTALS, FAIL, "block_tokens"),
+        ([NODE], [ENGINE, sight(view=OTHER)], TOTALS, WARN, "share nothing"),
         ([NODE], [ENGINE], changed(reused_tokens=0), FAIL, "none was reused"),
         ([NODE], [ENGINE], changed(index_blocks=0), FAIL, "the index is empty"),
         ([NODE], [ENGINE], changed(no_handle=3), FAIL, "3 requests"),

@@ -348,3 +348,12 @@ async def _raises_timeout(wait) -> bool:  # type: ignore[no-untyped-def]
     with pytest.raises(TimeoutError):
         await wait()
     return True
+
+
+def test_a_model_has_the_name_under_which_it_is_served(fleet: Fleet) -> None:
+    """vLLM tells its node the path of the weights, and clients another name."""
+    fleet.announce(NODE, [SessionReport(URL, "engine-1", b"s", "/weights/m", MODEL, 1024)])
+    probed(fleet)
+    assert only(fleet).model_name == "m"
+    assert fleet.knows_model("m")
+    assert not fleet.knows_model("/weights/m")

@@ -15,6 +15,7 @@ from kvfabric_router.identity import (
     one_time_salt,
 )
 from kvfabric_router.prompt import NO_LIMIT, TemplateIndex
+from kvfabric_router.tokenizers import ByteTokenizer
 
 from kvfabric import hashing, tokenizer
 from kvfabric.errors import BadHandle, UnknownTenant
@@ -56,7 +57,7 @@ def identity_of(
         state=state,
         keyring=keyring,
         token_ids=token_ids,
-        recognised=TemplateIndex(state, tokenizer.encode).recognise(token_ids),
+        recognised=TemplateIndex(state, ByteTokenizer()).recognise(token_ids),
     )
 
 

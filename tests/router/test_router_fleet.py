@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,10 @@ import grpc
 import pytest
 
 from kvfabric.demo.processes import Child, Children, free_addresses, run_command
+from kvfabric.hf_tokenizer import FolderTokenizer
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
+from tests.engine import hf_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 
@@ -62,8 +64,14 @@ class Deployment:
         await self.router.wait_ready(lambda: self.metric(line), READY_S)
 
 
+RANDOM_MODEL = ("--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64")
+
+
 @asynccontextmanager
-async def deployment(directory: Path) -> AsyncIterator[Deployment]:
+async def deployment(
+    directory: Path, *, model: Sequence[str] = RANDOM_MODEL, router: Sequence[str] = ()
+) -> AsyncIterator[Deployment]:
+    """`model`, `router`: flags of the engines and of the router."""
     addresses = free_addresses(3)
     async with AsyncExitStack() as stack:
         children = await stack.enter_async_context(Children(directory))
@@ -77,15 +85,14 @@ async def deployment(directory: Path) -> AsyncIterator[Deployment]:
         for name, address in zip(("e1", "e2"), addresses, strict=False):
             flags = ["--listen", address, "--engine-id", name, "--block-tokens", "16"]
             flags += ["--node-socket", str(directory / "node.sock"), "--max-model-tokens", "1024"]
-            flags += ["--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64"]
-            engines[name] = await children.start(name, ["engine", *flags])
+            engines[name] = await children.start(name, ["engine", *flags, *model])
         flags = ["--listen", addresses[2], "--journal-dir", str(directory / "journal")]
-        router = await children.start("router", ["router", *state, *flags])
+        process = await children.start("router", ["router", *state, *flags, *router])
         channel = await stack.enter_async_context(
             grpc.aio.insecure_channel(f"unix:{directory}/admin.sock")
         )
         registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
-        found = Deployment(f"http://{addresses[2]}", http, registry, node, router, engines)
+        found = Deployment(f"http://{addresses[2]}", http, registry, node, process, engines)
         await found.wait_metric('kvfabric_router_engines{result="taking"} 2.0')
         await found.wait_metric("kvfabric_router_epoch_lease_valid 1.0")
         for name in ("one", "two"):
@@ -226,3 +233,58 @@ async def test_reuse_is_found_and_kept_apart(tmp_path: Path) -> None:
             "model, as it was",
             "model, what if",
         ]
+
+
+async def test_a_models_own_tokenizer(tmp_path: Path) -> None:
+    """A Hugging Face folder: prompts, chats and templates in them are keyed here as by the engine."""
+    folder = hf_folder.write_folder(tmp_path / "tiny", "llama")
+    flags = ["--tokenizers", f"tiny={folder}"]
+    model = ["--model-path", str(folder)]
+    async with deployment(tmp_path, model=model, router=flags) as fleet:
+        assert await fleet.cached("one", model="tiny", prompt="the lazy dog jumps " * 40) == 0
+        asked = {"model": "tiny", "prompt": "the lazy dog jumps " * 40 + "over the fox"}
+        await kept(fleet, asked, least=100)
+
+        # What stands in a chat, where its template puts it, is known to the token.
+        await fleet.registry.RegisterTemplate(
+            pb.RegisterTemplateRequest(name="careful", version="1", text=TEMPLATE.encode())
+        )
+        messages = [
+            {"role": "user", "content": "the quick fox " * 12},
+            {"role": "system", "content": TEMPLATE + "the fox jumps over the lazy dog " * 8},
+        ]
+        chat = {"model": "tiny", "messages": messages}
+        told = await kept(fleet, chat, least=100)
+        whole = told["actual"]["prompt_tokens"]
+        await fleet.registry.Invalidate(pb.InvalidateRequest(scope="template", name="careful"))
+        ours = FolderTokenizer(folder)
+        before = ours.encode_chat(messages)
+        at = ours.render(messages).index(TEMPLATE)
+        first = len(ours.fast.encode(ours.render(messages)[:at], add_special_tokens=False).ids)
+        told = await kept(fleet, chat, least=16)
+        assert sum(told["actual"]["reuse_tokens"].values()) == first // 16 * 16
+        assert whole == len(before)
+
+        found = json.loads(await run_command(["doctor", fleet.url, "--json"]))
+        assert {finding["result"] for finding in found["findings"]} == {"ok"}, found
+
+
+async def kept(fleet: Deployment, body: dict[str, Any], *, least: int) -> Any:
+    """Ask until at least so many tokens are reused: as many as were promised, and not by approximation."""
+    path = "chat/completions" if "messages" in body else "completions"
+    headers = {"Authorization": f"Bearer {fleet.keys['one']}"}
+    for _ in range(50):
+        async with fleet.http.post(
+            f"{fleet.url}/v1/{path}", json={**body, "max_tokens": 2}, headers=headers
+        ) as answer:
+            assert answer.status == 200, await answer.text()
+            request_id = answer.headers["X-Request-Id"]
+        _, told = await explain(fleet, "one", request_id)
+        reused = sum(told["actual"]["reuse_tokens"].values())
+        chosen = told["candidates"][0]
+        assert chosen["prompt_tokens"] == told["actual"]["prompt_tokens"]
+        if reused >= least and told["selected_tokens"] == reused:
+            assert not chosen["reuse_tokens"]["is_approximate"]
+            return told
+        await asyncio.sleep(0.02)
+    raise AssertionError(told)
