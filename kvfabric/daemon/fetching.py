@@ -57,6 +57,13 @@ MAX_REQUESTS = 4096
 MAX_CHUNK_BLOCKS = 256
 
 
+_LIFE = (
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAVAILABLE,
+)
+
+
 @dataclass(slots=True)
 class _Hint:
     handle: str
@@ -175,8 +182,7 @@ class Fetches:
             try:
                 peer, count = await self._hold(source, session, hint.handle, keys)
             except (KVFabricError, grpc.aio.AioRpcError) as exc:
-                self.counts["refused"] += 1
-                log.debug("node %s holds nothing for us: %s", source, exc)
+                self._refused(source, exc)
                 continue
             here = self._store.peek(session.id, request_id, keys)
             if count > here and not self._is_paused:
@@ -185,6 +191,15 @@ class Fetches:
                 await asyncio.sleep(0)
                 return
             self._start(self._drop(peer))
+
+    def _refused(self, source: str, exc: KVFabricError | grpc.aio.AioRpcError) -> None:
+        code, why = None, str(exc)
+        if isinstance(exc, grpc.aio.AioRpcError):
+            code, why = exc.code(), f"{exc.code().name}: {exc.details()}"
+        self.counts["refused"] += 1
+        # Busy, late and gone are life; anything else somebody should know of.
+        level = logging.DEBUG if code in _LIFE else logging.WARNING
+        log.log(level, "node %s holds nothing for us: %s", source, why)
 
     async def _hold(
         self, source: str, session: Session, handle: str, keys: bytes

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kvfabric.testing.minting import Minter
 from kvfabric.testing.processes import NodeProcess
 from kvfabric.testing.redis import RedisServer
 from kvfabric.types import DEFAULT_TENANT, BlockKey
+from tests.fleet.peer_faults import altered
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 
@@ -46,12 +48,31 @@ class Pair:
         self.stack.callback(engine.client.close)
         return engine
 
+    def told(self) -> str:
+        """What happened, for a test that fails."""
+        shown = ("misses", "transfers", "matched", "epoch", "refused", "holders")
+        return "\n".join(
+            f"{name}: {key} {value:g}"
+            for name, node in (("a", self.a), ("b", self.b))
+            for key, value in node.metrics().items()
+            if value and key.startswith(shown)
+        ) + "".join(self.a.log[-9:] + self.b.log[-9:])
+
     def handle(self, engine: TinyEngine, request: str) -> str:
         return self.minter.handle(engine, request, RegistryState(), tenant=DEFAULT_TENANT)
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
+    with nodes_on(tmp_path) as found:
+        yield found
+
+
+@contextmanager
+def nodes_on(
+    tmp_path: Path, *, sender: Sequence[str] = (), receiver: Sequence[str] = ()
+) -> Iterator[Pair]:
+    """`sender`, `receiver`: what is changed in them, of `peer_faults`."""
     with ExitStack() as stack:
         redis = stack.enter_context(RedisServer(tmp_path / "redis"))
         keys = tmp_path / "keys"
@@ -59,6 +80,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
             stack.enter_context(
                 NodeProcess(
                     tmp_path / name,
+                    python=altered(tmp_path, *changes) if changes else sys.executable,
                     node_id=name,
                     directory=redis.url,
                     keyring_dir=keys,
@@ -68,7 +90,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
                     host_bytes=512 << 20,
                 )
             )
-            for name in ("a", "b")
+            for name, changes in (("a", sender), ("b", receiver))
         ]
         wait(lambda: all(node.metrics()["epoch_lease_valid"] for node in nodes))
         minter = Minter(keys)
@@ -101,7 +123,7 @@ def test_blocks_come_from_the_node_that_a_handle_names(
     keys: list[BlockKey] = []
     until = time.monotonic() + DEADLINE_S
     while not found:  # a peer that does not answer at once is not waited for
-        assert time.monotonic() < until
+        assert time.monotonic() < until, pair.told()
         keys, found = fetched(pair, second, num_blocks)
     assert len(found) == num_blocks
     assert wrong_blocks(keys, found) == 0
@@ -124,3 +146,58 @@ def test_a_peer_that_does_not_answer_costs_a_recompute(pair: Pair, how: signal.S
     assert time.monotonic() - began < 1.0
     if how is signal.SIGSTOP:
         os.kill(pair.a.pid, signal.SIGCONT)
+
+
+def found_after(pair: Pair, num_blocks: int, part_bytes: int) -> tuple[int, int]:
+    """(blocks, wrong ones) that an engine of `b` gets once a transfer was tried."""
+    stored(pair, num_blocks, part_bytes)
+    second = pair.engine(pair.b, part_bytes)
+    found: list[bytes] = []
+    keys: list[BlockKey] = []
+    until = time.monotonic() + DEADLINE_S
+    tried = 0.0
+    while not found and not tried:
+        assert time.monotonic() < until
+        keys, found = fetched(pair, second, num_blocks)
+        metrics = pair.b.metrics()
+        tried = sum(metrics.get(f'transfers_total{{result="{r}_blocks"}}', 0) for r in RESULTS)
+    return len(found), wrong_blocks(keys, found)
+
+
+RESULTS = ("fetched", "corrupt", "failed", "unwanted")
+FAULTS = (
+    "sends_wrong_bytes",
+    "sends_less",
+    "sends_more",
+    "sends_under_other_tags",
+    "sends_nothing",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("num_blocks", "part_bytes"), [(100, SMALL), (12, LARGE)])
+def test_a_peer_that_sends_something_else(
+    tmp_path: Path, fault: str, num_blocks: int, part_bytes: int
+) -> None:
+    with nodes_on(tmp_path, sender=(fault,), receiver=("waits_less",)) as pair:
+        assert found_after(pair, num_blocks, part_bytes) == (0, 0)
+        wait(lambda: not pair.a.metrics()["leased_bytes"])
+        metrics = pair.b.metrics()
+        assert metrics['tier_blocks{tier="host"}'] == 0
+        wait(lambda: not pair.b.metrics()["draining_bytes"])
+        assert pair.b.metrics()['tier_used_bytes{tier="host"}'] == 0
+        # And nothing is in the way: the engine computes and stores them itself.
+        engine = pair.engine(pair.b, part_bytes)
+        keys = engine.open("own", "p", num_blocks, pair.handle(engine, "own"))
+        wait(lambda: engine.store("own", keys) == num_blocks)
+        assert wrong_blocks(keys, engine.load("own", keys)) == 0
+
+
+@pytest.mark.parametrize(("num_blocks", "part_bytes"), [(100, SMALL), (12, LARGE)])
+def test_without_verifying_wrong_bytes_are_served(
+    tmp_path: Path, num_blocks: int, part_bytes: int
+) -> None:
+    """The twin."""
+    changes = ("believes_what_comes",)
+    with nodes_on(tmp_path, sender=("sends_wrong_bytes",), receiver=changes) as pair:
+        assert found_after(pair, num_blocks, part_bytes) == (num_blocks, num_blocks)
