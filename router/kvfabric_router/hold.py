@@ -1,8 +1,9 @@
 """`HoldQueue`: requests that wait at the router because the engines have enough to do. Sync state, no I/O.
 
 An engine gets the next request shortly before it is through with the last: until then the choice stays open,
-and who waits longest in proportion to its work goes first (highest response ratio next, Brinch Hansen
-1971): short requests do not wait behind long ones, and nobody waits for ever.
+and who waits longest in proportion to the root of its work goes first: between first come, first served and
+highest response ratio next (Brinch Hansen 1971), whose long requests are the last twentieth under overload.
+Short requests do not wait behind long ones, and nobody waits for ever.
 
 Between tenants deficit round robin (Shreedhar and Varghese 1995) decides, charged by uncached tokens: who
 asks much waits behind its own requests. What a tenant used beyond its turn is remembered until nobody waits.
@@ -14,6 +15,7 @@ tenant the newest of that tenant's goes.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -23,8 +25,9 @@ from msgspec.structs import replace
 from kvfabric_router.policy import EngineView, Ranked
 
 HORIZON_MS = 100.0
-LOOKED_AT = 8
-"""Of each tenant, when an engine has room: those further back wait for their turn, whatever they want."""
+LOOKED_AT = 64
+"""Of each tenant, when an engine has room: those further back wait for their turn, whatever they want. Among
+8, all may want engines that have none, while another runs dry."""
 MAX_HELD = 2048
 _SURE_MS = 1.0  # past the moment, not before it
 QUANTUM_TOKENS = 8192
@@ -44,9 +47,9 @@ class Held(Generic[T]):
     service_ms: float = 0.0
 
     def ratio(self, now: float) -> float:
-        """How long it takes altogether over how long its work takes."""
+        """How long it takes altogether over the root of how long its work takes."""
         service_s = max(self.service_ms, 1.0) / 1e3
-        return (now - self.since + service_s) / service_s
+        return (now - self.since + service_s) / math.sqrt(service_s)
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ def drain(queue: HoldQueue[str], number: int, now: float = 1.0) -> list[Held[str
 
 
 def test_short_work_goes_first_but_age_wins_in_the_end() -> None:
-    long, short = held("t", "long", tokens=10_000), held("t", "short", tokens=100, since=0.9)
+    long, short = held("t", "long", tokens=10_000), held("t", "short", tokens=100, since=0.7)
     queue = queue_of(long, short)
     assert [one.item for one in queue.in_turn(1.0, limit=2)] == ["short", "long"]
     late = held("t", "late", tokens=100, since=99.99)
