@@ -59,6 +59,7 @@ class Admission:
         self._queue = HoldQueue[_Waiting](max_held=max_held)
         self._going: Held[_Waiting] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._is_scheduled = False
         fleet.room = self._schedule
 
     @property
@@ -111,11 +112,14 @@ class Admission:
     # ------------------------------------------------------------------ who goes
 
     def _schedule(self) -> None:
-        if self._queue:
+        # News comes in bunches: one look after all of them.
+        if self._queue and not self._is_scheduled:
+            self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
         """Let the next one go that finds room where it wants to go. One at a time: see `_held`."""
+        self._is_scheduled = False
         self._metrics.held.set(len(self._queue))
         if self._timer is not None:
             self._timer.cancel()
