@@ -106,6 +106,7 @@ $(ROUTERS_VENV): $(ROUTERS_STAMP)
 $(ROUTERS_STAMP): constraints-routers.txt $(STAMP)
 	$(PYTHON) -m venv $(ROUTERS_VENV)
 	$(ROUTERS_VENV)/bin/python -m pip install --quiet --constraint constraints-routers.txt smg sglang-router vllm-router ai-dynamo-runtime openai \
+		uvloop httptools uvicorn granian pyreqwest \
 		aiohttp msgspec numpy xxhash
 	$(ROUTERS_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
