@@ -275,7 +275,7 @@ def _cpu_s(pid: int) -> float:
 async def main() -> None:
     args = harness.parse_arguments(__doc__ or "")
     names = [n for n, needs in NEEDS.items() if all(map(importlib.util.find_spec, needs))]
-    count = 200 if args.quick else 1_600
+    count = 200 if args.quick else 1_000
     rows: dict[str, list[dict[str, float]]] = defaultdict(list)
     async with started("engine") as (engine, _):
         for _ in range(1 if args.quick else 3):
