@@ -14,6 +14,8 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 from kvfabric_router.api import ApiError
 from kvfabric_router.decision import Outcome
@@ -33,15 +35,27 @@ from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.policy import FleetView, Ranked
 
 
+class Begun(Protocol):
+    """A call that is in the engine's account from the moment of choice on."""
+
+    def abandon(self) -> None:
+        """It is not sent after all."""
+
+
+B = TypeVar("B", bound=Begun)
+
+
 @dataclass(slots=True, eq=False)
-class _Waiting:
+class _Waiting(Generic[B]):
     call: Call
-    plan: asyncio.Future[Plan]
+    begun: asyncio.Future[B]
     ranking: Ranking
 
 
-class Admission:
-    """See the module. Every method is atomic on the event loop but `admit`."""
+class Admission(Generic[B]):
+    """See the module. Every method is atomic on the event loop but `admit`. `begin` puts a plan into the
+    account: the next choice, perhaps in the same turn of the loop, is made by what it then holds.
+    """
 
     def __init__(
         self,
@@ -50,14 +64,15 @@ class Admission:
         *,
         metrics: RouterMetrics,
         clock: Callable[[], float],
+        begin: Callable[[Call, Plan], B],
         max_held: int = MAX_HELD,
     ) -> None:
+        self._begin = begin
         self._planner = planner
         self._fleet = fleet
         self._metrics = metrics
         self._clock = clock
-        self._queue = HoldQueue[_Waiting](max_held=max_held)
-        self._going: Held[_Waiting] | None = None
+        self._queue = HoldQueue[_Waiting[B]](max_held=max_held)
         self._timer: asyncio.TimerHandle | None = None
         self._is_scheduled = False
         fleet.room = self._schedule
@@ -70,23 +85,23 @@ class Admission:
         """What became of an admitted call."""
         self._planner.outcome(call, outcome)
 
-    async def admit(self, call: Call) -> Plan:
-        """The plan of a call, once an engine has room: enter its flight before anything is awaited.
+    async def admit(self, call: Call) -> B:
+        """What `begin` made of the plan of a call, once an engine has room.
 
         Raises ApiError 429 (the queue is full) or 503 (its objective cannot be kept), with Retry-After, and
         what `Planner.plan` raises. On cancellation the call waits no more.
         """
         await self._planner.prepare(call)
         if call.tried or not self._planner.holds:
-            return self._planner.plan(self._planner.rank(call))
+            return self._begin(call, self._planner.plan(self._planner.rank(call)))
         ranking = self._planner.rank(call, newcomers_view(self._queue))
         self._refuse_late(ranking)
         if not self._queue and has_room(ranking.best.candidate.engine):
-            return self._planner.plan(ranking)
+            return self._begin(call, self._planner.plan(ranking))
         return await self._held(ranking)
 
-    async def _held(self, ranking: Ranking) -> Plan:
-        future: asyncio.Future[Plan] = asyncio.get_running_loop().create_future()
+    async def _held(self, ranking: Ranking) -> B:
+        future: asyncio.Future[B] = asyncio.get_running_loop().create_future()
         held = Held(
             tenant=ranking.call.tenant.tenant_id,
             since=self._clock(),
@@ -97,17 +112,17 @@ class Admission:
         )
         gone = self._queue.add(held)
         if gone is not None:
-            gone.item.plan.set_exception(self._full())  # perhaps the newcomer itself
+            gone.item.begun.set_exception(self._full())  # perhaps the newcomer itself
         try:
             self._pump()
             return await future
+        except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().abandon()  # chosen and given up in the same turn of the loop
+            raise
         finally:
             self._queue.remove(held)
             self._metrics.held.set(len(self._queue))
-            if self._going is held:
-                # Only now, in this same turn of the loop, does its flight begin.
-                self._going = None
-                self._schedule()
 
     # ------------------------------------------------------------------ who goes
 
@@ -118,40 +133,37 @@ class Admission:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Let the next one go that finds room where it wants to go. One at a time: see `_held`."""
+        """Let all go that find room where they want to go: one after the other, each seen by the next."""
         self._is_scheduled = False
-        self._metrics.held.set(len(self._queue))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._going is not None or not self._queue:
-            return
-        view = self._fleet.view()
-        engines = view.engines
-        held = None
-        if any(map(has_room, engines)):
-            held = next_to_go(
-                self._queue, self._clock(), lambda one, demand: self._rank(one, demand, view)
-            )
-        if held is not None:
+        while self._queue:
+            view = self._fleet.view()
+            held = None
+            if any(map(has_room, view.engines)):
+                held = next_to_go(self._queue, self._clock(), partial(self._rank, view))
+            if held is None:
+                break
             self._queue.served(held)
-            self._going = held
-            held.item.plan.set_result(self._planner.plan(held.item.ranking))
-        elif self._queue:
+            waiting = held.item
+            waiting.begun.set_result(self._begin(waiting.call, self._planner.plan(waiting.ranking)))
+        self._metrics.held.set(len(self._queue))
+        if self._queue:
             # An engine gets room as its work goes on, also without news of it.
-            busy = [engine for engine in engines if not has_room(engine)]
+            busy = [engine for engine in view.engines if not has_room(engine)]
             later = asyncio.get_running_loop().call_later
             self._timer = later(room_in_ms(busy) / 1e3, self._pump)
 
-    def _rank(self, held: Held[_Waiting], demand: DemandOf, view: FleetView) -> Ranked | None:
+    def _rank(self, view: FleetView, held: Held[_Waiting[B]], demand: DemandOf) -> Ranked | None:
         waiting = held.item
-        if waiting.plan.done():
+        if waiting.begun.done():
             return None  # cancelled or refused: about to leave
         try:
             waiting.ranking = self._planner.rank(waiting.call, demand, view=view)
             self._refuse_late(waiting.ranking)
         except ApiError as exc:
-            waiting.plan.set_exception(exc)
+            waiting.begun.set_exception(exc)
             return None
         return waiting.ranking.best
 

@@ -29,7 +29,6 @@ from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.state import Tenant
 from kvfabric.tls import Security
 from kvfabric_router import api, diagnosis, front
-from kvfabric_router.admission import Admission
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner
 from kvfabric_router.explain import explain
@@ -241,8 +240,7 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
         )
 
     links = Links(link, config.node_targets)
-    admission = Admission(planner, fleet, metrics=metrics, clock=time.monotonic)
-    desk = LocalDesk(admission, fleet, registry, metrics)
+    desk = LocalDesk(planner, fleet, registry, metrics)
     proxy = Proxy(desk, http=http, timeout_s=config.request_timeout_s)
     rates = RequestRates(time.monotonic)
     router = Router(

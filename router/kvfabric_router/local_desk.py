@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,7 @@ from kvfabric_router.admission import Admission
 from kvfabric_router.api import Usage
 from kvfabric_router.decision import Outcome
 from kvfabric_router.desk import Fault, unless
-from kvfabric_router.dispatch import Call, Plan
+from kvfabric_router.dispatch import Call, Plan, Planner
 from kvfabric_router.fleet import Fleet, ProbeReport
 from kvfabric_router.flight import Flight
 from kvfabric_router.metrics import RouterMetrics
@@ -25,15 +26,21 @@ class LocalDesk:
     """The desk of the process that decides."""
 
     def __init__(
-        self, admission: Admission, fleet: Fleet, registry: RegistryView, metrics: RouterMetrics
+        self, planner: Planner, fleet: Fleet, registry: RegistryView, metrics: RouterMetrics
     ) -> None:
-        self.admission = admission
         self.fleet = fleet
         self.registry = registry
         self.metrics = metrics
+        self.admission = Admission[LocalAttempt](
+            planner,
+            fleet,
+            metrics=metrics,
+            clock=time.monotonic,
+            begin=lambda call, plan: LocalAttempt(self, call, plan).begin(),
+        )
 
     async def admit(self, call: Call) -> LocalAttempt:
-        return LocalAttempt(self, call, await self.admission.admit(call))
+        return await self.admission.admit(call)
 
 
 class LocalAttempt:
@@ -56,10 +63,17 @@ class LocalAttempt:
     def body(self) -> bytes:
         return self._call.request.with_fields(self.plan.fields)
 
-    def __enter__(self) -> Self:
+    def begin(self) -> Self:
+        """It is in the accounts from here on: of the engine's work, and of what is still to be sent."""
         self._call.tried.add(self.endpoint)
         self.flight.__enter__()
         self._sent = self._sending.__enter__()
+        return self
+
+    def abandon(self) -> None:
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from kvfabric_router.admission import Admission
 from kvfabric_router.flight import Sent
+from kvfabric_router.local_desk import LocalAttempt
 from kvfabric_router.rates import Work
 
 from kvfabric.keyring import Keyring
@@ -55,7 +56,7 @@ def busy(client: Client, engine: StandInEngine, work_ms: float = 60_000.0) -> co
     return stack
 
 
-def admission(client: Client) -> Admission:
+def admission(client: Client) -> Admission[LocalAttempt]:
     return client.router.desk.admission
 
 
@@ -133,11 +134,24 @@ async def test_an_objective_that_is_none_is_named(
         assert OBJECTIVE in body["error"]["message"]
 
 
+async def test_all_that_find_room_go_in_one_turn_of_the_loop(
+    tmp_path: Path, keyring: Keyring
+) -> None:
+    """One a turn is a queue that grows without end on a busy machine, before engines that do nothing."""
+    async with one_engine(tmp_path) as (client, engine), asyncio.TaskGroup() as group:
+        with busy(client, engine):
+            asking = [group.create_task(client.post(ASK, key=KEYS["t-1"])) for _ in range(3)]
+            await until(lambda: admission(client).num_held == 3)
+        await asyncio.sleep(0)
+        assert (admission(client).num_held, client.router.fleet.num_flights) == (0, 3)
+        assert [(await task)[0] for task in asking] == [200] * 3
+
+
 @pytest.fixture
 def short_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Admission.__init__
 
-    def init(self: Admission, *args: Any, **fields: Any) -> None:
+    def init(self: Admission[LocalAttempt], *args: Any, **fields: Any) -> None:
         made(self, *args, **fields, max_held=2)
 
     monkeypatch.setattr(Admission, "__init__", init)

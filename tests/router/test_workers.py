@@ -99,14 +99,14 @@ async def test_workers_that_know_nothing_of_each_others_load_would(
 ) -> None:
     """The guard taken out: no request enters the account."""
     _slow_engines(monkeypatch)
-    entered = LocalAttempt.__enter__
+    begun = LocalAttempt.begin
 
     def unseen(self: LocalAttempt) -> LocalAttempt:
-        entered(self)
+        begun(self)
         self.flight._activity.flights.clear()
         return self
 
-    monkeypatch.setattr(LocalAttempt, "__enter__", unseen)
+    monkeypatch.setattr(LocalAttempt, "begin", unseen)
     assert await most_at_one(tmp_path) > 3
 
 
