@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class FleetModels:
     """`own` gives what this node knows. `holders`: everybody of the directory; None where there is none."""
 
     own: Callable[[], Sequence[pb.Model]]
-    holders: Callable[[], Iterable[HolderRecord]] | None = None
+    holders: Callable[[], Awaitable[Iterable[HolderRecord]]] | None = None
     security: Security = field(default_factory=lambda: Security("node"))
     own_address: str = ""
 
@@ -40,15 +40,16 @@ class FleetModels:
         cls,
         config: NodeConfig,
         own: Callable[[], Sequence[pb.Model]],
-        holders: Callable[[], Iterable[HolderRecord]] | None,
+        holders: Callable[[], Awaitable[Iterable[HolderRecord]]] | None,
     ) -> FleetModels:
         return cls(own, holders, security_of(config), own_address(config))
 
     async def known(self) -> tuple[list[pb.Model], list[str]]:
-        """What all nodes know, and the names of nodes that do not answer."""
+        """What all nodes know, and the names of nodes that do not answer. Raises KVFabricError if the
+        directory does not."""
         others = {
             holder.address: holder.name
-            for holder in (self.holders() if self.holders is not None else ())
+            for holder in (await self.holders() if self.holders is not None else ())
             if holder.kind == "node" and holder.address not in ("", self.own_address)
         }
         async with asyncio.TaskGroup() as group:

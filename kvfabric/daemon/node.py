@@ -48,7 +48,7 @@ from kvfabric.events.stream import SLICE_BLOCKS, EventStream
 from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol.messages import BlockRun, EngineEvents
-from kvfabric.registry.home import fleet_keys, holders_of, open_registry, security_of
+from kvfabric.registry.home import everybody_of, fleet_keys, holders_of, open_registry, security_of
 from kvfabric.store.breaker import Breaker
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.tiers.arena import Arena
@@ -146,7 +146,7 @@ class Node:
         self.keyring = Keyring.create_or_open(config.keyring_path)
         self.registry = await stack.enter_async_context(open_registry(config))
         self.fleet_keys = fleet_keys(self.registry, config, self.keyring)
-        self.models = FleetModels.of(config, self._own_models, holders_of(self.registry))
+        self.models = FleetModels.of(config, self._own_models, everybody_of(self.registry))
         self.keeper = ArenaKeeper(config.state_dir / "arena.json", self.boot_id, config.host_bytes)
         stack.callback(self.keeper.close)
         await stack.enter_async_context(self._ssd_stack)  # left after the store

@@ -156,6 +156,9 @@ class Withdrawals:
     _keeping: asyncio.Lock = field(default_factory=asyncio.Lock)
     _model_came: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def __post_init__(self) -> None:
+        self._models = _read_models(self.parts.models_file)  # before anybody asks
+
     async def run(self) -> None:
         """Until cancelled. Then what is under way goes on with the next life."""
         parts = self.parts
@@ -163,7 +166,6 @@ class Withdrawals:
         purged = frozenset(t.incarnation for t in state.templates.values() if t.state == PURGED)
         self._struck.append((state.version, frozenset[bytes](purged)))
         self._version = state.version
-        self._models |= await asyncio.to_thread(_read_models, parts.models_file)
         async with asyncio.TaskGroup() as group:
             self._resume(group)
             self._catch_up(group, state, purged)
@@ -437,14 +439,20 @@ class Withdrawals:
 
     async def _keep_models(self) -> None:
         """Blocks of a model outlive its engines on SSD, and are to be found when it is withdrawn then."""
-        while True:
-            await self._model_came.wait()
-            self._model_came.clear()
-            known = msgspec.msgpack.encode(list(self._models))
-            try:
-                await asyncio.to_thread(_replace, self.parts.models_file, known)
-            except OSError as exc:
-                log.warning("cannot write %s: %s", self.parts.models_file, exc.strerror)
+        try:
+            while True:
+                await self._model_came.wait()
+                self._model_came.clear()
+                await asyncio.to_thread(self._write_models, list(self._models))
+        finally:
+            if self._model_came.is_set():  # at the stop: it came just now
+                self._write_models(list(self._models))
+
+    def _write_models(self, known: list[_Model]) -> None:
+        try:
+            _replace(self.parts.models_file, msgspec.msgpack.encode(known))
+        except OSError as exc:
+            log.warning("cannot write %s: %s", self.parts.models_file, exc.strerror)
 
     def _resume(self, group: asyncio.TaskGroup) -> None:
         try:

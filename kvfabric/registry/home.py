@@ -42,13 +42,24 @@ def fleet_keys(registry: Registry, config: NodeConfig, keyring: Keyring) -> Flee
 
 
 def holders_of(registry: Registry) -> Callable[[], Iterable[HolderRecord]] | None:
-    """Everybody in the directory; None for a registry that is the node's own."""
+    """Everybody in the directory, as seen within the last second; None for a registry of the node alone."""
+    directory = _directory_of(registry)
+    return None if directory is None else lambda: directory.holders
+
+
+def everybody_of(registry: Registry) -> Callable[[], Awaitable[Iterable[HolderRecord]]] | None:
+    """As `holders_of`, asked for anew each time."""
+    directory = _directory_of(registry)
+    return None if directory is None else directory.everybody
+
+
+def _directory_of(registry: Registry) -> RedisRegistry | None:
     if not registry.tracks_holders:
         return None
     from kvfabric.registry.redis.registry import RedisRegistry
 
     assert isinstance(registry, RedisRegistry)
-    return lambda: registry.holders
+    return registry
 
 
 def security_of(config: NodeConfig) -> Security:

@@ -215,6 +215,11 @@ class RedisRegistry(Registry):
         """Everybody registered, as seen within the last second."""
         return self._holders
 
+    async def everybody(self) -> tuple[HolderRecord, ...]:
+        """As `holders`, asked now. Raises KVFabricError if the store does not answer."""
+        records = (_record(row) for row in await self._there.holders())
+        return tuple(record for record in records if record is not None)
+
     @property
     def status(self) -> RegistryStatus:
         waits = self.lease.quiet_s > 0 and not self._problem
