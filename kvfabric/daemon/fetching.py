@@ -117,7 +117,6 @@ class Fetches:
         self._fetch_s = fetch_s
         self._hints: OrderedDict[tuple[SessionId, str], _Hint] = OrderedDict()
         self._channels: dict[str, Any] = {}
-        self._links: dict[bytes, Link] = {}
         self._room = asyncio.Semaphore(IN_FLIGHT_BYTES // CHUNK_BYTES)
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -218,9 +217,7 @@ class Fetches:
             ),
             timeout=ANSWER_S,
         )
-        link = self._links.get(held.address)
-        if link is None or not link.is_alive:
-            link = self._links[held.address] = await self._transport.connect(held.address)
+        link = await self._transport.link_to(held.address)
         return _Peer(stub, link, held.hold, session), held.num_blocks
 
     def _channel(self, address: str) -> Any:
@@ -301,13 +298,11 @@ class Fetches:
     async def _fill(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
         """Have the chunk sent into `slots`, and verify it. Raises KVFabricError, AioRpcError. However it
         ends, UCX has let go of the slots."""
-        async with self._room, asyncio.timeout(self._fetch_s) as limit:
-            try:
+        try:
+            async with self._room, asyncio.timeout(self._fetch_s):
                 return await self._sent(peer, chunk, slots)
-            except TimeoutError as exc:
-                if not limit.expired():
-                    raise
-                raise DeadlineExceeded(f"{chunk.count} blocks, {self._fetch_s:g} s") from exc
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"{chunk.count} blocks, {self._fetch_s:g} s") from exc
 
     async def _sent(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
         together = 1

@@ -62,7 +62,6 @@ class Sender(pb_grpc.NodeTransferServicer):
         self.counts: Counter[str] = Counter()
         self._services = services
         self._transport = transport
-        self._links: dict[bytes, Link] = {}
         self._holds: dict[bytes, _Hold] = {}
         self._sending_bytes = 0
         self._is_paused = False
@@ -114,7 +113,7 @@ class Sender(pb_grpc.NodeTransferServicer):
             layout.block_tokens,
         )
         given = granted(services, terms_of(opened), weights)
-        link = await self._link(request.address)
+        link = await self._transport.link_to(request.address)
         if self._is_paused:
             raise Overloaded("this node is handing over")
         number = secrets.token_bytes(16)
@@ -167,12 +166,6 @@ class Sender(pb_grpc.NodeTransferServicer):
         return pb.Dropped()
 
     # -- in between ----------------------------------------------------------------------------------
-
-    async def _link(self, address: bytes) -> Link:
-        link = self._links.get(address)
-        if link is None or not link.is_alive:
-            link = self._links[address] = await self._transport.connect(address)
-        return link
 
     def _parts(self, offsets: bytes, num_bytes: int) -> list[memoryview]:
         memory = self._services.store.arena_memory()

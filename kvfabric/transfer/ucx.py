@@ -106,28 +106,28 @@ class Posted:
 
 
 class Link:
-    """The way to one worker. Made by `Transport.connect`."""
+    """The way to one worker, known by its `number`. Made by a `Transport`."""
 
     def __init__(self, progress: _Progress, number: int) -> None:
         self._progress = progress
-        self._number = number
+        self.number = number
 
     def send(self, messages: Sequence[Message]) -> Posted:
         """In the order given. Memory must not change until `Posted.quiet`."""
-        return self._progress.post(self._number, messages, is_send=True)
+        return self._progress.post(self.number, messages, is_send=True)
 
     def receive(self, messages: Sequence[Message]) -> Posted:
         """What arrives under these tags, from whoever knows them. Post it before the sender is asked."""
-        return self._progress.post(self._number, messages, is_send=False)
+        return self._progress.post(self.number, messages, is_send=False)
 
     def abort(self) -> None:
         """End what is in flight as failed, as soon as UCX can. The link is of no use afterwards."""
-        self._progress.submit(_Abort(self._number))
+        self._progress.submit(_Abort(self.number))
 
     @property
     def is_alive(self) -> bool:
         """False once UCX found the peer gone, or `abort`."""
-        return self._progress.is_alive(self._number)
+        return self._progress.is_alive(self.number)
 
 
 class Transport:
@@ -138,6 +138,7 @@ class Transport:
 
     def __init__(self, progress: _Progress) -> None:
         self._progress = progress
+        self._known: dict[bytes, concurrent.futures.Future[int]] = {}
 
     @classmethod
     async def start(cls, settings: Settings) -> Transport:
@@ -170,6 +171,19 @@ class Transport:
         done: concurrent.futures.Future[int] = concurrent.futures.Future()
         self._progress.submit(_Connect(address, done))
         return Link(self._progress, await asyncio.wrap_future(done))
+
+    async def link_to(self, address: bytes) -> Link:
+        """As `connect`, but one link for all who want one to this address, until it is ended. Whoever is
+        cancelled meanwhile leaves the attempt to those who come later."""
+        known = self._known.get(address)
+        if known is None or (known.done() and not self._is_good(known)):
+            known = self._known[address] = concurrent.futures.Future()
+            self._progress.submit(_Connect(address, known))
+        # Shielded: to cancel the wrapper would cancel what others wait for.
+        return Link(self._progress, await asyncio.shield(asyncio.wrap_future(known)))
+
+    def _is_good(self, known: concurrent.futures.Future[int]) -> bool:
+        return known.exception() is None and self._progress.is_alive(known.result())
 
     async def register(self, memory: memoryview) -> None:
         """Make `memory` known to the network at once, instead of at its first use, piece by piece."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvfabric.daemon import fetching
@@ -34,42 +34,43 @@ def altered(directory: Path, *changes: str) -> str:
 # ---------------------------------------------------------------------- of the sender
 
 
-def sends_wrong_bytes() -> None:
-    """One bit of every part, in a copy."""
-    parts_of = Sender._parts
+def sends_something_else() -> None:
+    """What: the content of the file `fault` in the state directory, looked at whenever something is sent."""
+    parts_of, send = Sender._parts, Link.send
 
-    def parts(sender: Sender, offsets: bytes, num_bytes: int) -> list[memoryview]:
-        changed = [bytearray(part) for part in parts_of(sender, offsets, num_bytes)]
+    def parts(self: Sender, offsets: bytes, num_bytes: int) -> list[memoryview]:
+        right = parts_of(self, offsets, num_bytes)
+        if _fault() != "wrong bytes":
+            return right
+        changed = [bytearray(part) for part in right]
         for part in changed:
             part[num_bytes // 2] ^= 1
         return [memoryview(part) for part in changed]
 
-    Sender._parts = parts  # type: ignore[assignment, method-assign]
+    def changed(self: Link, messages: Sequence[Message]) -> Posted:
+        return send(self, [m for one in messages for m in _CHANGES.get(_fault(), _same)(one)])
+
+    Sender._parts = parts  # type: ignore[method-assign]
+    Link.send = changed  # type: ignore[method-assign]
 
 
-def sends_less() -> None:
-    _changing(lambda message: Message(message.buffer[: len(message.buffer) // 2], message.tag))
+def _fault() -> str:
+    directory = Path(sys.argv[sys.argv.index("--state-dir") + 1])
+    file = directory / "fault"
+    return file.read_text() if file.exists() else ""
 
 
-def sends_more() -> None:
-    _changing(lambda message: Message(memoryview(bytes(message.buffer) + bytes(4096)), message.tag))
+def _same(message: Message) -> list[Message]:
+    return [message]
 
 
-def sends_under_other_tags() -> None:
-    _changing(lambda message: Message(message.buffer, message.tag ^ 1))
-
-
-def sends_nothing() -> None:
-    _changing(None)
-
-
-def _changing(change: object) -> None:
-    send = Link.send
-
-    def changed(link: Link, messages: Sequence[Message]) -> Posted:
-        return send(link, [change(message) for message in messages] if callable(change) else [])
-
-    Link.send = changed  # type: ignore[assignment, method-assign]
+_CHANGES: dict[str, Callable[[Message], list[Message]]] = {
+    "less": lambda m: [Message(m.buffer[: len(m.buffer) // 2], m.tag)],
+    "more": lambda m: [Message(memoryview(bytes(m.buffer) + bytes(4096)), m.tag)],
+    "under other tags": lambda m: [Message(m.buffer, m.tag ^ 1)],
+    "nothing": lambda _: [],
+}
+FAULTS = ("wrong bytes", *_CHANGES)
 
 
 # ---------------------------------------------------------------------- of the receiver

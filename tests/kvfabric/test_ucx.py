@@ -187,6 +187,21 @@ async def test_what_is_no_address(pair: Pair) -> None:
         await pair.transport.connect(b"")
 
 
+async def test_one_link_for_all_even_if_the_first_who_asked_is_gone(pair: Pair) -> None:
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(pair.transport.link_to(pair.peer.address))
+        await asyncio.sleep(0)
+        second = group.create_task(pair.transport.link_to(pair.peer.address))
+        await asyncio.sleep(0)
+        first.cancel()
+    link = second.result()
+    assert (await pair.transport.link_to(pair.peer.address)).number == link.number
+    received = link.receive([Message(memoryview(bytearray(8)), tag())])
+    link.abort()
+    await outcome(received)
+    assert (await pair.transport.link_to(pair.peer.address)).number != link.number
+
+
 async def test_a_device_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="nowhere0"):
         await Transport.start(Settings("nowhere0", "tcp"))
