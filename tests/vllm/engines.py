@@ -28,6 +28,7 @@ TIE = 1e-4
 """Two best logits nearer than this may change places by the rounding of another batch shape."""
 MAX_TIES = 1 / 200
 WAIT_S = 30.0
+RANK_TRIES = 6
 
 
 class Answer(NamedTuple):
@@ -153,6 +154,21 @@ class Vllm:
     def wait_matched(self, prompts: Sequence[Sequence[int]], blocks: Sequence[int]) -> None:
         """Until the node holds so many leading blocks of each prompt."""
         wait_for(lambda: [self.num_matched(p) for p in prompts] == list(blocks))
+
+    def wait_matched_by_ranks(
+        self, prompts: Sequence[Sequence[int]], blocks: Sequence[int]
+    ) -> None:
+        """As `wait_matched`, with workers in processes of their own: a rank that saves after the scheduler
+        has released a finished request stores nothing, and what is missing is stored when computed again."""
+        for _ in range(RANK_TRIES):
+            until = time.monotonic() + WAIT_S / RANK_TRIES
+            while time.monotonic() < until:
+                if [self.num_matched(p) for p in prompts] == list(blocks):
+                    return
+                time.sleep(0.005)
+            self.drop_hbm()
+            self.ask(prompts)
+        self.wait_matched(prompts, blocks)
 
     def drop_hbm(self) -> None:
         """Empty vLLM's own prefix cache."""

@@ -134,7 +134,7 @@ def test_latent_attention_on_two_ranks(
     args = LATENT_ARGS | two_ranks
     with running(latent, extra={"audit_parts": str(audit)}, **args) as engine:
         latent_gate.check(PROMPTS, engine.ask(PROMPTS))
-        engine.wait_matched(PROMPTS, (10, 4, 8))
+        engine.wait_matched_by_ranks(PROMPTS, (10, 4, 8))
         answers = [engine.answer(p) for p in PROMPTS]
         latent_gate.check(PROMPTS, answers)
         assert [a.num_cached for a in answers] == [640, 256, 512]
@@ -173,7 +173,7 @@ def test_two_ranks(checkpoint: Path, two_ranks: dict[str, Any], tmp_path: Path) 
     gate, audit = learned(checkpoint), tmp_path / "parts"
     with running(checkpoint, extra={"audit_parts": str(audit)}, **two_ranks) as engine:
         gate.check(PROMPTS, engine.ask(PROMPTS))
-        engine.wait_matched(PROMPTS, (5, 2, 4))
+        engine.wait_matched_by_ranks(PROMPTS, (5, 2, 4))
         engine.drop_hbm()
         answers = [engine.answer(p) for p in PROMPTS]
         gate.check(PROMPTS, answers)
