@@ -197,7 +197,7 @@ class Fetches:
             code, why = exc.code(), f"{exc.code().name}: {exc.details()}"
         self.counts["refused"] += 1
         # Busy, late and gone are life; anything else somebody should know of.
-        level = logging.DEBUG if code in _LIFE else logging.WARNING
+        level = logging.DEBUG if code is None or code in _LIFE else logging.WARNING
         log.log(level, "node %s holds nothing for us: %s", source, why)
 
     async def _hold(

@@ -25,6 +25,7 @@ class Lookup:
     num_asked: int
     num_host: int
     num_ssd: int
+    num_peer: int
     reason: MissReason
 
 
@@ -47,7 +48,7 @@ class Lookups:
 
     def refused(self, told_id: str, tenant: TenantId, reason: MissReason) -> None:
         """Its handle was genuine and does not count any more."""
-        self._keep(told_id, Lookup(tenant, 0, 0, 0, reason))
+        self._keep(told_id, Lookup(tenant, 0, 0, 0, 0, reason))
 
     def matched(
         self, session: bytes, request_id: str, num_asked: int, tiers: bytes, reason: str
@@ -56,9 +57,9 @@ class Lookups:
         told_id, tenant = self._opened.get((session, request_id), ("", TenantId("")))
         if not told_id or told_id in self._answers:
             return
-        num_ssd = sum(tiers)
+        host, ssd, peer = (tiers.count(tier) for tier in range(3))  # as `Matched.tiers` has them
         why = MissReason(reason) if len(tiers) < num_asked else MissReason.NONE
-        self._keep(told_id, Lookup(tenant, num_asked, len(tiers) - num_ssd, num_ssd, why))
+        self._keep(told_id, Lookup(tenant, num_asked, host, ssd, peer, why))
 
     def released(self, session: bytes, request_ids: Iterable[str]) -> None:
         """These ask no more; their answers are kept."""

@@ -44,6 +44,7 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
             num_asked=found.num_asked,
             num_host=found.num_host,
             num_ssd=found.num_ssd,
+            num_peer=found.num_peer,
             reason=found.reason.value,
         )
 

@@ -13,6 +13,7 @@ import contextlib
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -48,11 +49,12 @@ class _Hold:
     link: Link
     expiry: asyncio.TimerHandle
     posted: list[Posted] = field(default_factory=list)
+    num_reading: int = 0
     is_dropped: bool = False
 
     @property
     def is_quiet(self) -> bool:
-        return all(posted.quiet for posted in self.posted)
+        return not self.num_reading and all(posted.quiet for posted in self.posted)
 
 
 class Sender(pb_grpc.NodeTransferServicer):
@@ -152,8 +154,7 @@ class Sender(pb_grpc.NodeTransferServicer):
         parts = self._parts(located.offsets, located.part_bytes)
         buffers: list[Any] = parts
         if together > 1:
-            # A copy of its own: what is packed is let go of at once.
-            buffers = await asyncio.to_thread(_packed, parts, together)
+            buffers = await self._packed(request.hold, hold, parts, together)
         messages = [Message(b, tag) for b, tag in zip(buffers, request.tags, strict=True)]
         self._post(request.hold, hold, messages, len(parts) * located.part_bytes)
         self.counts["sent_blocks"] += request.num_blocks
@@ -170,6 +171,20 @@ class Sender(pb_grpc.NodeTransferServicer):
     def _parts(self, offsets: bytes, num_bytes: int) -> list[memoryview]:
         memory = self._services.store.arena_memory()
         return [memory[at : at + num_bytes] for at in np.frombuffer(offsets, "<u8").tolist()]
+
+    async def _packed(
+        self, number: bytes, hold: _Hold, parts: list[memoryview], together: int
+    ) -> list[memoryview]:
+        """Parts one after the other, `together` a buffer. The hold is not quiet while they are read; on
+        cancellation they are not read any more."""
+        hold.num_reading += 1
+        try:
+            packed = memoryview(await self._services.store.in_pool(partial(b"".join, parts)))
+        finally:
+            hold.num_reading -= 1
+            self._settle(number)
+        step = together * len(parts[0])
+        return [packed[at : at + step] for at in range(0, len(packed), step)]
 
     def _post(self, number: bytes, hold: _Hold, messages: list[Message], num_bytes: int) -> None:
         posted = hold.link.send(messages)
@@ -216,10 +231,3 @@ def _decoded(layout: bytes) -> WireLayout:
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _LAYOUTS.decode(layout)
     raise RemoteProtocolError("no block layout")
-
-
-def _packed(parts: list[memoryview], together: int) -> list[memoryview]:
-    """Parts one after the other, `together` a buffer. Blocks: it copies."""
-    return [
-        memoryview(b"".join(parts[at : at + together])) for at in range(0, len(parts), together)
-    ]

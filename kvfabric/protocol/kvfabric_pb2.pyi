@@ -110,18 +110,20 @@ class FindLookupRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., tenant_id: _Optional[str] = ...) -> None: ...
 
 class Lookup(_message.Message):
-    __slots__ = ("known", "num_asked", "num_host", "num_ssd", "reason")
+    __slots__ = ("known", "num_asked", "num_host", "num_ssd", "reason", "num_peer")
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     NUM_ASKED_FIELD_NUMBER: _ClassVar[int]
     NUM_HOST_FIELD_NUMBER: _ClassVar[int]
     NUM_SSD_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_PEER_FIELD_NUMBER: _ClassVar[int]
     known: bool
     num_asked: int
     num_host: int
     num_ssd: int
     reason: str
-    def __init__(self, known: _Optional[bool] = ..., num_asked: _Optional[int] = ..., num_host: _Optional[int] = ..., num_ssd: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    num_peer: int
+    def __init__(self, known: _Optional[bool] = ..., num_asked: _Optional[int] = ..., num_host: _Optional[int] = ..., num_ssd: _Optional[int] = ..., reason: _Optional[str] = ..., num_peer: _Optional[int] = ...) -> None: ...
 
 class Run(_message.Message):
     __slots__ = ("kind", "tier", "namespace_tag", "parent", "keys", "engine")

@@ -254,7 +254,8 @@ class HandleOpened(msgspec.Struct, array_like=True, frozen=True, tag=65):
 
 
 class Matched(msgspec.Struct, array_like=True, frozen=True, tag=66):
-    """`tiers`: one byte a block (0 host, 1 SSD). `reason` tells why the block after the last missed."""
+    """`tiers`: one byte a block (0 host, 1 SSD, 2 on its way from a peer). `reason` tells why the block after
+    the last missed."""
 
     num_blocks: int
     tiers: bytes

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
-import ctypes
 import importlib
 import logging
 import os
@@ -30,7 +29,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from kvfabric.errors import ClosedError, ConfigError, ConnectError, KVFabricError
+from kvfabric.errors import ClosedError, ConfigError, ConnectError
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,6 @@ _ROUNDS = 64
 """Of UCX's progress between two looks at what completed: while bytes come in, it always has more to do."""
 _STOP_S = 10.0
 _CLOSE_NS, _CLOSE_ATTEMPTS = 10**8, 5
-_MAP_ADDRESS, _MAP_LENGTH, _MAP_FLAGS = 1, 2, 4
-_MAP_NONBLOCK = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,23 +174,14 @@ class Transport:
         cancelled meanwhile leaves the attempt to those who come later."""
         known = self._known.get(address)
         if known is None or (known.done() and not self._is_good(known)):
-            known = self._known[address] = concurrent.futures.Future()
+            known = concurrent.futures.Future()
             self._progress.submit(_Connect(address, known))
+            self._known[address] = known
         # Shielded: to cancel the wrapper would cancel what others wait for.
         return Link(self._progress, await asyncio.shield(asyncio.wrap_future(known)))
 
     def _is_good(self, known: concurrent.futures.Future[int]) -> bool:
         return known.exception() is None and self._progress.is_alive(known.result())
-
-    async def register(self, memory: memoryview) -> None:
-        """Make `memory` known to the network at once, instead of at its first use, piece by piece."""
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._progress.submit(_Register(memory, done))
-        await asyncio.wrap_future(done)
-
-    def information(self) -> str:
-        """What UCX says of its worker: transports, devices, protocols. For `kvfabric doctor`."""
-        return self._progress.information
 
 
 # ---------------------------------------------------------------------- the thread
@@ -203,12 +191,6 @@ class Transport:
 class _Connect:
     address: bytes
     done: concurrent.futures.Future[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Register:
-    memory: memoryview
-    done: concurrent.futures.Future[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,29 +208,12 @@ class _Post:
     left: int = 0
 
 
-class _MapParameters(ctypes.Structure):
-    """`ucp_mem_map_params_t`, its fields up to the ones used here (UCX 1.10 and later)."""
-
-    _fields_ = (
-        ("field_mask", ctypes.c_uint64),
-        ("address", ctypes.c_void_p),
-        ("length", ctypes.c_size_t),
-        ("flags", ctypes.c_uint),
-        ("prot", ctypes.c_uint),
-        ("memory_type", ctypes.c_int),
-        ("exported", ctypes.c_void_p),
-        ("room", ctypes.c_uint64 * 8),
-    )
-
-
 class _Progress:
     """All that touches UCX, on a thread of its own. `submit`, `post` and `stop` may be called from any."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._commands: collections.deque[_Connect | _Register | _Abort | _Post] = (
-            collections.deque()
-        )
+        self._commands: collections.deque[_Connect | _Abort | _Post] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()  # of `_is_closed` beside `_commands`
         self._is_closed = False
@@ -262,7 +227,6 @@ class _Progress:
         self._next_link = 1
         self._running: list[tuple[_Post, int, Any]] = []  # vector, its message, UCX's request
         self.address = b""
-        self.information = ""
         self.num_in_flight = 0
 
     @classmethod
@@ -277,7 +241,7 @@ class _Progress:
             raise
         return self
 
-    def submit(self, command: _Connect | _Register | _Abort | _Post) -> None:
+    def submit(self, command: _Connect | _Abort | _Post) -> None:
         with self._lock:
             if self._is_closed:
                 if isinstance(command, _Abort):
@@ -297,7 +261,7 @@ class _Progress:
     def stop(self) -> None:
         """Returns when the thread has ended, and with it every request. Idempotent."""
         with self._lock:
-            if self._is_closed:
+            if self._is_stopping:
                 return
             self._is_closed = self._is_stopping = True
             os.eventfd_write(self._wake, 1)
@@ -312,10 +276,17 @@ class _Progress:
         except ConfigError as exc:
             self._started.set_exception(exc)
             return
+        except BaseException as exc:
+            self._started.set_exception(exc)
+            raise
         self._started.set_result(None)
         try:
             self._serve()
         finally:
+            # Also if this thread fails: who waits hears of it, and who comes later.
+            with self._lock:
+                self._is_closed = True
+            self._refuse_commands()
             self._close()
 
     def _open(self) -> None:
@@ -351,7 +322,6 @@ class _Progress:
                 f"UCX does not start on ucx.net_devices = {devices!r}: {exc}"
             ) from exc
         self.address = self._worker.address.tobytes()
-        self.information = f"{self._context.info}\n{self._worker.info}"
         self._poller = select.epoll()
         self._poller.register(self._worker.epoll_file_descriptor, select.EPOLLIN)
         self._poller.register(self._wake, select.EPOLLIN)
@@ -364,6 +334,17 @@ class _Progress:
             if not self._commands and self._worker.arm():
                 self._poller.poll(WAKE_S if self._running else None)
             self._clear_wake()
+
+    def _refuse_commands(self) -> None:
+        """What UCX was never asked."""
+        while self._commands:
+            match self._commands.popleft():
+                case _Connect() as connect:
+                    connect.done.set_exception(ClosedError("the transport was closed"))
+                case _Post() as post:
+                    post.posted._ended.set_result(
+                        ("the transport was closed",) * len(post.messages)
+                    )
 
     def _clear_wake(self) -> None:
         try:
@@ -379,8 +360,6 @@ class _Progress:
                     self._post(command)
                 case _Connect():
                     self._connect(command)
-                case _Register():
-                    self._register(command)
                 case _Abort():
                     self._end_link(command.link)
 
@@ -453,14 +432,6 @@ class _Progress:
             # Not `close`: of a link whose peer is gone ucxx 0.52 crashes in it.
             self._links[number].close_blocking(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)
 
-    def _register(self, command: _Register) -> None:
-        try:
-            _map_memory(self._context.handle, command.memory)
-        except KVFabricError as exc:
-            command.done.set_exception(exc)
-        else:
-            command.done.set_result(None)
-
     def _close(self) -> None:
         """Memory is let go of when UCX has completed everything: it is waited for, and said if it takes."""
         for number in list(self._links):
@@ -481,21 +452,3 @@ class _Progress:
         self._progress()
         self._poller.close()
         self._context = self._worker = None
-
-
-def _map_memory(context: int, memory: memoryview) -> None:
-    """`ucp_mem_map`: the handle stays with UCX until the context ends. Raises ConfigError."""
-    library = ctypes.CDLL("libucp.so.0")
-    view = ctypes.c_char.from_buffer(memory)
-    parameters = _MapParameters(
-        field_mask=_MAP_ADDRESS | _MAP_LENGTH | _MAP_FLAGS,
-        address=ctypes.addressof(view),
-        length=memory.nbytes,
-        flags=_MAP_NONBLOCK,
-    )
-    handle = ctypes.c_void_p()
-    library.ucp_mem_map.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    library.ucp_mem_map.restype = ctypes.c_int8
-    status = library.ucp_mem_map(context, ctypes.byref(parameters), ctypes.byref(handle))
-    if status:
-        raise ConfigError(f"UCX cannot register {memory.nbytes} B: status {status}")

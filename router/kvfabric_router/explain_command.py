@@ -103,8 +103,9 @@ def _outcome(told: dict[str, Any]) -> list[str]:
         )
     if node := told["node"]:
         found.append(
-            f"  its node promised {node['host_blocks']} blocks of host memory and {node['ssd_blocks']} of "
-            f"SSD, of {node['asked_blocks']} asked; the next: {node['reason']}"
+            f"  its node promised {node['host_blocks']} blocks of host memory, {node['ssd_blocks']} of SSD "
+            f"and {node['peer_blocks']} of other nodes, of {node['asked_blocks']} asked; the next: "
+            f"{node['reason']}"
         )
     return found
 

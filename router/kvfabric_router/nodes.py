@@ -71,6 +71,7 @@ class Told:
     num_asked: int
     num_host: int
     num_ssd: int
+    num_peer: int
     reason: MissReason
 
 
@@ -180,7 +181,13 @@ class NodeLink:
             return None
         if not found.known:
             return None
-        return Told(found.num_asked, found.num_host, found.num_ssd, MissReason(found.reason))
+        return Told(
+            found.num_asked,
+            found.num_host,
+            found.num_ssd,
+            found.num_peer,
+            MissReason(found.reason),
+        )
 
     # ------------------------------------------------------------------ events
 

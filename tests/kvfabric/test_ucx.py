@@ -16,7 +16,7 @@ import pytest
 
 from kvfabric.errors import ClosedError, ConfigError, ConnectError
 from kvfabric.testing.ucx_peer import Peer, digest, payload, peer
-from kvfabric.transfer.ucx import Link, Message, Posted, Settings, Transport
+from kvfabric.transfer.ucx import Link, Message, Posted, Settings, Transport, _Abort
 
 SETTINGS = Settings()
 SECONDS = 10.0
@@ -173,13 +173,24 @@ async def test_leaving_ends_everything(pair: Pair) -> None:
     pair.link.abort()
 
 
-async def test_memory_is_registered_once(pair: Pair) -> None:
-    arena = np.zeros(8 << 20, np.uint8).data
-    await pair.transport.register(arena)
-    t = tag()
-    received = pair.link.receive([Message(arena[1 << 20 : 3 << 20], t)])
-    await pair.peer.ask(send=[[t, 2 << 20, 1]])
-    assert await outcome(received) == ("",)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_thread_that_fails_leaves_nobody_waiting(pair: Pair) -> None:
+    """What is in flight ends as failed, and who comes later hears of it."""
+    received = pair.link.receive([Message(memoryview(bytearray(4096)), tag())])
+    await asyncio.sleep(0.1)
+
+    def fail() -> None:
+        raise RuntimeError("a fault of this test")
+
+    pair.transport._progress._take_commands = fail  # type: ignore[method-assign]
+    pair.transport._progress.submit(_Abort(0))
+    (error,) = await outcome(received)
+    assert error
+    await quiet(received)
+    with pytest.raises(ClosedError):
+        await pair.transport.link_to(pair.peer.address)
+    with pytest.raises(ClosedError):
+        pair.link.send([])
 
 
 async def test_what_is_no_address(pair: Pair) -> None:

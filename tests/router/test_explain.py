@@ -81,7 +81,7 @@ def test_every_candidate_is_told_with_why_it_was_not_chosen() -> None:
         outcome=outcome(16),
         left_out=(("http://e3", "excluded: it failed"),),
     )
-    told = explain("req-1", made, Told(6, 1, 0, MissReason.ABSENT))
+    told = explain("req-1", made, Told(6, 1, 0, 2, MissReason.ABSENT))
     chosen, *others = told["candidates"]
     assert chosen["why_not"] is None
     why = {one["engine"]: one["why_not"] for one in others}
@@ -91,6 +91,7 @@ def test_every_candidate_is_told_with_why_it_was_not_chosen() -> None:
         "asked_blocks": 6,
         "host_blocks": 1,
         "ssd_blocks": 0,
+        "peer_blocks": 2,
         "reason": "absent",
     }
     assert told["miss"]["first_missing_token"] == 16

@@ -135,6 +135,7 @@ async def explained(fleet: Deployment, key_file: Path) -> None:
         "asked_blocks": 8,
         "host_blocks": 0,
         "ssd_blocks": 0,
+        "peer_blocks": 0,
         "reason": "absent",
     }
     assert {one["engine"] for one in told["candidates"]} == {"e1", "e2"}
