@@ -311,12 +311,17 @@ def from_args(cls: type[Config], args: argparse.Namespace) -> Config:
     """The configuration of a command whose parser went through `add_arguments`."""
     names = {field.name for field in dataclasses.fields(cls)}
     flags = {name: value for name, value in vars(args).items() if name in names}
-    if _PASSWORD.match(str(flags.get("directory", ""))):
+    refuse_password(str(flags.get("directory", "")))
+    return load(cls, file=Path(args.config) if args.config else None, flags=flags)
+
+
+def refuse_password(directory: str) -> None:
+    """Raises ConfigError for one in an address that was given as a flag."""
+    if _PASSWORD.match(directory):
         raise ConfigError(
             "--directory: a password on the command line shows in `ps`: name a file with "
             "?password_file=FILE, or say it in the environment"
         )
-    return load(cls, file=Path(args.config) if args.config else None, flags=flags)
 
 
 def split_address(address: str, key: str) -> tuple[str, int]:

@@ -169,10 +169,56 @@ def miss_is_explained(name: str, told: Mapping[str, Any], token: int) -> Check:
     return Check(name, right and bool(candidates), seen)
 
 
-def receipt_is_complete(name: str, receipt: Mapping[str, Any], holders: Iterable[str]) -> Check:
-    """The epoch rose, and a holder of each kind in `holders` acknowledged rather than was waited out."""
-    acked = {ack["holder_kind"] for ack in receipt["acknowledgements"] if not ack.get("waited_out")}
-    missing = set(holders) - acked
+def receipt_is_complete(
+    name: str, receipt: Mapping[str, Any], kinds: Iterable[str], holders: Iterable[str] = ()
+) -> Check:
+    """The epoch rose, and a holder of each kind, and each of `holders` by its name, acknowledged rather than
+    was waited out."""
+    acked = [ack for ack in receipt["acknowledgements"] if not ack.get("waited_out")]
+    who = sorted(f"{ack['holder_kind']} {ack['holder_id']}" for ack in acked)
+    missing = set(kinds) - {ack["holder_kind"] for ack in acked}
+    missing |= set(holders) - {ack["holder_id"].rpartition(".")[0] for ack in acked}
     old, new = int(receipt["old_epoch"]), int(receipt["new_epoch"])
-    seen = f"epoch {old} -> {new}, acknowledged by {', '.join(sorted(acked)) or 'nobody'}"
+    seen = f"epoch {old} -> {new}, acknowledged by {', '.join(who) or 'nobody'}"
+    if missing:
+        seen += f"; not by {', '.join(sorted(missing))}"
     return Check(name, new > old and not missing and bool(receipt["audit_head"]), seen)
+
+
+def came_from_other_machines(
+    name: str, told: Sequence[Mapping[str, Any]], lines: Iterable[AuditLine]
+) -> Check:
+    """Some of the answers that are explained in `told` had blocks of other nodes promised and fetched.
+
+    `lines`: of engines that started with empty memory on machines that had nothing; parts that one of them
+    loaded before any of them stored it came from another machine.
+    """
+    asked = [one["node"]["peer_blocks"] for one in told if one["node"] is not None]
+    num_blocks, num_answers = sum(asked), sum(count > 0 for count in asked)
+    stored: set[tuple[str, int, int]] = set()
+    fetched: set[tuple[str, int, int]] = set()
+    for line in lines:
+        if line.op == "store":
+            stored.add(line.part)
+        elif line.part not in stored:
+            fetched.add(line.part)
+    seen = (
+        f"{num_answers} of {len(told)} answers with {num_blocks} blocks of another machine; "
+        f"{len(fetched)} parts loaded that nobody here had stored"
+    )
+    return Check(name, num_answers > 0 and bool(fetched), seen)
+
+
+def answered_without_machine(
+    name: str, answer: Answer, told: Mapping[str, Any], lost: str, expected: Answer
+) -> Check:
+    """The machine of engine `lost` is gone with the only copy of a prompt's blocks: another engine computed
+    the same answer, and the router says why nothing was reused."""
+    miss = told["miss"]
+    seen = f"{told['engine']} answered, {answer.cached_tokens} tokens reused: {miss['reason']}"
+    seen += f" from token {miss['first_missing_token']} on"
+    for engine, why in told["left_out"].items():
+        seen += f"; {engine}: {why}"
+    right = answer.succeeded and answer.token_ids == expected.token_ids
+    right = right and told["engine"] != lost and answer.cached_tokens < expected.prompt_tokens
+    return Check(name, right and miss["reason"] != "none", seen)

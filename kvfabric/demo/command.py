@@ -1,4 +1,4 @@
-"""`kvfabric demo`: arguments, report file, exit code. The story itself is `story.py`."""
+"""`kvfabric demo`: arguments, report file, exit code. The stories are `story.py` and `machines.py`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,26 @@ import sys
 from pathlib import Path
 
 from kvfabric.cli import Command
+from kvfabric.config import refuse_password
+from kvfabric.errors import ConfigError
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="the first prefix groups of the slice only"
+    )
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="machines of the fleet, each a node and an engine; more than 1 needs --directory (default: 1)",
+    )
+    parser.add_argument(
+        "--directory",
+        default="",
+        metavar="URL",
+        help="the Redis of a fleet, redis://HOST:PORT or unix:///SOCKET; the demo leaves nothing in it",
     )
     parser.add_argument(
         "--report",
@@ -27,14 +42,20 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     # The processes of the story need all three extras: a missing one is one line here, not a dead child.
-    for name in ("grpc", "aiohttp", "torch"):
+    needed = ["grpc", "aiohttp", "torch", *(["redis"] if args.directory else [])]
+    for name in needed:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name=name)
+    if args.directory and importlib.util.find_spec("ucxx") is None:
+        raise ConfigError(
+            "a fleet moves blocks with UCX: pip install 'kvfabric[ucx-cu12]' (no GPU is needed)"
+        )
+    refuse_password(args.directory)
     import asyncio
 
     from kvfabric.demo.progress import Progress
     from kvfabric.demo.report import Report
-    from kvfabric.demo.story import tell
+    from kvfabric.demo.run import tell
 
     progress = Progress(sys.stdout)
 
@@ -43,7 +64,9 @@ def _run(args: argparse.Namespace) -> int:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await tell(progress, quick=args.quick)
+        return await tell(
+            progress, quick=args.quick, num_nodes=args.nodes, directory=args.directory
+        )
 
     try:
         report = asyncio.run(main())
@@ -57,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 
 COMMAND = Command(
     help="replay a slice of a real log on a small fleet and prove what it promises",
-    extra="node,router,engine",
+    extra="node,router,redis,engine",
     configure=_configure,
     run=_run,
 )

@@ -1,7 +1,8 @@
-"""The demo's fleet: one node, two engines, one router, each a real process on loopback, and its tenants.
+"""The demo's fleet: nodes, engines and a router, each a real process on loopback, and its tenants.
 
-Everything lives in one directory that ends with the demo. A restarted process keeps its addresses; each
-start of an engine writes an audit file of its own.
+One node with two engines, or, around a directory, several nodes with an engine each, which stand for
+machines: they share Redis, and what they ask of each other. Everything lives in one folder that ends with the
+demo. A restarted process keeps its addresses; each start of an engine writes an audit file of its own.
 """
 
 from __future__ import annotations
@@ -38,17 +39,31 @@ _SETTLE_DEADLINE_S = 20.0
 
 
 class Fleet:
-    """Starts, kills and asks the processes. The children belong to `children`, which stops them."""
+    """Starts, kills and asks the processes. The children belong to `children`, which stops them.
 
-    def __init__(self, children: Children, directory: Path, http: aiohttp.ClientSession) -> None:
+    `registry`: how nodes and the router reach their directory, as flags; empty: one node without.
+    """
+
+    def __init__(
+        self,
+        children: Children,
+        directory: Path,
+        http: aiohttp.ClientSession,
+        *,
+        num_nodes: int = 1,
+        registry: Sequence[str] = (),
+    ) -> None:
         self._children = children
         self._directory = directory
-        self._state = directory / "state"
         self._http = http
-        self._node_address, self._router_address, *self._engine_addresses = free_addresses(
-            2 + NUM_ENGINES
-        )
-        self._node: Child | None = None
+        self._registry = registry
+        self.num_nodes = num_nodes
+        self.num_engines = num_nodes if registry else NUM_ENGINES
+        addresses = free_addresses(1 + num_nodes + self.num_engines)
+        self._router_address = addresses[0]
+        self._node_addresses = addresses[1 : 1 + num_nodes]
+        self._engine_addresses = addresses[1 + num_nodes :]
+        self._nodes: dict[int, Child] = {}
         self._router: Child | None = None
         self._with_fabric = False
         self._engines: dict[int, Child] = {}
@@ -59,27 +74,36 @@ class Fleet:
     def router_url(self) -> str:
         return f"http://{self._router_address}"
 
-    @property
-    def admin_socket(self) -> Path:
-        return self._state / "admin.sock"
+    def state(self, node: int = 0) -> Path:
+        """Of a node: what would be on its machine."""
+        return self._directory / f"state-{node}"
+
+    def admin_socket(self, node: int = 0) -> Path:
+        return self.state(node) / "admin.sock"
 
     # --- processes ---
 
-    async def start_node(self) -> None:
-        """Start the node, or start it again, and wait until it serves."""
-        self._node = await self._children.start(
-            "node",
-            [
-                *("node", "--node-id", "demo", "--state-dir", str(self._state)),
-                *("--http", self._node_address, "--host-bytes", "256MiB", "--ssd-bytes", "512MiB"),
-                *("--max-blocks", "65536", "--require-handle", "true"),
-            ],
-        )
-        await self._node.wait_ready(lambda: self._is_ok(self._node_address, "/readyz"), _READY_S)
+    async def start_nodes(self, *which: int) -> None:
+        """Start nodes, or start them again, and wait until they serve."""
+        for index in which:
+            arguments = [
+                *("node", "--node-id", f"node-{index}", "--state-dir", str(self.state(index))),
+                *("--http", self._node_addresses[index], "--max-blocks", "65536"),
+                *("--host-bytes", "256MiB", "--ssd-bytes", "512MiB", "--require-handle", "true"),
+                *self._registry,
+            ]
+            if self._registry:
+                arguments += ["--ucx-net-devices", "lo"]
+            self._nodes[index] = await self._children.start(f"node-{index}", arguments)
+        for index in which:
+            address = self._node_addresses[index]
+            await self._nodes[index].wait_ready(
+                lambda address=address: self._is_ok(address, "/readyz"),  # type: ignore[misc]
+                _READY_S,
+            )
 
-    async def kill_node(self) -> None:
-        assert self._node is not None
-        await self._node.kill()
+    async def kill_node(self, index: int = 0) -> None:
+        await self._nodes[index].kill()
 
     async def start_engines(self, which: Sequence[int], *, fabric: bool) -> None:
         """Start engines, with or without the node, and wait until each serves."""
@@ -105,7 +129,7 @@ class Fleet:
             **MODEL_FLAGS,
         }
         if fabric:
-            flags["--node-socket"] = self._state / "node.sock"
+            flags["--node-socket"] = self.state(index % self.num_nodes) / "node.sock"
         arguments = [str(part) for flag in flags.items() for part in flag]
         self._engines[index] = await self._children.start(f"engine-{index}", ["engine", *arguments])
 
@@ -114,8 +138,10 @@ class Fleet:
             await self._engines[index].kill()
 
     async def start_router(self, *, fabric: bool) -> None:
-        """Start the router and wait until it sends requests to every engine."""
-        arguments = ["router", "--listen", self._router_address, "--state-dir", str(self._state)]
+        """Start the router and wait until it sends requests to every engine that runs."""
+        state = self._directory / "router" if self._registry else self.state()
+        arguments = ["router", "--listen", self._router_address, "--state-dir", str(state)]
+        arguments += self._registry
         if not fabric:
             urls = ",".join(f"http://{address}" for address in self._engine_addresses)
             arguments += ["--fabric", "false", "--policy", "round_robin", "--engines", urls]
@@ -130,12 +156,13 @@ class Fleet:
             await engine.stop()
 
     async def wait_engines_known(self) -> None:
-        """Until the router sends requests to every engine (again)."""
+        """Until the router sends requests to every engine that runs, and knows of no other."""
         assert self._router is not None
         await self._router.wait_ready(self._router_sees_engines, _READY_S)
 
     async def _router_sees_engines(self) -> bool:
-        ready = [f'kvfabric_router_engines{{result="taking"}} {NUM_ENGINES:.1f}']
+        running = sum(engine.is_running for engine in self._engines.values())
+        ready = [f'kvfabric_router_engines{{result="taking"}} {running:.1f}']
         if self._with_fabric:
             ready.append("kvfabric_router_epoch_lease_valid 1.0")
         if not await self._is_ok(self._router_address, "/readyz"):
@@ -182,10 +209,10 @@ class Fleet:
             "template", "register", TEMPLATE, "--version", VERSION, "--file", str(file)
         )
 
-    async def withdraw_template(self) -> dict[str, Any]:
-        """Take the version out of service; returns the receipt."""
+    async def withdraw_template(self, *, at: int = 0) -> dict[str, Any]:
+        """Take the version out of service, asked of one node; returns the receipt."""
         return await self._admin(
-            "invalidate", "template", TEMPLATE, "--version", VERSION, "--retire"
+            "invalidate", "template", TEMPLATE, "--version", VERSION, "--retire", at=at
         )
 
     async def promote_template(self) -> dict[str, Any]:
@@ -205,15 +232,17 @@ class Fleet:
             raise DemoError(f"the router explains nothing: {exc}") from exc
         raise DemoError(f"the router does not explain {request_id}: {told}")
 
-    async def _admin(self, *arguments: str) -> dict[str, Any]:
-        out = await run_command([*arguments, "--admin-socket", str(self.admin_socket), "--json"])
+    async def _admin(self, *arguments: str, at: int = 0) -> dict[str, Any]:
+        out = await run_command(
+            [*arguments, "--admin-socket", str(self.admin_socket(at)), "--json"]
+        )
         answer = json.loads(out)
         assert isinstance(answer, dict), arguments
         return answer
 
-    async def status(self, *, sealed_keys: bool = False) -> pb.NodeStatus:
-        """The node's own account. Raises DemoError when it does not answer."""
-        async with grpc.aio.insecure_channel(f"unix:{self.admin_socket}") as channel:
+    async def status(self, node: int = 0, *, sealed_keys: bool = False) -> pb.NodeStatus:
+        """A node's own account. Raises DemoError when it does not answer."""
+        async with grpc.aio.insecure_channel(f"unix:{self.admin_socket(node)}") as channel:
             admin = NodeAdminStub(channel)  # type: ignore[no-untyped-call]
             request = pb.StatusRequest(sealed_keys=sealed_keys)
             try:
@@ -222,18 +251,18 @@ class Fleet:
                 raise DemoError(f"the node does not tell its status: {exc.details()}") from exc
         return status
 
-    async def settled(self) -> pb.NodeStatus:
-        """Wait until nothing more is stored or sealed; returns the status with the sealed keys."""
+    async def settled(self, node: int = 0) -> pb.NodeStatus:
+        """Wait until nothing more is stored or sealed there; returns the status with the sealed keys."""
         loop = asyncio.get_running_loop()
         end = loop.time() + _SETTLE_DEADLINE_S
-        before = await self.status(sealed_keys=True)
+        before = await self.status(node, sealed_keys=True)
         while loop.time() < end:
             await asyncio.sleep(_SETTLE_S)
-            now = await self.status(sealed_keys=True)
+            now = await self.status(node, sealed_keys=True)
             if _blocks(now) == _blocks(before):
                 return now
             before = now
-        raise DemoError(f"the node did not come to rest in {_SETTLE_DEADLINE_S:.0f} s")
+        raise DemoError(f"node {node} did not come to rest in {_SETTLE_DEADLINE_S:.0f} s")
 
     async def adopted(self) -> pb.NodeStatus:
         """Wait until a restarted node took the old one's memory over, or gave up; returns its status."""

@@ -1,4 +1,4 @@
-"""The demo's five steps, each a short story with the conditions that it must meet.
+"""The demo on one machine: five steps, each a short story with the conditions that it must meet.
 
 1 compare    the same engines and load, with their own cache, then through the fabric
 2 survive    engines are killed; the node is killed under load
@@ -11,82 +11,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import aiohttp
 
 from kvfabric.demo import checks, ideal, replay
 from kvfabric.demo import slice as demo_slice
 from kvfabric.demo.checks import Check
-from kvfabric.demo.fleet import MODEL_FLAGS, NUM_ENGINES, TEMPLATE, VERSION, Fleet
-from kvfabric.demo.processes import Children, DemoError
-from kvfabric.demo.progress import Progress
+from kvfabric.demo.fleet import NUM_ENGINES
 from kvfabric.demo.replay import Answer, Client, Job
-from kvfabric.demo.report import (
-    Report,
-    Step,
-    receipt_lines,
-    request_rows,
-    run_figures,
-    side_by_side,
-)
+from kvfabric.demo.report import Step, request_rows, run_figures, side_by_side
 from kvfabric.demo.slice import BLOCK_TOKENS, TENANTS, SliceRequest
+from kvfabric.demo.telling import ANSWER_TOKENS, Telling, full_tokens, must_succeed
 
 LOAD_SHARE = 0.7
 """Of the measured capacity: what the slice is replayed at."""
 
-ANSWER_TOKENS = 8
-_CONCURRENCY = 2 * NUM_ENGINES
 _QUICK_GROUPS = 4
 _WITHDRAWN_GROUPS = 6
 _WARM_UP_REQUESTS = 4
 _ANSWER_S = 30.0
-_VISITOR = "visitor"
-"""A tenant of its own for warming up and for measuring capacity, so that the slice's tenants start cold."""
-
-_OTHER_BLOCKS = 1 << 32
-"""Block ids from here on are not the log's: prompts of the slice's shapes that share nothing."""
 
 
-async def tell(progress: Progress, *, quick: bool) -> Report:
-    """Run the whole demo. Failed conditions and errors are in the report; only bugs raise."""
-    report = Report(quick=quick)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kvfabric-demo-") as name:
-        directory = Path(name)
-        try:
-            async with aiohttp.ClientSession() as http, Children(directory) as children:
-                fleet = Fleet(children, directory, http)
-                await Story(fleet, progress, report).run()
-        except DemoError as exc:
-            report.error = str(exc)
-            progress.line(f"\nthe demo cannot go on: {exc}")
-    report.figures["duration_s"] = round(time.monotonic() - started, 1)
-    return report
+class Story(Telling):
+    """See the module."""
 
-
-class Story:
-    """What the steps share: the fleet, the prompts, and the answers that all later ones must equal."""
-
-    def __init__(self, fleet: Fleet, progress: Progress, report: Report) -> None:
-        self._fleet = fleet
-        self._progress = progress
-        self._report = report
-        requests = demo_slice.load()
-        self._requests = (
-            demo_slice.first_groups(requests, _QUICK_GROUPS) if report.quick else requests
-        )
-        self._jobs = [
-            Job(index, request.tenant, tuple(demo_slice.prompt(request.blocks)))
-            for index, request in enumerate(self._requests)
-        ]
-        self._ideal = ideal.reusable_tokens(self._requests)
-        self._expected: dict[int, Answer] = {}
-        self._through_fabric: list[Answer] = []
+    groups_if_quick = _QUICK_GROUPS
 
     async def run(self) -> None:
         tokens = sum(len(job.prompt) for job in self._jobs)
@@ -95,15 +44,11 @@ class Story:
             f"tokens, {len(TENANTS)} tenants; 1 node, {NUM_ENGINES} engines, 1 router on this machine"
         )
         self._report.figures |= {
-            "requests": len(self._jobs),
-            "prompt_tokens": tokens,
             "ideal_tokens": sum(self._ideal),
             "ideal_share_of_tokens": round(sum(self._ideal) / tokens, 4),
             "ideal_share_of_whole_log_blocks": ideal.WHOLE_TRACE_SHARE,
-            "answer_tokens": ANSWER_TOKENS,
-            "engine_flags": {flag.lstrip("-"): value for flag, value in MODEL_FLAGS.items()},
         }
-        await self._set_up()
+        await self._set_up("starting the node, creating tenants and the shared template")
         async with Client(self._fleet.router_url, self._fleet.keys, ANSWER_TOKENS) as client:
             self._client = client
             await self._compare()
@@ -111,16 +56,6 @@ class Story:
             await self._withdraw()
             await self._isolate()
         self._judge()
-
-    # --- 0 ---
-
-    async def _set_up(self) -> None:
-        self._progress.stage("starting the node, creating tenants and the shared template")
-        await self._fleet.start_node()
-        for tenant in (*TENANTS, _VISITOR):
-            await self._fleet.create_tenant(tenant)
-        await self._fleet.register_template()
-        self._progress.end()
 
     # --- 1 ---
 
@@ -163,7 +98,7 @@ class Story:
         started = time.monotonic()
         answers = await self._closed_loop("measuring the capacity", jobs)
         seconds = time.monotonic() - started
-        _must_succeed(answers)
+        must_succeed(answers)
         capacity = len(jobs) / seconds
         per_s = LOAD_SHARE * capacity
         self._report.figures |= {
@@ -180,18 +115,13 @@ class Story:
         self._progress.end()
         await self._warm_up(salt=3)
 
-    async def _warm_up(self, *, salt: int) -> None:
-        jobs = self._strangers(_WARM_UP_REQUESTS, salt=salt)
-        _must_succeed(await self._closed_loop("warming up", jobs))
-
-    def _strangers(self, count: int, *, salt: int) -> list[Job]:
-        """Prompts of the slice's lengths whose blocks nobody else sends."""
-        jobs = []
-        for index, request in enumerate(self._requests[:count]):
-            base = _OTHER_BLOCKS * (1 + salt * len(self._requests) + index)
-            blocks = [base + position for position in range(len(request.blocks))]
-            jobs.append(Job(index, _VISITOR, tuple(demo_slice.prompt(blocks))))
-        return jobs
+    async def _replay(self, label: str, arrivals: Sequence[float]) -> list[Answer]:
+        self._progress.stage(label, len(self._jobs))
+        answers = await replay.open_loop(
+            self._client, self._jobs, arrivals, lambda _: self._progress.advance()
+        )
+        self._progress.end()
+        return answers
 
     # --- 2 ---
 
@@ -256,7 +186,7 @@ class Story:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ANSWER_S):
                     await one_more.wait()
-            await self._fleet.start_node()
+            await self._fleet.start_nodes(0)
             meanwhile = answered - before
 
         self._progress.stage("the slice again; SIGKILL to the node in its midst", len(self._jobs))
@@ -287,7 +217,7 @@ class Story:
     async def _withdraw(self) -> None:
         step = self._step("3  The template's version is withdrawn, and put back")
         jobs = [self._jobs[index] for index in self._first_of_groups(_WITHDRAWN_GROUPS)]
-        whole = [_full_tokens(job) for job in jobs]
+        whole = [full_tokens(job) for job in jobs]
         await self._closed_loop("prompts with the template", jobs)
         await self._fleet.settled()
         answers = await self._closed_loop("the same again", jobs)
@@ -309,19 +239,6 @@ class Story:
         self._check(step, checks.reused_exactly("warm again", answers, whole))
         self._check_answers(step, answers)
 
-    def _show_receipt(self, step: Step, what: str, receipt: dict[str, Any]) -> None:
-        step.figures[f"receipt_{what.replace(' ', '_')}"] = receipt
-        self._progress.line(f"  receipt: template {TEMPLATE} version {VERSION} {what}")
-        for line in receipt_lines(receipt):
-            self._progress.line(f"    {line}")
-        self._check(step, checks.receipt_is_complete(f"receipt ({what})", receipt, ["router"]))
-
-    def _first_of_groups(self, count: int) -> list[int]:
-        first: dict[int, int] = {}
-        for index, request in enumerate(self._requests):
-            first.setdefault(request.group, index)
-        return list(first.values())[:count]
-
     # --- 4 ---
 
     async def _isolate(self) -> None:
@@ -338,7 +255,7 @@ class Story:
         ):
             jobs = [Job(index, tenant, prompt) for index, prompt in enumerate(prompts)]
             warm = name in ("the same tenant", "the other again")
-            expected = [_full_tokens(job) for job in jobs] if warm else cold
+            expected = [full_tokens(job) for job in jobs] if warm else cold
             answers = await self._closed_loop(f"private prompts {label}", jobs)
             self._check(step, checks.reused_exactly(name, answers, expected))
             await self._fleet.settled()
@@ -352,52 +269,6 @@ class Story:
         )
         self._check(step, gate)
         self._check(step, checks.loads_equal_stores("all loads", self._fleet.audit_lines()))
-
-    # --- shared ---
-
-    def _step(self, title: str) -> Step:
-        self._progress.title(title)
-        self._report.steps.append(Step(title))
-        return self._report.steps[-1]
-
-    def _check(self, step: Step, check: Check) -> None:
-        step.checks.append(check)
-        self._progress.check(check)
-
-    def _check_answers(self, step: Step, answers: Sequence[Answer]) -> None:
-        self._check(step, checks.same_answers("answers", self._expected, answers))
-
-    async def _replay(self, label: str, arrivals: Sequence[float]) -> list[Answer]:
-        self._progress.stage(label, len(self._jobs))
-        answers = await replay.open_loop(
-            self._client, self._jobs, arrivals, lambda _: self._progress.advance()
-        )
-        self._progress.end()
-        return answers
-
-    async def _closed_loop(self, label: str, jobs: Sequence[Job]) -> list[Answer]:
-        self._progress.stage(label, len(jobs))
-        answers = await self._closed(jobs, lambda _: None)
-        self._progress.end()
-        return answers
-
-    async def _closed(self, jobs: Sequence[Job], on_answer: replay.OnAnswer) -> list[Answer]:
-        def advance(answer: Answer) -> None:
-            on_answer(answer)
-            self._progress.advance()
-
-        return await replay.closed_loop(self._client, jobs, _CONCURRENCY, advance)
-
-
-def _must_succeed(answers: Sequence[Answer]) -> None:
-    check = checks.all_succeeded("", answers)
-    if not check.passed:
-        raise DemoError(check.seen)
-
-
-def _full_tokens(job: Job) -> int:
-    """Prompt tokens in full blocks: what a warm prompt reuses."""
-    return BLOCK_TOKENS * len(ideal.full_blocks(job.prompt))
 
 
 def _private_prompts(requests: Sequence[SliceRequest]) -> list[tuple[int, ...]]:

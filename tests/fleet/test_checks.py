@@ -47,8 +47,8 @@ RECEIPT = {
     "new_epoch": 2,
     "audit_head": "ff",
     "acknowledgements": [
-        {"holder_kind": "router", "waited_out": False},
-        {"holder_kind": "node", "waited_out": False},
+        {"holder_kind": "router", "holder_id": "r.1f", "waited_out": False},
+        {"holder_kind": "node", "holder_id": "n1.2f", "waited_out": False},
     ],
 }
 
@@ -58,6 +58,14 @@ def _tampered(**changes: object) -> list[Answer]:
 
 
 Case = tuple[Callable[..., Check], Sequence[object], Sequence[object]]
+TOLD_BY_PEER: dict[str, Any] = {"node": {"peer_blocks": 2}}
+NO_MISS: dict[str, Any] = {"reason": "none", "first_missing_token": None}
+TOLD_OF_LOSS: dict[str, Any] = {
+    "engine": "engine-0",
+    "miss": {"reason": "absent", "first_missing_token": 0},
+    "left_out": {"http://127.0.0.1:1": "tried before"},
+}
+
 CASES: dict[str, Case] = {
     "a failed request": (checks.all_succeeded, (GOOD,), (_tampered(status=502),)),
     "an answer cut short": (checks.all_succeeded, (GOOD,), (_tampered(completion_tokens=0),)),
@@ -129,6 +137,36 @@ CASES: dict[str, Case] = {
         (TOLD | {"miss": {"reason": "absent", "first_missing_token": 16}}, 16),
     ),
     "a miss at another place": (checks.miss_is_explained, (TOLD, 16), (TOLD, 0)),
+    "a receipt without one of the nodes": (
+        checks.receipt_is_complete,
+        (RECEIPT, ["router"], ["n1"]),
+        (RECEIPT, ["router"], ["n1", "n2"]),
+    ),
+    "nothing of another machine": (
+        checks.came_from_other_machines,
+        ([TOLD_BY_PEER], [AuditLine("load", "cc", 0, 0, "01")]),
+        ([TOLD_BY_PEER | {"node": {"peer_blocks": 0}}], [AuditLine("load", "cc", 0, 0, "01")]),
+    ),
+    "promised, but stored here": (
+        checks.came_from_other_machines,
+        ([TOLD_BY_PEER], [AuditLine("load", "cc", 0, 0, "01")]),
+        ([TOLD_BY_PEER], LINES),
+    ),
+    "an answer of the machine that is gone": (
+        checks.answered_without_machine,
+        (_answer(0), TOLD_OF_LOSS, "engine-1", _answer(0)),
+        (_answer(0), TOLD_OF_LOSS, "engine-0", _answer(0)),
+    ),
+    "another answer without the machine": (
+        checks.answered_without_machine,
+        (_answer(0), TOLD_OF_LOSS, "engine-1", _answer(0)),
+        (_answer(0, token_ids=(100, 102)), TOLD_OF_LOSS, "engine-1", _answer(0)),
+    ),
+    "a loss that is not explained": (
+        checks.answered_without_machine,
+        (_answer(0), TOLD_OF_LOSS, "engine-1", _answer(0)),
+        (_answer(0), TOLD_OF_LOSS | {"miss": NO_MISS}, "engine-1", _answer(0)),
+    ),
     "a receipt of no change": (
         checks.receipt_is_complete,
         (RECEIPT, ["router"]),
