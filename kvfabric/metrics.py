@@ -109,6 +109,12 @@ NODE_METRICS: tuple[Metric, ...] = (
         "Blocks to and from other nodes, bytes of them, and refusals, by what",
         "result",
     ),
+    _counter(
+        "prefetches",
+        "Routers' hints by what became of them (used, unused, refused; early: the engine was faster), and "
+        "the blocks that they brought",
+        "result",
+    ),
     _counter("blocks_matched", "Blocks that lookups found", "tier"),
     _counter("misses", "Blocks that lookups did not find, by the reason of the first", "reason"),
     _counter("blocks_stored", "Blocks that became ready in the host tier"),

@@ -82,6 +82,8 @@ class AdminServer:
         pb_grpc.add_KeyringServiceServicer_to_server(keys, server)  # type: ignore[no-untyped-call]
         if self._sources.sender is not None:
             pb_grpc.add_NodeTransferServicer_to_server(self._sources.sender, server)  # type: ignore[no-untyped-call]
+        if self._sources.prefetches is not None:
+            pb_grpc.add_NodeHintsServicer_to_server(self._sources.prefetches, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         bind_private(server, self.path)
         if self._tcp is not None:

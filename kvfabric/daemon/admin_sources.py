@@ -16,6 +16,7 @@ from kvfabric.store.scrub import ScrubReport
 from kvfabric.types import TierName
 
 if TYPE_CHECKING:
+    from kvfabric.daemon.prefetching import Prefetches
     from kvfabric.daemon.sending import Sender
     from kvfabric.registry.fleet_keys import FleetKeys
 
@@ -44,3 +45,4 @@ class AdminSources:
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
     lookups: Lookups = field(default_factory=Lookups)
     sender: Sender | None = None
+    prefetches: Prefetches | None = None

@@ -53,6 +53,7 @@ from kvfabric.types import (
 
 if TYPE_CHECKING:
     from kvfabric.daemon.fetching import Fetches
+    from kvfabric.daemon.prefetching import Prefetches
 
 
 class EngineEventSink(Protocol):
@@ -76,6 +77,8 @@ class Services:
     """A session says what its HBM let go of, and is told what to."""
     fetches: Fetches | None = None
     """Blocks from other nodes; None where they exchange none, and until they can."""
+    prefetches: Prefetches | None = None
+    """What routers have brought in ahead; None where nobody asks for it."""
     key_unknown: Callable[[], None] = lambda: None
     """Called when a request names a tenant or is signed with a key that is not here."""
 
@@ -93,7 +96,7 @@ def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
     """Verify the handle and open the request. Raises BadHandle, Fenced, UnknownTenant."""
     services, session = caller.services, caller.session
     terms = _terms_of(caller, message) if message.handle else _default_terms(caller)
-    given = granted(services, terms, _weights_of(session))
+    given = granted(services, terms, weights_of(session))
     services.store.open_request(session.id, message.request_id, given.grant)
     if terms.told_id:
         services.lookups.opened(session.id, message.request_id, terms.told_id, terms.tenant)
@@ -112,7 +115,7 @@ def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
     )
 
 
-def _weights_of(session: Session) -> Weights:
+def weights_of(session: Session) -> Weights:
     hello = session.hello
     return Weights(
         hello.model_revision,
@@ -125,9 +128,18 @@ def _weights_of(session: Session) -> Weights:
 
 def match(caller: Caller, message: Match) -> Matched:
     _check_keys(message.keys)
-    matched = caller.services.store.match(caller.session.id, message.request_id, message.keys)
-    caller.services.lookups.matched(
-        caller.session.id,
+    services, session = caller.services, caller.session
+    if services.prefetches is not None:
+        services.prefetches.taken(session.id, message.request_id)
+    matched = services.store.match(session.id, message.request_id, message.keys)
+    if (
+        matched.reason == MissReason.LEASE_BUDGET
+        and services.prefetches is not None
+        and services.prefetches.let_go()
+    ):
+        matched = services.store.match(session.id, message.request_id, message.keys)
+    services.lookups.matched(
+        session.id,
         message.request_id,
         len(message.keys) // KEY_BYTES,
         matched.tiers,
@@ -262,6 +274,12 @@ def _terms_of(caller: Caller, message: OpenHandle) -> Terms:
     # Engines decorate the id that the router gave a request (vLLM: `cmpl-ID-0`); none invents another.
     if opened.request_id not in message.request_id:
         raise BadHandle("handle was made for another request")
+    return terms_for(services, session, opened)
+
+
+def terms_for(services: Services, session: Session, opened: handles.Handle) -> Terms:
+    """Of a genuine handle made for `session`. Raises BadHandle for another model or layout than the
+    session's, Fenced for what has changed since."""
     hello = session.hello
     if opened.model_revision != hello.model_revision:
         raise BadHandle(f"handle for model {opened.model_revision}, not {hello.model_revision}")

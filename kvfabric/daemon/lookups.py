@@ -46,6 +46,10 @@ class Lookups:
         if len(self._opened) > self._max_kept:
             self._opened.popitem(last=False)
 
+    def told(self, session: bytes, request_id: str) -> tuple[str, TenantId]:
+        """What its router called this request, and whose it is; empty for one without a handle."""
+        return self._opened.get((session, request_id), ("", TenantId("")))
+
     def refused(self, told_id: str, tenant: TenantId, reason: MissReason) -> None:
         """Its handle was genuine and does not count any more."""
         self._keep(told_id, Lookup(tenant, 0, 0, 0, 0, reason))
@@ -54,7 +58,7 @@ class Lookups:
         self, session: bytes, request_id: str, num_asked: int, tiers: bytes, reason: str
     ) -> None:
         """Of several lookups of one request the first counts: later ones renew leases."""
-        told_id, tenant = self._opened.get((session, request_id), ("", TenantId("")))
+        told_id, tenant = self.told(session, request_id)
         if not told_id or told_id in self._answers:
             return
         host, ssd, peer = (tiers.count(tier) for tier in range(3))  # as `Matched.tiers` has them

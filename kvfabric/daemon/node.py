@@ -30,6 +30,7 @@ from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.peers import TcpListener, check_free, tcp_listener
+from kvfabric.daemon.prefetching import Prefetches
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.stall import StallProbe
@@ -95,6 +96,7 @@ class Node:
         self.lookups = Lookups()
         self.ssd: SegmentTier | None = None
         self.transfers: Transfers | None = None
+        self.prefetches: Prefetches | None = None
         # Of what these tiers need to be there at all; once there, SSD has breakers of its own.
         self.host_breaker = Breaker("the host tier", time.monotonic)
         self.ssd_breaker = Breaker("the SSD tier", time.monotonic)
@@ -187,6 +189,7 @@ class Node:
         self.probe = stack.enter_context(StallProbe(_STALL_PROBE_S))
         stack.push_async_callback(self.store.seal)  # after the engines' socket is closed, below
         await self._start_transfers(stack)
+        await self._start_prefetches(stack)
         await stack.enter_async_context(self.engines)
         stack.push_async_callback(self._close_front)
         await (self._open_front() if estate is None else self._return_to_front())
@@ -204,6 +207,8 @@ class Node:
         yield garbage.collect(self.store.turns.wait)
         yield self.withdrawals.run()
         yield self.auditor.run()
+        if self.prefetches is not None:
+            yield self.prefetches.follow(self.registry)
         if self.fleet_keys is not None:
             yield self.fleet_keys.run()
 
@@ -353,6 +358,15 @@ class Node:
         )
         self.engines.services.fetches = self.transfers.fetches
 
+    async def _start_prefetches(self, stack: contextlib.AsyncExitStack) -> None:
+        """Where there is anything to bring blocks from."""
+        if not self.config.ssd_bytes and self.transfers is None:
+            return
+        services = self.engines.services
+        self.prefetches = services.prefetches = await stack.enter_async_context(
+            Prefetches(services, self.sessions, host_bytes=self.config.host_bytes)
+        )
+
     def _make_admin(self) -> AdminServer:
         sources = AdminSources(
             registry=self.registry,
@@ -367,6 +381,7 @@ class Node:
             scrub=self.store.scrub_all,
             lookups=self.lookups,
             sender=None if self.transfers is None else self.transfers.sender,
+            prefetches=self.prefetches,
         )
         return AdminServer(
             self.config.admin_socket_path,
@@ -526,6 +541,8 @@ class Node:
         await self._changing.acquire()
         self._is_frozen = True
         await self._close_front()
+        if self.prefetches is not None:
+            await self.prefetches.pause()
         if self.transfers is not None:
             await self.transfers.pause()
         await self.engines.freeze()
@@ -534,6 +551,8 @@ class Node:
     async def thaw(self) -> None:
         if self.transfers is not None:
             self.transfers.resume()
+        if self.prefetches is not None:
+            self.prefetches.resume()
         self.store.thaw()
         self.engines.thaw()
         if self._is_frozen:

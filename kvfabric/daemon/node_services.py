@@ -32,6 +32,7 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
             clock=time.time(),
             models=self._sources.models.own(),
             stale_serves=events.stale_serves,
+            takes_hints=self._sources.prefetches is not None,
         )
 
     @unary

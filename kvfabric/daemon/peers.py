@@ -23,6 +23,7 @@ _ALLOWED = {
     "admin": ("/",),
     "router": (
         "/kvfabric.v1.NodeEvents/",
+        "/kvfabric.v1.NodeHints/",
         "/kvfabric.v1.RegistryService/Watch",
         "/kvfabric.v1.RegistryService/RenewLease",
         _SECRETS,

@@ -194,6 +194,11 @@ class Sessions:
     def live(self) -> list[Session]:
         return [session for session in self._sessions.values() if session.num_open]
 
+    def find_live(self, name: bytes) -> Session | None:
+        """None for one whose rights ended, or that never was."""
+        session = self._sessions.get(SessionId(name))
+        return session if session is not None and session.num_open else None
+
     def processes(self) -> set[ProcessId]:
         """Every process that may have the arena mapped."""
         return {

@@ -48,9 +48,7 @@ def node_samples(node: Node) -> Iterator[Sample | Distribution]:
     )
     for name, value in values:
         yield Sample(_PREFIX + name, value)
-    if node.transfers is not None:
-        for result, count in node.transfers.counts():
-            yield Sample(_PREFIX + "transfers", count, (result,))
+    yield from _moving_samples(node)
     if node.ssd is not None:
         yield from _ssd_samples(node.ssd.statistics())
     for result, count in counts.requests.items():
@@ -60,6 +58,15 @@ def node_samples(node: Node) -> Iterator[Sample | Distribution]:
     for result, count in node.auditor.results.items():
         yield Sample(_PREFIX + "audit_probes", count, (result,))
     yield Distribution(_PREFIX + "withdrawal_visible_seconds", node.auditor.visible_s)
+
+
+def _moving_samples(node: Node) -> Iterator[Sample]:
+    if node.transfers is not None:
+        for result, count in node.transfers.counts():
+            yield Sample(_PREFIX + "transfers", count, (result,))
+    if node.prefetches is not None:
+        for result, count in node.prefetches.counts.items():
+            yield Sample(_PREFIX + "prefetches", count, (result,))
 
 
 def _lacking(node: Node) -> list[str]:

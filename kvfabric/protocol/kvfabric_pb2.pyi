@@ -34,7 +34,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves", "models")
+    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves", "models", "takes_hints")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class NodeDescription(_message.Message):
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     STALE_SERVES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_HINTS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
@@ -51,7 +52,30 @@ class NodeDescription(_message.Message):
     clock: float
     stale_serves: int
     models: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    takes_hints: bool
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., takes_hints: _Optional[bool] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("hints",)
+    HINTS_FIELD_NUMBER: _ClassVar[int]
+    hints: _containers.RepeatedCompositeFieldContainer[PrefetchHint]
+    def __init__(self, hints: _Optional[_Iterable[_Union[PrefetchHint, _Mapping]]] = ...) -> None: ...
+
+class PrefetchHint(_message.Message):
+    __slots__ = ("handle", "keys")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    handle: str
+    keys: bytes
+    def __init__(self, handle: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class Prefetched(_message.Message):
+    __slots__ = ("num_begun", "num_refused")
+    NUM_BEGUN_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    num_begun: int
+    num_refused: int
+    def __init__(self, num_begun: _Optional[int] = ..., num_refused: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "revision", "adapter")

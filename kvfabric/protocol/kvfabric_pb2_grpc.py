@@ -234,6 +234,82 @@ class NodeEvents:
             _registered_method=True)
 
 
+class NodeHintsStub:
+    """What a router expects an engine of the node to ask for in a moment. Never needed for correctness.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Prefetch = channel.unary_unary(
+                '/kvfabric.v1.NodeHints/Prefetch',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.PrefetchRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Prefetched.FromString,
+                _registered_method=True)
+
+
+class NodeHintsServicer:
+    """What a router expects an engine of the node to ask for in a moment. Never needed for correctness.
+    """
+
+    def Prefetch(self, request, context):
+        """Begin to bring blocks of these requests into the host tier. Answered when they are judged, not when they are there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_NodeHintsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.PrefetchRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Prefetched.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'kvfabric.v1.NodeHints', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('kvfabric.v1.NodeHints', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class NodeHints:
+    """What a router expects an engine of the node to ask for in a moment. Never needed for correctness.
+    """
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeHints/Prefetch',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.PrefetchRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Prefetched.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class RegistryServiceStub:
     """Epochs, tenants and templates, and the lease on them.
     """

@@ -240,7 +240,7 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
         )
 
     links = Links(link, config.node_targets)
-    desk = LocalDesk(planner, fleet, registry, metrics)
+    desk = LocalDesk(planner, fleet, registry, metrics, links.hint)
     proxy = Proxy(desk, http=http, timeout_s=config.request_timeout_s)
     rates = RequestRates(time.monotonic)
     router = Router(

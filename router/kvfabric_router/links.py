@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from kvfabric.types import NodeId, TenantId
 from kvfabric_router.diagnosis import NodeSight
+from kvfabric_router.hints import Hint
 from kvfabric_router.nodes import NodeLink, Told
 
 LOOK_EVERY_S = 0.5
@@ -44,6 +45,13 @@ class Links:
             )
             for link, _ in self._links.values()
         ]
+
+    def hint(self, hint: Hint) -> None:
+        """To the node that it is for, if there is a link to it."""
+        for link, _ in self._links.values():
+            if link.node_id == hint.node_id:
+                link.hint(hint)
+                return
 
     async def lookup(self, node: NodeId | None, request_id: str, tenant: TenantId) -> Told | None:
         """What a node answered to the lookup of a tenant's request; None if nobody can tell."""

@@ -16,6 +16,7 @@ from kvfabric_router.desk import Fault, unless
 from kvfabric_router.dispatch import Call, Plan, Planner
 from kvfabric_router.fleet import Fleet, ProbeReport
 from kvfabric_router.flight import Flight
+from kvfabric_router.hints import Hint, hint_of
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.registry_view import RegistryView
 
@@ -23,12 +24,18 @@ _log = logging.getLogger(__name__)
 
 
 class LocalDesk:
-    """The desk of the process that decides."""
+    """The desk of the process that decides. `hint`: told of what a node should begin to bring."""
 
     def __init__(
-        self, planner: Planner, fleet: Fleet, registry: RegistryView, metrics: RouterMetrics
+        self,
+        planner: Planner,
+        fleet: Fleet,
+        registry: RegistryView,
+        metrics: RouterMetrics,
+        hint: Callable[[Hint], None] = lambda _hint: None,
     ) -> None:
         self.fleet = fleet
+        self.hint = hint
         self.registry = registry
         self.metrics = metrics
         self.admission = Admission[LocalAttempt](
@@ -68,6 +75,8 @@ class LocalAttempt:
         self._call.tried.add(self.endpoint)
         self.flight.__enter__()
         self._sent = self._sending.__enter__()
+        if (hint := hint_of(self.plan)) is not None:
+            self._desk.hint(hint)
         return self
 
     def abandon(self) -> None:

@@ -82,6 +82,9 @@ class RouterMetrics:
             "template_requests", "Requests that use a registered template.", "template", "result"
         )
         self.index_gaps = self._counter("index_snapshots", "Snapshots of nodes.", "result")
+        self.hints = self._counter(
+            "prefetch_hints", "Hints to nodes: begun, refused, dropped or failed.", "result"
+        )
         self.first_byte = Histogram(
             "kvfabric_router_first_byte_seconds",
             "From the request's arrival to the first byte of the answer.",

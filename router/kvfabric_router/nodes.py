@@ -1,8 +1,8 @@
 """Links to the nodes: one task for each, over gRPC.
 
-A link keeps three things current: what the node holds (`FleetIndex`), which engine sessions it serves
-(`Fleet`) and, where no directory is used, for the first node of the list the registry's state and the lease
-on it (`RegistryView`).
+A link passes hints on, and keeps three things current: what the node holds (`FleetIndex`), which engine
+sessions it serves (`Fleet`) and, where no directory is used, for the first node of the list the registry's
+state and the lease on it (`RegistryView`).
 A broken link is opened again with growing, jittered pauses; until then the node counts as holding nothing.
 """
 
@@ -13,6 +13,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +28,18 @@ from kvfabric.registry.lease import RENEW_EVERY_S
 from kvfabric.registry.wire import state_from_pb
 from kvfabric.tls import Security, diagnose, open_channel
 from kvfabric.types import MissReason, NodeId, TenantId
+from kvfabric_router import hints
 from kvfabric_router.fleet import Fleet, SessionReport
+from kvfabric_router.hints import Hint
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.registry_view import RegistryView
 
 HOLDER_KIND = "router"
 CALL_TIMEOUT_S = 2.0
+HINT_TIMEOUT_S = 0.25
+MAX_HINTS = 32
+"""On their way to one node; what comes beyond is not hinted at. Late hints are worth nothing."""
 PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
 DISTRUST_PAUSE_S = 30.0
 # A channel of its own for each attempt: otherwise gRPC shares its own, longer back-off between them.
@@ -98,6 +104,9 @@ class NodeLink:
         self._snapshot_needed = asyncio.Event()
         self._told = ""
         self._events: Any = None
+        self._hints: deque[Hint] = deque()
+        self._hinted = asyncio.Event()
+        self._takes_hints = False
         self.connected = False
         self.is_settled = False
         """What the node holds was learned once, or it was asked in vain."""
@@ -149,6 +158,8 @@ class NodeLink:
         feed = NodeFeed(self._index, self._node_id)
         self._fleet.announce(self._node_id, map(session_report, description.engines))
         self._events = events
+        self._takes_hints = description.takes_hints
+        self._hints.clear()
         self.connected = True
         self._snapshot_needed.clear()
         try:
@@ -156,6 +167,7 @@ class NodeLink:
                 group.create_task(self._watch(events, feed))
                 group.create_task(self._take_snapshots(events, feed))
                 group.create_task(self._watch_trust(feed))
+                group.create_task(self._send_hints(pb_grpc.NodeHintsStub(channel)))  # type: ignore[no-untyped-call]
                 if self._registry is not None:
                     registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
                     group.create_task(self._watch_registry(registry, self._registry))
@@ -188,6 +200,36 @@ class NodeLink:
             found.num_peer,
             MissReason(found.reason),
         )
+
+    # ------------------------------------------------------------------ hints
+
+    def hint(self, hint: Hint) -> None:
+        """Have the node begin to bring these blocks. Returns at once, and nothing waits for it."""
+        if not self.connected or not self._takes_hints:
+            return
+        if len(self._hints) >= MAX_HINTS:
+            self._metrics.hints.labels(result="dropped").inc()
+            return
+        self._hints.append(hint)
+        self._hinted.set()
+
+    async def _send_hints(self, stub: Any) -> None:
+        """All that gathered while the last ones were on their way go together."""
+        while True:
+            await self._hinted.wait()
+            self._hinted.clear()
+            for some in hints.messages(self._hints):
+                said = [pb.PrefetchHint(handle=hint.handle, keys=hint.keys) for hint in some]
+                try:
+                    request = pb.PrefetchRequest(hints=said)
+                    reply = await stub.Prefetch(request, timeout=HINT_TIMEOUT_S)
+                except grpc.aio.AioRpcError as exc:
+                    # A link that broke ends by its event stream; a busy node is left alone.
+                    _log.debug("node %s: hints lost: %s", self.target, exc.code().name)
+                    self._metrics.hints.labels(result="failed").inc(len(some))
+                else:
+                    self._metrics.hints.labels(result="begun").inc(reply.num_begun)
+                    self._metrics.hints.labels(result="refused").inc(reply.num_refused)
 
     # ------------------------------------------------------------------ events
 

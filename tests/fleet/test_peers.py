@@ -11,8 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.state import RegistryState
 from kvfabric.testing.engine import DEADLINE_S, TinyEngine, tiny_hello, wrong_blocks
 from kvfabric.testing.minting import Minter
@@ -136,6 +139,32 @@ def test_blocks_come_from_the_node_that_a_handle_names(
     assert len(fetched(pair, second, num_blocks)[1]) == num_blocks
     assert pair.b.metrics()['blocks_matched_total{tier="host"}'] == num_blocks
     wait(lambda: not pair.a.metrics()["leased_bytes"])
+
+
+def test_a_hint_has_them_fetched_before_the_engine_asks(pair: Pair) -> None:
+    num_blocks = 12
+    stored(pair, num_blocks, LARGE)
+    second = pair.engine(pair.b, LARGE)
+    keys = second.open("early", "p", num_blocks, pair.handle(second, "early"))
+    second.release("early")
+    with grpc.insecure_channel(f"unix:{pair.b.state_dir}/admin.sock") as channel:
+        hints = pb_grpc.NodeHintsStub(channel)  # type: ignore[no-untyped-call]
+        until, number = time.monotonic() + DEADLINE_S, 0
+        while pair.b.metrics().get('transfers_total{result="fetched_blocks"}', 0) < num_blocks:
+            assert time.monotonic() < until, pair.told()  # a late answer of the peer is given up
+            number += 1
+            hint = pb.PrefetchHint(handle=pair.handle(second, f"get{number}"), keys=b"".join(keys))
+            reply = hints.Prefetch(pb.PrefetchRequest(hints=[hint]))
+            assert reply.num_begun == 1
+            time.sleep(0.5)
+    keys = second.open("get", "p", num_blocks, pair.handle(second, "get"))
+    matched = second.client.match("get", keys, deadline_s=DEADLINE_S)
+    assert list(matched.tiers) == [0] * num_blocks
+    found = second.load("get", keys)
+    assert (len(found), wrong_blocks(keys, found)) == (num_blocks, 0)
+    second.release("get")
+    wait(lambda: not pair.a.metrics()["leased_bytes"])
+    wait(lambda: not pair.b.metrics()["leased_bytes"])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
