@@ -1,14 +1,16 @@
-"""Two gates over every test: nothing leaks out of a module, and CI skips nothing silently."""
+"""Over every test: nothing leaks out of a module, CI skips nothing silently, and timings run alone."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import fnmatch
 import gc
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,26 +49,22 @@ def unlisted_skips(skipped: dict[str, str]) -> dict[str, str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_skipped] = {}
+    config.pluginmanager.register(_SkipsSeen(config))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.skipped and not hasattr(report, "wasxfail"):
-        item.config.stash[_skipped][item.nodeid] = _why(report.longrepr)
-    return report
+class _SkipsSeen:
+    """Reports reach this wherever they were made: with several worker processes, from all of them."""
 
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    if report.skipped:
-        collector.config.stash[_skipped][collector.nodeid] = _why(report.longrepr)
-    return report
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._config.stash[_skipped][report.nodeid] = _why(report.longrepr)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._config.stash[_skipped][report.nodeid] = _why(report.longrepr)
 
 
 def _why(longrepr: object) -> str:
@@ -90,6 +88,34 @@ def pytest_terminal_summary(
         terminalreporter.section("skipped without a line in tests/SKIPS", red=True)
     for test, why in unlisted.items():
         terminalreporter.line(f"{test}: {why}")
+
+
+# --- what measures times runs alone, while other worker processes wait ---
+
+
+@contextlib.contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    with path.open() as file:
+        fcntl.flock(file, kind)
+        try:
+            yield
+        finally:
+            # Closing is not enough: a forked child has it open too.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if not hasattr(item.config, "workerinput"):
+        return (yield)  # one process runs everything
+    machine, gate = Path(__file__), SKIPS  # any two files will do
+    if item.get_closest_marker("alone"):
+        with _locked(gate, fcntl.LOCK_EX), _locked(machine, fcntl.LOCK_EX):
+            return (yield)
+    with _locked(gate, fcntl.LOCK_SH):
+        pass  # who wants the machine for itself goes first
+    with _locked(machine, fcntl.LOCK_SH):
+        return (yield)
 
 
 # --- what a module may leave behind: no descriptor, no thread ---

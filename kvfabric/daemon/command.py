@@ -42,6 +42,7 @@ def _run(args: argparse.Namespace) -> int:
 
 async def _serve(config: NodeConfig, *, takeover: bool) -> None:
     from kvfabric.daemon.node import Node
+    from kvfabric.supervisor import notify
 
     node = Node(config, takeover=takeover)
     loop = asyncio.get_running_loop()
@@ -54,6 +55,7 @@ async def _serve(config: NodeConfig, *, takeover: bool) -> None:
             file=sys.stderr,
             flush=True,
         )
+        notify("READY=1")
         await node.ended.wait()
 
 

@@ -61,6 +61,7 @@ from kvfabric.errors import (
 )
 from kvfabric.failpoints import failpoint
 from kvfabric.protocol import descriptors
+from kvfabric.supervisor import notify
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,11 @@ class TakeoverServer:
             reason,
         )
         await _send_with_pidfd(channel, Refused(reason, ends=True))
+        self._end_in_favour_of(peer)
+
+    def _end_in_favour_of(self, peer: Process) -> None:
+        """Before this process ends its service manager must know which one to watch."""
+        notify(f"MAINPID={peer.id.pid}")
         self._node.end()
 
     async def _at_rest(self, channel: Channel, peer: Process) -> None:
@@ -190,6 +196,7 @@ class TakeoverServer:
         finally:
             if self._abandoned:
                 log.info("process %d serves now", peer.id.pid)
+                notify(f"MAINPID={peer.id.pid}")
                 self._node.hand_over()
             else:
                 await self._node.thaw()
@@ -205,7 +212,7 @@ class TakeoverServer:
             raise
         if isinstance(answer, Unusable):
             log.warning("the successor cannot use it: %s. This node stops", answer.reason)
-            self._node.end()
+            self._end_in_favour_of(peer)
             return False
         failpoint("takeover.agreed")
         await channel.send(Go())

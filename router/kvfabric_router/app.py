@@ -27,6 +27,7 @@ from kvfabric.errors import ConfigError
 from kvfabric.events.index import FleetIndex
 from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.state import Tenant
+from kvfabric.supervisor import notify
 from kvfabric.tls import Security
 from kvfabric_router import api, diagnosis, front
 from kvfabric_router.api import ApiError
@@ -332,4 +333,5 @@ async def serve_until_stopped(config: RouterConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     async with running(config) as router:
         print(f"kvfabric router ready: {router.url}", file=sys.stderr, flush=True)
+        notify("READY=1")
         await stop.wait()
