@@ -97,7 +97,9 @@ class Bench:
             if located.num_blocks == num_blocks:
                 return took
             self.num_missed += 1  # the peer did not answer at once, and is not waited for
-        raise RuntimeError(f"{num_blocks} blocks did not come: {located}")
+        raise RuntimeError(
+            f"{num_blocks} blocks did not come: {located.num_blocks}, {located.reason}"
+        )
 
     def _handle(self, engine: TinyEngine, request: str) -> str:
         return self._minter.handle(engine, request, RegistryState(), tenant=DEFAULT_TENANT)

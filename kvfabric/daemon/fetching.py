@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -34,10 +35,12 @@ from kvfabric.errors import (
 from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
-from kvfabric.store.copying import checksum
+from kvfabric.store.copying import batch_bounds, checksum
 from kvfabric.store.store import BlockStore
-from kvfabric.tiers.arena import Slots
+from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
 from kvfabric.tls import Security, open_channel
+from kvfabric.transfer.flow import Buffers, Flow
+from kvfabric.transfer.packing import cut, messages_of, parts_per_message, scatter
 from kvfabric.transfer.ucx import Link, Message, Transport
 from kvfabric.types import KEY_BYTES, GrantState, SessionId
 
@@ -47,12 +50,10 @@ ANSWER_S = 0.05
 """A peer that takes longer to say what it holds is not worth waiting for."""
 FETCH_S = 5.0
 """Blocks that are not there after this are computed; see also `sending.SEND_S`."""
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20
 IN_FLIGHT_BYTES = 256 << 20
-PACK_BELOW_BYTES = 256 << 10
-PACKED_BYTES = 2 << 20
-"""Parts smaller than `PACK_BELOW_BYTES` travel together, in messages of about this size: a message costs
-20 us and more, whatever its size."""
+BUFFER_BYTES = 128 << 20
+VERIFY_THREADS = 2
 MAX_REQUESTS = 4096
 MAX_CHUNK_BLOCKS = 256
 
@@ -93,6 +94,10 @@ class _Chunk:
     shard: int
     part_bytes: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.count * self.part_bytes
+
 
 class Fetches:
     """An async context manager: leaving aborts what is on its way.
@@ -117,7 +122,8 @@ class Fetches:
         self._fetch_s = fetch_s
         self._hints: OrderedDict[tuple[SessionId, str], _Hint] = OrderedDict()
         self._channels: dict[str, Any] = {}
-        self._room = asyncio.Semaphore(IN_FLIGHT_BYTES // CHUNK_BYTES)
+        self._flow = Flow(IN_FLIGHT_BYTES)
+        self._buffers = Buffers(BUFFER_BYTES)
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_paused = False
@@ -287,7 +293,7 @@ class Fetches:
             log.warning("%d blocks did not come from a peer: %s", chunk.count, exc)
         else:
             self.counts["fetched_blocks" if stored else "unwanted_blocks"] += chunk.count
-            self.counts["fetched_bytes"] += chunk.count * chunk.part_bytes if stored else 0
+            self.counts["fetched_bytes"] += chunk.num_bytes if stored else 0
             if not stored:
                 log.debug("%d blocks that came are not kept: %s", chunk.count, reason)
         finally:
@@ -299,17 +305,17 @@ class Fetches:
         """Have the chunk sent into `slots`, and verify it. Raises KVFabricError, AioRpcError. However it
         ends, UCX has let go of the slots."""
         try:
-            async with self._room, asyncio.timeout(self._fetch_s):
+            async with asyncio.timeout(self._fetch_s), self._flow.room(chunk.num_bytes):
                 return await self._sent(peer, chunk, slots)
         except TimeoutError as exc:
             raise DeadlineExceeded(f"{chunk.count} blocks, {self._fetch_s:g} s") from exc
 
     async def _sent(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
-        together = 1
-        if chunk.part_bytes < PACK_BELOW_BYTES:
-            together = max(1, PACKED_BYTES // chunk.part_bytes)
-        num_messages = -(-chunk.count // together)
-        tags = [secrets.randbits(64) for _ in range(num_messages)]
+        size, together = chunk.part_bytes, parts_per_message(chunk.part_bytes)
+        offsets = (slots.first_pages.astype(np.int64) * PAGE_BYTES).tolist()
+        arena = self._store.arena_memory()
+        messages = messages_of(arena, offsets, size, together)
+        tags = [secrets.randbits(64) for _ in messages]
         sent: pb.Sent = await peer.stub.Send(
             pb.SendRequest(
                 hold=peer.hold,
@@ -323,20 +329,27 @@ class Fetches:
         )
         if not sent.there:
             raise PeerClosed(f"the peer does not have it any more: {sent.reason}")
-        if sent.part_bytes != chunk.part_bytes or len(sent.checksums) != 16 * chunk.count:
+        if sent.part_bytes != size or len(sent.checksums) != 16 * chunk.count:
             raise CorruptBlock(f"a peer sends parts of {sent.part_bytes} B")
-        parts = [
-            self._store.part_memory(page, chunk.part_bytes) for page in slots.first_pages.tolist()
-        ]
-        if together == 1:
-            await self._arrived(peer, [Message(b, t) for b, t in zip(parts, tags, strict=True)])
-            return await self._store.in_pool(partial(_verified, parts, sent.checksums))
-        size = chunk.part_bytes
-        packed = memoryview(bytearray(size * chunk.count))
-        step = size * together
-        buffers = [packed[at : at + step] for at in range(0, len(packed), step)]
-        await self._arrived(peer, [Message(b, t) for b, t in zip(buffers, tags, strict=True)])
-        return await self._store.in_pool(partial(_unpacked, packed, parts, sent.checksums))
+        lengths = [sum(map(len, views)) for views in messages]
+        buffered = sum(n for n, views in zip(lengths, messages, strict=True) if len(views) > 1)
+        buffer = await self._buffers.take(buffered) if buffered else memoryview(b"")
+        try:
+            pieces = iter(
+                cut(buffer, (n for n, v in zip(lengths, messages, strict=True) if len(v) > 1))
+            )
+            targets = [views[0] if len(views) == 1 else next(pieces) for views in messages]
+            await self._arrived(peer, [Message(b, t) for b, t in zip(targets, tags, strict=True)])
+            works = []
+            for begin, end in pairwise(batch_bounds(len(messages), lengths[0], VERIFY_THREADS)):
+                sums = sent.checksums[16 * together * begin : 16 * together * end]
+                into = list(zip(targets[begin:end], messages[begin:end], strict=True))
+                works.append(partial(_settled, into, size, sums))
+            _zero_rests(arena, offsets, size)
+            return b"".join(await self._store.in_pool(works))
+        finally:
+            if buffered:
+                self._buffers.give(buffer)
 
     async def _arrived(self, peer: _Peer, messages: list[Message]) -> None:
         """Raises PeerClosed. Cancelled or late, the link is ended, and with it what still comes."""
@@ -365,17 +378,31 @@ async def _quiet(outcome: Callable[[], Any]) -> None:
         return
 
 
+def _settled(
+    messages: Sequence[tuple[memoryview, Sequence[memoryview]]], part_bytes: int, checksums: bytes
+) -> bytes:
+    """Messages, each (where it came, where it belongs): to their places, and what lies there verified.
+    Raises CorruptBlock."""
+    parts: list[memoryview] = []
+    for came, views in messages:
+        if len(views) > 1:
+            scatter(came, views)
+        for view in views:
+            parts += cut(view, [part_bytes] * (len(view) // part_bytes))
+    return _verified(parts, checksums)
+
+
+def _zero_rests(arena: memoryview, offsets: Sequence[int], part_bytes: int) -> None:
+    """What a slot has beyond its part may be another tenant's, and goes to SSD."""
+    rest = slot_bytes(part_bytes) - part_bytes
+    if rest:
+        for offset in offsets:
+            arena[offset + part_bytes : offset + part_bytes + rest] = bytes(rest)
+
+
 def _verified(parts: Sequence[memoryview], checksums: bytes) -> bytes:
     """Raises CorruptBlock."""
     for at, part in enumerate(parts):
         if checksum(part) != checksums[16 * at : 16 * at + 16]:
             raise CorruptBlock(f"part {at} of {len(parts)} that a peer sent does not verify")
     return checksums
-
-
-def _unpacked(packed: memoryview, parts: Sequence[memoryview], checksums: bytes) -> bytes:
-    size = len(parts[0])
-    source = np.frombuffer(packed, dtype=np.uint8)
-    for at, part in enumerate(parts):
-        np.copyto(np.frombuffer(part, dtype=np.uint8), source[at * size : (at + 1) * size])
-    return _verified(parts, checksums)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,12 +30,16 @@ from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.protocol.messages import WireLayout
+from kvfabric.transfer.flow import Buffers
+from kvfabric.transfer.packing import cut, gather, messages_of
 from kvfabric.transfer.ucx import Link, Message, Posted, Transport
 from kvfabric.types import KEY_BYTES, SessionId
 
 MAX_HOLDS = 256
 MAX_SENDING_BYTES = 1 << 30
 """Posted and not completed, for all peers; beyond it a peer is refused and computes."""
+BUFFER_BYTES = 256 << 20
+"""For parts that are not neighbours in the arena and travel together."""
 HOLD_S = 30.0
 SEND_S = 10.0
 """A peer takes what was posted for it within this, or its link is ended."""
@@ -66,6 +71,7 @@ class Sender(pb_grpc.NodeTransferServicer):
         self._transport = transport
         self._holds: dict[bytes, _Hold] = {}
         self._sending_bytes = 0
+        self._buffers = Buffers(BUFFER_BYTES)
         self._is_paused = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -151,14 +157,14 @@ class Sender(pb_grpc.NodeTransferServicer):
         )
         if located.num_blocks < request.num_blocks or hold.is_dropped:
             return pb.Sent(there=False, reason=located.reason)
-        parts = self._parts(located.offsets, located.part_bytes)
-        buffers: list[Any] = parts
-        if together > 1:
-            buffers = await self._packed(request.hold, hold, parts, together)
-        messages = [Message(b, tag) for b, tag in zip(buffers, request.tags, strict=True)]
-        self._post(request.hold, hold, messages, len(parts) * located.part_bytes)
+        size = located.part_bytes
+        views = self._messages(located.offsets, size, together)
+        num_bytes = request.num_blocks * size
+        memory, given_back = await self._in_one_piece(request.hold, hold, views)
+        messages = [Message(b, tag) for b, tag in zip(memory, request.tags, strict=True)]
+        self._post(request.hold, hold, messages, num_bytes, given_back)
         self.counts["sent_blocks"] += request.num_blocks
-        self.counts["sent_bytes"] += len(parts) * located.part_bytes
+        self.counts["sent_bytes"] += num_bytes
         return pb.Sent(there=True, part_bytes=located.part_bytes, checksums=located.checksums)
 
     @unary
@@ -168,25 +174,44 @@ class Sender(pb_grpc.NodeTransferServicer):
 
     # -- in between ----------------------------------------------------------------------------------
 
-    def _parts(self, offsets: bytes, num_bytes: int) -> list[memoryview]:
-        memory = self._services.store.arena_memory()
-        return [memory[at : at + num_bytes] for at in np.frombuffer(offsets, "<u8").tolist()]
+    def _messages(self, offsets: bytes, num_bytes: int, together: int) -> list[list[memoryview]]:
+        starts = np.frombuffer(offsets, "<u8").tolist()
+        return messages_of(self._services.store.arena_memory(), starts, num_bytes, together)
 
-    async def _packed(
-        self, number: bytes, hold: _Hold, parts: list[memoryview], together: int
-    ) -> list[memoryview]:
-        """Parts one after the other, `together` a buffer. The hold is not quiet while they are read; on
-        cancellation they are not read any more."""
+    async def _in_one_piece(
+        self, number: bytes, hold: _Hold, messages: list[list[memoryview]]
+    ) -> tuple[list[memoryview], Callable[[], None]]:
+        """The memory of each message, and what to call when nobody reads it any more. The hold is not quiet
+        while parts are copied; on cancellation they are not read any more."""
+        scattered = [views for views in messages if len(views) > 1]
+        if not scattered:
+            return [view for (view,) in messages], lambda: None
+        sizes = [sum(map(len, views)) for views in scattered]
         hold.num_reading += 1
         try:
-            packed = memoryview(await self._services.store.in_pool(partial(b"".join, parts)))
+            buffer = await self._buffers.take(sum(sizes))
+            try:
+                packed = cut(buffer, sizes)
+                works = [partial(gather, *pair) for pair in zip(scattered, packed, strict=True)]
+                await self._services.store.in_pool(works)
+            except BaseException:
+                self._buffers.give(buffer)
+                raise
         finally:
             hold.num_reading -= 1
             self._settle(number)
-        step = together * len(parts[0])
-        return [packed[at : at + step] for at in range(0, len(packed), step)]
+        gathered = iter(packed)
+        memory = [views[0] if len(views) == 1 else next(gathered) for views in messages]
+        return memory, partial(self._buffers.give, buffer)
 
-    def _post(self, number: bytes, hold: _Hold, messages: list[Message], num_bytes: int) -> None:
+    def _post(
+        self,
+        number: bytes,
+        hold: _Hold,
+        messages: list[Message],
+        num_bytes: int,
+        given_back: Callable[[], None],
+    ) -> None:
         posted = hold.link.send(messages)
         hold.posted.append(posted)
         self._sending_bytes += num_bytes
@@ -194,6 +219,7 @@ class Sender(pb_grpc.NodeTransferServicer):
 
         def ended() -> None:
             timer.cancel()
+            given_back()
             self._sending_bytes -= num_bytes
             self._settle(number)
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from kvfabric.errors import LocalProtocolError, NoSpace, RemoteProtocolError
 from kvfabric.hashing import layout_fingerprint
@@ -72,6 +72,8 @@ __all__ = [
 
 _HOUSE_S = 0.5
 _TOUCH_BYTES = 64 * 1024 * 1024
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,19 +380,13 @@ class BlockStore:
         return await self._writer.receive(session, reservation, fill, deadline_s=deadline_s)
 
     def arena_memory(self) -> memoryview:
-        """The whole arena. Only what is leased may be read there."""
+        """The whole arena. Only what is leased may be read there, only its slots be written by a `fill`."""
         assert self._residency.arena is not None
         return self._residency.arena.view
 
-    async def in_pool(self, work: Callable[[], bytes]) -> bytes:
-        """`work` in the threads that copy and checksum. On cancellation: it has ended."""
-        (result,) = await self._pool.run_all([work])
-        return result
-
-    def part_memory(self, first_page: int, num_bytes: int) -> memoryview:
-        """A slot of the arena, writable, for `fill`."""
-        assert self._residency.arena is not None
-        return self._residency.arena.part(first_page, num_bytes)
+    async def in_pool(self, works: Sequence[Callable[[], T]]) -> list[T]:
+        """In the threads that copy and checksum, side by side. On cancellation: all have ended."""
+        return await self._pool.run_all(works)
 
     def abort(self, session: SessionId, reservation: int) -> None:
         """Give a reservation up, as far as it is not committed. Idempotent."""

@@ -204,8 +204,10 @@ class _Post:
     messages: Sequence[Message]
     is_send: bool
     posted: Posted
+    requests: list[Any] = field(default_factory=list)
+    """UCX's, or why it did not take one."""
     errors: list[str] = field(default_factory=list)
-    left: int = 0
+    """Of those that ended, in order."""
 
 
 class _Progress:
@@ -225,9 +227,8 @@ class _Progress:
         self._context: Any = None
         self._worker: Any = None
         self._next_link = 1
-        self._running: list[tuple[_Post, int, Any]] = []  # vector, its message, UCX's request
+        self._running: list[_Post] = []
         self.address = b""
-        self.num_in_flight = 0
 
     @classmethod
     def start(cls, settings: Settings) -> _Progress:
@@ -254,6 +255,10 @@ class _Progress:
         posted = Posted(len(messages))
         self.submit(_Post(link, messages, is_send, posted))
         return posted
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(len(post.requests) - len(post.errors) for post in [*self._running])
 
     def is_alive(self, link: int) -> bool:
         return link in self._links and link not in self._dead
@@ -377,54 +382,48 @@ class _Progress:
 
     def _post(self, command: _Post) -> None:
         link = None if command.link in self._dead else self._links.get(command.link)
-        command.left = len(command.messages)
-        command.errors = [""] * command.left
-        for number, message in enumerate(command.messages):
+        for message in command.messages:
             if link is None:
-                self._ended(command, number, "the link was ended")
+                command.requests.append("the link was ended")
                 continue
             try:
                 memory = self._array(message.buffer)
                 tag = self._api.UCXXTag(message.tag)
                 ask = link.tag_send if command.is_send else link.tag_recv
-                request = ask(memory, tag)
+                command.requests.append(ask(memory, tag))
             except self._failures as exc:
-                self._ended(command, number, f"UCX did not take it: {exc}")
-                continue
-            self._running.append((command, number, request))
-        if not command.messages:
-            command.posted._ended.set_result(())
-        self.num_in_flight = len(self._running)
+                command.requests.append(f"UCX did not take it: {exc}")
+        self._running.append(command)
 
     def _progress(self) -> None:
         worker = self._worker
         for _ in range(_ROUNDS):
             if not worker.progress_once():
                 break
-        if not self._running:
-            return
-        going = []
-        for running in self._running:
-            command, number, request = running
-            if not request.completed:
-                going.append(running)
-                continue
-            try:
-                request.check_error()
-            except self._failures as exc:
-                self._ended(command, number, f"{type(exc).__name__}: {exc}")
-                if not self._links[command.link].alive:
-                    self._dead.add(command.link)
-            else:
-                self._ended(command, number, "")
-        self._running = going
-        self.num_in_flight = len(going)
+        self._running = [post for post in self._running if not self._has_ended(post)]
 
-    def _ended(self, command: _Post, number: int, error: str) -> None:
-        command.errors[number] = error
-        command.left -= 1
-        if not command.left:
-            command.posted._ended.set_result(tuple(command.errors))
+    def _has_ended(self, post: _Post) -> bool:
+        """In the order of its messages: whoever waits, waits for the last, and what is in between need not
+        be looked at before its turn."""
+        while len(post.errors) < len(post.requests):
+            request = post.requests[len(post.errors)]
+            if isinstance(request, str):
+                post.errors.append(request)
+            elif not request.completed:
+                return False
+            else:
+                post.errors.append(self._error_of(post.link, request))
+        post.posted._ended.set_result(tuple(post.errors))
+        return True
+
+    def _error_of(self, link: int, request: Any) -> str:
+        try:
+            request.check_error()
+        except self._failures as exc:
+            if not self._links[link].alive:
+                self._dead.add(link)
+            return f"{type(exc).__name__}: {exc}"
+        return ""
 
     def _end_link(self, number: int) -> None:
         if number in self._links and number not in self._dead:
@@ -445,7 +444,7 @@ class _Progress:
                 waited += WAKE_S
             if waited > _STOP_S and not told:
                 told = True
-                log.error("UCX still has %d requests in flight after the end", len(self._running))
+                log.error("UCX still has %d requests in flight after the end", self.num_in_flight)
         self._links.clear()
         # ucxx keeps a worker whose links were ended in a transfer until it has been asked for these.
         self._worker.cancel_inflight_requests(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)

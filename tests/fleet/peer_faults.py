@@ -36,21 +36,20 @@ def altered(directory: Path, *changes: str) -> str:
 
 def sends_something_else() -> None:
     """What: the content of the file `fault` in the state directory, looked at whenever something is sent."""
-    parts_of, send = Sender._parts, Link.send
+    messages_of, send = Sender._messages, Link.send
 
-    def parts(self: Sender, offsets: bytes, num_bytes: int) -> list[memoryview]:
-        right = parts_of(self, offsets, num_bytes)
+    def messages(
+        self: Sender, offsets: bytes, num_bytes: int, together: int
+    ) -> list[list[memoryview]]:
+        right = messages_of(self, offsets, num_bytes, together)
         if _fault() != "wrong bytes":
             return right
-        changed = [bytearray(part) for part in right]
-        for part in changed:
-            part[num_bytes // 2] ^= 1
-        return [memoryview(part) for part in changed]
+        return [[_altered(view) for view in views] for views in right]
 
     def changed(self: Link, messages: Sequence[Message]) -> Posted:
         return send(self, [m for one in messages for m in _CHANGES.get(_fault(), _same)(one)])
 
-    Sender._parts = parts  # type: ignore[method-assign]
+    Sender._messages = messages  # type: ignore[method-assign]
     Link.send = changed  # type: ignore[method-assign]
 
 
@@ -58,6 +57,14 @@ def _fault() -> str:
     directory = Path(sys.argv[sys.argv.index("--state-dir") + 1])
     file = directory / "fault"
     return file.read_text() if file.exists() else ""
+
+
+def _altered(view: memoryview) -> memoryview:
+    """A byte of each small part, and of a large one."""
+    changed = bytearray(view)
+    for at in range(len(changed) // 2 % 4096, len(changed), 4096):
+        changed[at] ^= 1
+    return memoryview(changed)
 
 
 def _same(message: Message) -> list[Message]:

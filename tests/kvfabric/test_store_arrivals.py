@@ -11,7 +11,7 @@ import pytest
 from kvfabric.errors import PeerClosed
 from kvfabric.store.copying import checksum
 from kvfabric.testing.store import PART_BYTES, SESSION, StoreRig, make_keys, make_layout, part_bytes
-from kvfabric.tiers.arena import Slots
+from kvfabric.tiers.arena import PAGE_BYTES, Slots
 from kvfabric.types import BlockKey, MissReason, TierName
 
 
@@ -29,7 +29,8 @@ class Sender:
             raise self.error
         sums = []
         for key, page in zip(self._keys, slots.first_pages.tolist(), strict=True):
-            memory = self._rig.store.part_memory(page, PART_BYTES)
+            start = page * PAGE_BYTES
+            memory = self._rig.store.arena_memory()[start : start + PART_BYTES]
             memory[:] = part_bytes(key)
             sums.append(checksum(memory))
         return b"".join(sums)
