@@ -39,7 +39,7 @@ demo: $(STAMP)
 WORKERS ?= 3
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Every test under tests/torture at its full count (hours); what it counts goes into tests/TORTURE.md.
 torture: $(STAMP)

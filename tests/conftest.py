@@ -90,6 +90,19 @@ def pytest_terminal_summary(
         terminalreporter.line(f"{test}: {why}")
 
 
+# --- the order: with several worker processes, none is left with a long file at the end ---
+
+_LONG_FIRST = ("torture", "fleet", "engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        return _LONG_FIRST.index(folder) if folder in _LONG_FIRST else len(_LONG_FIRST)
+
+    items.sort(key=rank)
+
+
 # --- what measures times runs alone, while other worker processes wait ---
 
 

@@ -146,10 +146,11 @@ def test_every_change_is_audited_with_something_live_beside_it(
         status = found.status().audit
         # One more: a version that is registered beside the serving one is out of reach from then on.
         assert (status.num_audits, status.stale_serves, status.alarm) == (7, 0, "")
-        assert status.num_refused == 22
+        # These, and what it asked for again meanwhile: it does so every few seconds.
+        assert status.num_refused >= 22
         metrics = found.node.metrics()
         assert metrics["stale_serves_total"] == 0
-        assert metrics['audit_probes_total{result="passed"}'] == 22
+        assert metrics['audit_probes_total{result="passed"}'] >= 22
         until(lambda: _metric(found, "withdrawal_visible_seconds_count") == 5)
         assert 0 < _metric(found, "withdrawal_visible_seconds_sum") < 5
 

@@ -34,9 +34,9 @@ SCOPE = model_scope("m1")
 PATIENCE_S = 15.0
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only makes these tests long: how long an answer is waited for that does not come."""
+    """For tests in which an answer does not come: how long it is waited for only makes them long."""
     monkeypatch.setattr(module, "FIRST_ANSWER_S", 0.5)
     monkeypatch.setattr(module, "LEAVE_S", 0.3)
     monkeypatch.setattr(store_module, "MIN_TIMEOUT_S", 0.5)
@@ -201,6 +201,7 @@ def beside_its_twin(
 # ---------------------------------------------------------------------- slow
 
 
+@pytest.mark.usefixtures("short_patience")
 @beside_its_twin(RedisRegistry, FromTheAnswer)
 async def test_slow(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     """Answers take two thirds of a lease: it serves on while it may, and nothing stale, to the moment."""
@@ -250,6 +251,7 @@ async def test_restarted_empty_with_its_holders(tmp_path: Path, copies_kept: boo
     server = RedisServer(tmp_path / "redis")
     with server:
         async with holder_at(server.url, tmp_path, "a") as a:
+            await serving(a)
             await a.create_tenant("acme", *[a.state.tenants[next(iter(a.state.tenants))].host] * 2)
             for _ in range(3):
                 await a.invalidate("model", "m1", "", purge=False)
@@ -269,6 +271,7 @@ async def test_restarted_empty_with_its_holders(tmp_path: Path, copies_kept: boo
                 assert a.status.num_restores == 1
 
 
+@pytest.mark.usefixtures("short_patience")
 @pytest.mark.parametrize("lease", [EpochLease, TrustsAtOnce])
 async def test_who_knows_less_comes_back_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lease: type[EpochLease]
@@ -334,6 +337,7 @@ async def test_restarted_with_an_old_snapshot(tmp_path: Path, kind: type[RedisRe
 # ---------------------------------------------------------------------- not there
 
 
+@pytest.mark.usefixtures("short_patience")
 @beside_its_twin(RedisRegistry, NeverEnds)
 async def test_paused(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     with RedisServer(tmp_path / "redis") as server:
@@ -360,6 +364,7 @@ async def test_paused(tmp_path: Path, kind: type[RedisRegistry]) -> None:
             assert change.new_epoch == a.state.epoch(SCOPE)
 
 
+@pytest.mark.usefixtures("short_patience")
 @beside_its_twin(RedisRegistry, NeverEnds)
 async def test_partitioned_from_one(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     with RedisServer(tmp_path / "redis") as server:
@@ -394,6 +399,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.usefixtures("short_patience")
 @beside_its_twin(RedisRegistry, TakesAnything)
 async def test_fail_over_with_lost_writes(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     """The replica that takes over lacks a change that everybody acted on; then it gets another one."""
@@ -435,6 +441,7 @@ async def test_fail_over_with_lost_writes(tmp_path: Path, kind: type[RedisRegist
                 assert await a.audit_log() == await new.audit_log()
 
 
+@pytest.mark.usefixtures("short_patience")
 @beside_its_twin(1, 0)
 async def test_a_primary_without_its_replicas_grants_nothing(tmp_path: Path, replicas: int) -> None:
     """It may have been replaced long ago. Twin: no replica has to have a renewal."""
@@ -518,6 +525,7 @@ async def test_a_store_that_forgets_takes_no_changes(tmp_path: Path) -> None:
                 await a.invalidate("model", "m1", "", purge=False)
 
 
+@pytest.mark.usefixtures("short_patience")
 async def test_it_starts_without_a_directory_and_joins_when_there_is_one(tmp_path: Path) -> None:
     server = RedisServer(tmp_path / "redis")
     async with holder_at(server.url, tmp_path, "a") as a:
