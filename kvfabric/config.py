@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvfabric.errors import ConfigError
+from kvfabric.types import ENGINE_ROLES
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"(\d{1,20})\s*([KMGT]iB)?", re.IGNORECASE)
@@ -245,7 +246,7 @@ class EngineConfig:
         _positive(self, "intermediate_size", "num_threads", "engine_block_tokens", "hbm_blocks")
         _positive(self, "max_batch", "max_model_tokens", "window_bytes")
         _not_negative(self, "block_tokens")
-        _one_of(self, "role", "prefill", "decode", "both")
+        _one_of(self, "role", *ENGINE_ROLES)
         _one_of(self, "dtype", "float32", "bfloat16", "float16")
         _one_of(self, "deterministic", "auto", "on", "off")
         _one_of(self, "log_level", "debug", "info", "warning", "error")

@@ -38,6 +38,18 @@ class HandleSegment(msgspec.Struct, array_like=True, frozen=True):
     num_tokens: int = 0
 
 
+class Handoff(msgspec.Struct, array_like=True, frozen=True):
+    """One engine computes a prompt, another answers it: both their handles name the hand-off.
+
+    `node`: where the prompt is computed. `wait_ms`: how long, from when the handle is opened, its blocks are
+    worth waiting for; 0 in the handle of the engine that computes them.
+    """
+
+    name: str
+    node: str
+    wait_ms: int = 0
+
+
 class Handle(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """Everything a node needs to serve one request. Times are Unix seconds.
 
@@ -64,6 +76,7 @@ class Handle(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     sources: tuple[str, ...] = ()
     no_store: bool = False
     no_read: bool = False
+    handoff: Handoff | None = None
 
     def to_segments(self) -> tuple[Segment, ...]:
         return tuple(

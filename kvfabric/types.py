@@ -27,6 +27,9 @@ BlockKey = NewType("BlockKey", bytes)
 """32 bytes; `kvfabric.hashing` is the only maker."""
 
 KEY_BYTES = 32
+ENGINE_ROLES = ("prefill", "decode", "both")
+"""What an engine is for: prompts that others answer, answers to prompts that others may compute, or both."""
+
 DEFAULT_TENANT = TenantId("default")
 PUBLIC_TENANT = TenantId("public")
 """Owner of the blocks of operator-approved public prefixes."""

@@ -2,6 +2,8 @@
 
     open     handle -> keys                        control thread
     match    keys -> leased prefix                 control thread
+    follow   likewise, of a prompt that another    follow threads
+             engine computes: once there is more
     plan     fetch or recompute                    pure
     load     arena -> staging -> pool              load thread; the pool gets verified, confirmed bytes
              (on a GPU by DMA from the arena, `direct_load`; elsewhere and meanwhile by the CPU)
@@ -47,16 +49,25 @@ from kvfabric_engine.staging import Fence, LayerArrival, Mover, Pages
 R = TypeVar("R")
 WIRE_TIERS = (TierName.HOST, TierName.SSD, TierName.PEER)
 CONTROL_THREADS = 2
+FOLLOW_THREADS = 16
+FOLLOW_S = 0.25
+"""One question to the node waits so long at most: the threads take turns with all that wait."""
 RELEASES_PER_MESSAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """`keys` None: reuse nothing, store nothing. `in_fabric`: the node knows the request."""
+    """`keys` None: reuse nothing, store nothing. `in_fabric`: the node knows the request.
+
+    `hands_over`: another engine waits for the blocks, so each chunk is to be saved as it is computed.
+    `wait_s` above 0: another engine computes them; `follow` them for so long at most.
+    """
 
     keys: RequestKeys | None
     in_fabric: bool
     reason: MissReason
+    hands_over: bool = False
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,7 @@ class Connector:
             ),
         )
         self._control = ThreadPoolExecutor(CONTROL_THREADS, "kvf-control")
+        self._following = ThreadPoolExecutor(FOLLOW_THREADS, "kvf-follow")
         self._loading = ThreadPoolExecutor(1, "kvf-load", on_thread)
         self._saving = ThreadPoolExecutor(1, "kvf-save", on_thread)
         self._loads = Loads(
@@ -153,6 +165,7 @@ class Connector:
             window_bytes=o.window_bytes,
             role=o.role,
             recompute=o.recompute,
+            serves=o.serves,
         )
 
     def __repr__(self) -> str:
@@ -175,7 +188,7 @@ class Connector:
     def close(self) -> None:
         """Finish what was handed over (each within its deadline), say goodbye. Idempotent."""
         self._events.on_change = lambda: None
-        for pool in (self._control, self._loading, self._saving):
+        for pool in (self._control, self._following, self._loading, self._saving):
             pool.shutdown(wait=True)
         self._link.close()
         if self._audit is not None:
@@ -218,6 +231,21 @@ class Connector:
             "match",
             request_id,
             lambda: self._match(request_id, keys),
+            lambda error: PrefixMatch(0, (), reason_of(error)),
+        )
+
+    def follow(
+        self, request_id: str, keys: Sequence[BlockKey], *, beyond: int, wait_s: float
+    ) -> Future[PrefixMatch]:
+        """As `match`, of a request that was opened with `wait_s`: answered once more than `beyond` blocks are
+        here, or nothing more is to come, or after `FOLLOW_S`, or after `wait_s` if that is less.
+        `PrefixMatch.more` says whether to ask again."""
+        wait_s = max(0.0, min(wait_s, FOLLOW_S))
+        return self._submit(
+            self._following,
+            "follow",
+            request_id,
+            lambda: self._match(request_id, keys, beyond, wait_s),
             lambda error: PrefixMatch(0, (), reason_of(error)),
         )
 
@@ -362,7 +390,7 @@ class Connector:
             opened = client.open_handle(request_id, handle, deadline_s=deadline_s)
         keys = RequestKeys(opened, self._layout.block_tokens, extra_inputs=extra_inputs)
         keys.extend(tokens)
-        return Opened(keys, True, MissReason.NONE)
+        return Opened(keys, True, MissReason.NONE, opened.hands_over, opened.wait_s)
 
     def _open_local(
         self,
@@ -388,19 +416,23 @@ class Connector:
             return self._open_local(salt, tokens, inputs, reason)
         return Opened(None, False, reason)
 
-    def _match(self, request_id: str, keys: Sequence[BlockKey]) -> PrefixMatch:
+    def _match(
+        self, request_id: str, keys: Sequence[BlockKey], beyond: int = 0, wait_s: float = 0.0
+    ) -> PrefixMatch:
         with self._link.use() as client:
-            deadline_s = self._options.deadlines.control_s
-            matched = client.match(request_id, keys, deadline_s=deadline_s)
+            deadline_s = self._options.deadlines.control_s + wait_s
+            matched = client.match(
+                request_id, keys, deadline_s=deadline_s, beyond=beyond, wait_s=wait_s
+            )
         reason = MissReason(matched.reason or MissReason.NONE)
-        if matched.num_blocks < len(keys):
+        if matched.num_blocks < len(keys) and not matched.more:
             self._boundary.count(reason)
         with self._lock:
             request = self._requests[request_id]
             request.leased_keys = tuple(keys[: matched.num_blocks])
             request.renew_at = self._clock() + matched.lease_s / 3
         tiers = tuple(WIRE_TIERS[tier] for tier in matched.tiers[: matched.num_blocks])
-        return PrefixMatch(matched.num_blocks, tiers, reason)
+        return PrefixMatch(matched.num_blocks, tiers, reason, matched.more)
 
     def _load(self, task: LoadTask) -> Loaded:
         loaded = self._loads.run(task)

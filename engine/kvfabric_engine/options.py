@@ -22,7 +22,10 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class ConnectorOptions:
-    """Who this engine is to its node. `audit_parts`: path of the checksum log, empty for none."""
+    """Who this engine is to its node. `audit_parts`: path of the checksum log, empty for none.
+
+    `serves`: `prefill` for prompts that others answer, `decode` for answers to such prompts, or `both`.
+    """
 
     node_socket: str
     engine_id: str
@@ -36,5 +39,6 @@ class ConnectorOptions:
     role: Role = Role.SCHEDULER | Role.WORKER
     session: bytes = b""
     audit_parts: str = ""
+    serves: str = "both"
     recompute: RecomputeCost = UNKNOWN_COST
     deadlines: Deadlines = field(default_factory=Deadlines)

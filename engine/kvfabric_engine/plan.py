@@ -32,11 +32,19 @@ MIN_OBSERVED_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """The node leases the first `num_blocks` blocks to us; `tiers` has one name for each."""
+    """The node leases the first `num_blocks` blocks to us; `tiers` has one name for each. `more`: another
+    engine is computing the next ones, and they are worth waiting for."""
 
     num_blocks: int
     tiers: tuple[TierName, ...]
     reason: MissReason
+    more: bool = False
+
+    @property
+    def num_here(self) -> int:
+        """Leading blocks that are in no other node still."""
+        away = TierName.PEER
+        return self.tiers.index(away) if away in self.tiers else self.num_blocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,8 +140,18 @@ class NodeClient(Client):
     def open_handle(self, request_id: str, handle: str, *, deadline_s: float) -> HandleOpened:
         return self._call(OpenHandle(request_id, handle), HandleOpened, deadline_s)
 
-    def match(self, request_id: str, keys: Sequence[BlockKey], *, deadline_s: float) -> Matched:
-        return self._call(Match(request_id, b"".join(keys)), Matched, deadline_s)
+    def match(
+        self,
+        request_id: str,
+        keys: Sequence[BlockKey],
+        *,
+        deadline_s: float,
+        beyond: int = 0,
+        wait_s: float = 0.0,
+    ) -> Matched:
+        """`beyond`, `wait_s`: of a request whose blocks another engine computes, see `messages.Match`."""
+        message = Match(request_id, b"".join(keys), beyond, wait_s)
+        return self._call(message, Matched, deadline_s)
 
     def load(
         self,

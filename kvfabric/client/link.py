@@ -50,6 +50,7 @@ class EngineHello:
     window_bytes: int
     role: Role
     recompute: RecomputeCost = UNKNOWN_COST
+    serves: str = "both"
 
     def to_wire(self, *, session: bytes, resumed: bool) -> Hello:
         return Hello(
@@ -68,6 +69,7 @@ class EngineHello:
             window_bytes=self.window_bytes,
             us_per_token=self.recompute.us_per_token,
             growth=self.recompute.growth,
+            serves=self.serves,
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvfabric.daemon.fleet_models import FleetModels
+from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.events.stream import EventStream
 from kvfabric.keyring import Keyring
@@ -44,5 +45,6 @@ class AdminSources:
     fleet_keys: FleetKeys | None = None
     scrub: Callable[[], Awaitable[ScrubReport]] | None = None
     lookups: Lookups = field(default_factory=Lookups)
+    handoffs: Handoffs = field(default_factory=Handoffs)
     sender: Sender | None = None
     prefetches: Prefetches | None = None

@@ -14,7 +14,7 @@ import logging
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -81,6 +81,8 @@ class _Peer:
     hold: bytes
     session: Session
     num_chunks: int = 0
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    """Nothing is to come any more, and the peer was told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,52 @@ class Fetches:
                 return
             self._start(self._drop(peer))
 
+    def follow(
+        self,
+        session: Session,
+        request_id: str,
+        handle: str,
+        source: str,
+        keys: bytes,
+        wait_s: float,
+    ) -> asyncio.Task[None]:
+        """Have blocks that an engine of `source` is computing come as they are stored there. Done when all
+        are here, no more will come, or after `wait_s`; never raises. What is on its way then goes on."""
+        return self._start(self._follow(session, request_id, handle, source, keys, wait_s))
+
+    async def _follow(
+        self,
+        session: Session,
+        request_id: str,
+        handle: str,
+        source: str,
+        keys: bytes,
+        wait_s: float,
+    ) -> None:
+        peer: _Peer | None = None
+        try:
+            async with asyncio.timeout(wait_s):
+                stub = self._stub(source)
+                here = self._store.peek(session.id, request_id, keys)
+                async for held in stub.Follow(self._hold_request(session, handle, keys)):
+                    if peer is None:
+                        link = await self._transport.link_to(held.address)
+                        peer = _Peer(stub, link, held.hold, session, num_chunks=1)
+                    if held.num_blocks > here and not self._is_paused:
+                        self._begin(peer, request_id, keys, here, held.num_blocks)
+                        here = held.num_blocks
+                if peer is not None:
+                    self._start(self._one_less(peer))
+                    await peer.done.wait()
+                    peer = None
+        except TimeoutError:
+            self.counts["late"] += 1
+        except (KVFabricError, grpc.aio.AioRpcError) as exc:
+            self._refused(source, exc)
+        finally:
+            if peer is not None and not peer.done.is_set():
+                self._start(self._one_less(peer))
+
     def _refused(self, source: str, exc: KVFabricError | grpc.aio.AioRpcError) -> None:
         code, why = None, str(exc)
         if isinstance(exc, grpc.aio.AioRpcError):
@@ -210,21 +258,25 @@ class Fetches:
         self, source: str, session: Session, handle: str, keys: bytes
     ) -> tuple[_Peer, int]:
         """Raises KVFabricError, AioRpcError."""
+        stub = self._stub(source)
+        held: pb.Held = await stub.Hold(self._hold_request(session, handle, keys), timeout=ANSWER_S)
+        link = await self._transport.link_to(held.address)
+        return _Peer(stub, link, held.hold, session), held.num_blocks
+
+    def _stub(self, source: str) -> Any:
+        """Raises TransferError."""
         address = self._peers().get(source)
         if not address:
             raise TransferError(f"no node {source} in the registry")
-        stub = pb_grpc.NodeTransferStub(self._channel(address))  # type: ignore[no-untyped-call]
-        held: pb.Held = await stub.Hold(
-            pb.HoldRequest(
-                handle=handle,
-                layout=msgspec.msgpack.encode(wire_layout(session.layout)),
-                keys=keys,
-                address=self._transport.address,
-            ),
-            timeout=ANSWER_S,
+        return pb_grpc.NodeTransferStub(self._channel(address))  # type: ignore[no-untyped-call]
+
+    def _hold_request(self, session: Session, handle: str, keys: bytes) -> pb.HoldRequest:
+        return pb.HoldRequest(
+            handle=handle,
+            layout=msgspec.msgpack.encode(wire_layout(session.layout)),
+            keys=keys,
+            address=self._transport.address,
         )
-        link = await self._transport.link_to(held.address)
-        return _Peer(stub, link, held.hold, session), held.num_blocks
 
     def _channel(self, address: str) -> Any:
         channel = self._channels.get(address)
@@ -266,16 +318,17 @@ class Fetches:
                     chunks.append(chunk)
                 if GrantState.REFUSED in reserved.states:
                     break
-        peer.num_chunks = len(chunks)
+        peer.num_chunks += len(chunks)
         for chunk in chunks:
             self._start(self._receive(peer, chunk))
-        if not chunks:
+        if not peer.num_chunks:
             self._start(self._drop(peer))
 
-    def _start(self, work: Any) -> None:
+    def _start(self, work: Any) -> asyncio.Task[None]:
         task = self._group.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # -- arrival -------------------------------------------------------------------------------------
 
@@ -297,9 +350,13 @@ class Fetches:
             if not stored:
                 log.debug("%d blocks that came are not kept: %s", chunk.count, reason)
         finally:
-            peer.num_chunks -= 1
-            if not peer.num_chunks:
-                await self._drop(peer)
+            await self._one_less(peer)
+
+    async def _one_less(self, peer: _Peer) -> None:
+        peer.num_chunks -= 1
+        if not peer.num_chunks:
+            await self._drop(peer)
+            peer.done.set()
 
     async def _fill(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
         """Have the chunk sent into `slots`, and verify it. Raises KVFabricError, AioRpcError. However it

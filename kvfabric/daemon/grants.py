@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvfabric.errors import Fenced, UnknownTenant
-from kvfabric.handle import Handle
+from kvfabric.handle import Handle, Handoff
 from kvfabric.hashing import namespace_key, namespace_tag
 from kvfabric.registry.state import RegistryState, namespace_of
 from kvfabric.store.store import RequestGrant
@@ -40,6 +40,7 @@ class Terms:
     no_read: bool = False
     told_id: str = ""
     sources: tuple[str, ...] = ()
+    handoff: Handoff | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ def terms_of(opened: Handle) -> Terms:
         no_read=opened.no_read,
         told_id=opened.request_id,
         sources=opened.sources,
+        handoff=opened.handoff,
     )
 
 

@@ -7,12 +7,16 @@ may overtake each other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from kvfabric import handle as handles
 from kvfabric.daemon.grants import Terms, Weights, granted, state_of, terms_of
+from kvfabric.daemon.handoffs import Awaited, Handoffs
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.sessions import Session
 from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError
@@ -73,6 +77,7 @@ class Services:
     require_handle: bool
     wall_clock: Callable[[], float]
     lookups: Lookups = field(default_factory=Lookups)
+    handoffs: Handoffs = field(default_factory=Handoffs)
     heard: Callable[[bytes, Ping], Pong] = lambda _session, _ping: Pong(0, ())
     """A session says what its HBM let go of, and is told what to."""
     fetches: Fetches | None = None
@@ -102,6 +107,11 @@ def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
         services.lookups.opened(session.id, message.request_id, terms.told_id, terms.tenant)
     if terms.sources and services.fetches is not None:
         services.fetches.opened(session, message.request_id, message.handle, terms.sources)
+    handoff = terms.handoff
+    if handoff is not None:
+        services.handoffs.opened(
+            session.id, message.request_id, terms.tenant, handoff, message.handle
+        )
     return HandleOpened(
         namespace_key=given.namespace_key,
         public_key=given.public_key,
@@ -112,6 +122,8 @@ def open_handle(caller: Caller, message: OpenHandle) -> HandleOpened:
         ),
         no_store=given.grant.no_store,
         no_read=given.grant.no_read,
+        hands_over=handoff is not None and not handoff.wait_ms,
+        wait_s=handoff.wait_ms / 1e3 if handoff is not None else 0.0,
     )
 
 
@@ -149,21 +161,50 @@ def match(caller: Caller, message: Match) -> Matched:
 
 
 async def match_with_peers(caller: Caller, message: Match) -> Matched:
-    """As `match`, of a request that other nodes may have more for: they are asked first, for a moment."""
+    """As `match`, of a request that other nodes may have more for: they are asked first, for a moment.
+    Of one whose blocks another engine computes, once there are more of them."""
     _check_keys(message.keys)
     services, session = caller.services, caller.session
-    assert services.fetches is not None
-    await services.fetches.promise(session, message.request_id, message.keys)
+    awaited = services.handoffs.awaited(session.id, message.request_id)
+    if awaited is not None and await _awaits_more(caller, message, awaited):
+        matched = services.store.match(session.id, message.request_id, message.keys, counts=False)
+        return msgspec.structs.replace(matched, more=True)
+    if services.fetches is not None:
+        await services.fetches.promise(session, message.request_id, message.keys)
     return match(caller, message)
 
 
-def asks_peers(caller: Caller, message: Request) -> bool:
-    fetches = caller.services.fetches
-    return (
-        isinstance(message, Match)
-        and fetches is not None
-        and fetches.concerns(caller.session.id, message.request_id)
+async def _awaits_more(caller: Caller, message: Match, awaited: Awaited) -> bool:
+    services, session, request_id = caller.services, caller.session, message.request_id
+    handoffs, keys = services.handoffs, message.keys
+    if not awaited.is_begun:
+        awaited.is_begun = True
+        if not handoffs.is_here(awaited):
+            if services.fetches is None:
+                handoffs.over(awaited)
+            else:
+                left_s = awaited.deadline - time.monotonic()
+                following = services.fetches.follow(
+                    session, request_id, awaited.handle, awaited.node, keys, left_s
+                )
+                following.add_done_callback(lambda _: handoffs.over(awaited))
+    return await handoffs.more(
+        awaited,
+        lambda: services.store.peek(session.id, request_id, keys, arriving=False),
+        beyond=message.beyond,
+        wanted=len(keys) // KEY_BYTES,
+        wait_s=message.wait_s,
     )
+
+
+def asks_peers(caller: Caller, message: Request) -> bool:
+    if not isinstance(message, Match):
+        return False
+    services, session = caller.services, caller.session.id
+    if services.handoffs.awaited(session, message.request_id) is not None:
+        return True
+    fetches = services.fetches
+    return fetches is not None and fetches.concerns(session, message.request_id)
 
 
 async def load(caller: Caller, message: Load) -> Located:
@@ -228,6 +269,7 @@ def abort(caller: Caller, message: Abort) -> Done:
 def release(caller: Caller, message: Release) -> Done:
     caller.services.store.release(caller.session.id, message.request_ids)
     caller.services.lookups.released(caller.session.id, message.request_ids)
+    caller.services.handoffs.released(caller.session.id, message.request_ids)
     if caller.services.fetches is not None:
         caller.services.fetches.released(caller.session.id, message.request_ids)
     return Done()

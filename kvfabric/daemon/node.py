@@ -28,6 +28,7 @@ from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.auditor import Auditor, AuditorParts
 from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.daemon.handlers import Services
+from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.peers import TcpListener, check_free, tcp_listener
 from kvfabric.daemon.prefetching import Prefetches
@@ -56,7 +57,7 @@ from kvfabric.tiers.arena import Arena
 from kvfabric.tiers.record_cipher import RecordCipher
 from kvfabric.tiers.segments import SegmentTier
 from kvfabric.tiers.write_budget import WriteBudget
-from kvfabric.types import TierName
+from kvfabric.types import ENGINE_ROLES, TierName
 
 if TYPE_CHECKING:
     from kvfabric.daemon.transfers import Transfers
@@ -94,6 +95,7 @@ class Node:
         self.http_address = ""
         self.events = EventStream(boot_id=self.boot_id)
         self.lookups = Lookups()
+        self.handoffs = Handoffs(config.name)
         self.ssd: SegmentTier | None = None
         self.transfers: Transfers | None = None
         self.prefetches: Prefetches | None = None
@@ -153,6 +155,7 @@ class Node:
         stack.callback(self.keeper.close)
         await stack.enter_async_context(self._ssd_stack)  # left after the store
         self.store = await stack.enter_async_context(self._make_store())
+        self.store.when_stored(self.handoffs.news.tell)
         self.sessions = Sessions(self.store, self)
         self.withdrawals = Withdrawals(
             NodeParts(
@@ -329,6 +332,7 @@ class Node:
             require_handle=config.require_handle,
             wall_clock=time.time,
             lookups=self.lookups,
+            handoffs=self.handoffs,
             heard=self.withdrawals.heard,
             key_unknown=(lambda: None) if self.fleet_keys is None else self.fleet_keys.wake,
         )
@@ -380,6 +384,7 @@ class Node:
             fleet_keys=self.fleet_keys,
             scrub=self.store.scrub_all,
             lookups=self.lookups,
+            handoffs=self.handoffs,
             sender=None if self.transfers is None else self.transfers.sender,
             prefetches=self.prefetches,
         )
@@ -603,6 +608,7 @@ class Node:
 
     def session_ended(self, session: Session) -> None:
         self.events.engine_gone(session.id)
+        self.handoffs.session_ended(session.id)
 
     def processes_changed(self) -> None:
         if not self._handed_over:  # the record is the successor's then
@@ -622,6 +628,7 @@ def describe(session: Session) -> pb.Engine:
         layout_fingerprint=session.fingerprint,
         block_tokens=layout.block_tokens,
         block_bytes=layout.block_bytes,
+        serves=hello.serves if hello.serves in ENGINE_ROLES else "both",
     )
 
 

@@ -49,6 +49,11 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
             reason=found.reason.value,
         )
 
+    @unary
+    async def EndHandoff(self, request: pb.EndHandoffRequest, context: Any) -> pb.HandoffEnded:
+        self._sources.handoffs.ended((TenantId(request.tenant_id), request.name))
+        return pb.HandoffEnded()
+
     @stream
     async def Watch(
         self, request: pb.WatchEventsRequest, context: Any

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,10 +23,11 @@ import numpy as np
 
 from kvfabric.daemon.grants import Weights, granted, terms_of
 from kvfabric.daemon.handlers import Services
-from kvfabric.daemon.rpc import unary
+from kvfabric.daemon.handoffs import LOOK_EVERY_S, MAX_WAIT_S
+from kvfabric.daemon.rpc import stream, unary
 from kvfabric.daemon.sessions import to_layout
 from kvfabric.errors import BadHandle, NotFound, Overloaded, RemoteProtocolError
-from kvfabric.handle import open_relayed
+from kvfabric.handle import Handle, open_relayed
 from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
@@ -33,7 +35,7 @@ from kvfabric.protocol.messages import WireLayout
 from kvfabric.transfer.flow import Buffers
 from kvfabric.transfer.packing import cut, gather, messages_of
 from kvfabric.transfer.ucx import Link, Message, Posted, Transport
-from kvfabric.types import KEY_BYTES, SessionId
+from kvfabric.types import KEY_BYTES, SessionId, TenantId
 
 MAX_HOLDS = 256
 MAX_SENDING_BYTES = 1 << 30
@@ -97,6 +99,49 @@ class Sender(pb_grpc.NodeTransferServicer):
     @unary
     async def Hold(self, request: pb.HoldRequest, context: Any) -> pb.Held:
         """Raises BadHandle, Fenced, UnknownTenant, Overloaded, RemoteProtocolError."""
+        number, _ = await self._open(request)
+        held = self._held(number)
+        if not held.num_blocks:
+            self._drop(number)
+        return held
+
+    @stream
+    async def Follow(self, request: pb.HoldRequest, context: Any) -> AsyncIterator[pb.Held]:
+        """Raises as `Hold`. On cancellation what is not being sent yet will not be."""
+        number, opened = await self._open(request)
+        handoffs, handoff = self._services.handoffs, opened.handoff
+        if handoff is None or not handoff.wait_ms:
+            self._drop(number)
+            raise BadHandle("the handle of no request that waits for another's blocks")
+        name = TenantId(opened.tenant), handoff.name
+        began, told, more = time.monotonic(), -1, True
+        try:
+            while more and (hold := self._holds.get(number)) is not None and not hold.is_dropped:
+                more = handoffs.may_come(name, began) and time.monotonic() < began + MAX_WAIT_S
+                held = self._held(number, counts=not more)
+                if held.num_blocks > told:
+                    told = held.num_blocks
+                    yield held
+                if told * KEY_BYTES == len(request.keys):
+                    more = False
+                elif more:
+                    await handoffs.news.wait(LOOK_EVERY_S)
+        finally:
+            if more:
+                self._drop(number)
+
+    def _held(self, number: bytes, *, counts: bool = True) -> pb.Held:
+        """What there is now, leased."""
+        hold = self._holds[number]
+        matched = self._services.store.match(hold.session, _REQUEST, hold.keys, counts=counts)
+        return pb.Held(
+            hold=number,
+            num_blocks=matched.num_blocks,
+            reason=matched.reason,
+            address=self._transport.address,
+        )
+
+    async def _open(self, request: pb.HoldRequest) -> tuple[bytes, Handle]:
         services = self._services
         if (
             self._is_paused
@@ -128,18 +173,10 @@ class Sender(pb_grpc.NodeTransferServicer):
         session = SessionId(number)
         services.store.open_session(session, layout)
         services.store.open_request(session, _REQUEST, given.grant)
-        matched = services.store.match(session, _REQUEST, request.keys)
         expiry = asyncio.get_running_loop().call_later(HOLD_S, self._drop, number)
         self._holds[number] = _Hold(session, request.keys, link, expiry)
         self._idle.clear()
-        if not matched.num_blocks:
-            self._drop(number)
-        return pb.Held(
-            hold=number,
-            num_blocks=matched.num_blocks,
-            reason=matched.reason,
-            address=self._transport.address,
-        )
+        return number, opened
 
     @unary
     async def Send(self, request: pb.SendRequest, context: Any) -> pb.Sent:

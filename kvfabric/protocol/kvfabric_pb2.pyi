@@ -88,7 +88,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class Engine(_message.Message):
-    __slots__ = ("session", "engine_id", "endpoint", "model", "model_revision", "adapter", "adapter_revision", "layout_fingerprint", "block_tokens", "block_bytes", "gone")
+    __slots__ = ("session", "engine_id", "endpoint", "model", "model_revision", "adapter", "adapter_revision", "layout_fingerprint", "block_tokens", "block_bytes", "gone", "serves")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class Engine(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     GONE_FIELD_NUMBER: _ClassVar[int]
+    SERVES_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     engine_id: str
     endpoint: str
@@ -111,7 +112,8 @@ class Engine(_message.Message):
     block_tokens: int
     block_bytes: int
     gone: bool
-    def __init__(self, session: _Optional[bytes] = ..., engine_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., adapter: _Optional[str] = ..., adapter_revision: _Optional[str] = ..., layout_fingerprint: _Optional[bytes] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., gone: _Optional[bool] = ...) -> None: ...
+    serves: str
+    def __init__(self, session: _Optional[bytes] = ..., engine_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., adapter: _Optional[str] = ..., adapter_revision: _Optional[str] = ..., layout_fingerprint: _Optional[bytes] = ..., block_tokens: _Optional[int] = ..., block_bytes: _Optional[int] = ..., gone: _Optional[bool] = ..., serves: _Optional[str] = ...) -> None: ...
 
 class WatchEventsRequest(_message.Message):
     __slots__ = ("boot_id", "from_sequence")
@@ -132,6 +134,18 @@ class FindLookupRequest(_message.Message):
     request_id: str
     tenant_id: str
     def __init__(self, request_id: _Optional[str] = ..., tenant_id: _Optional[str] = ...) -> None: ...
+
+class EndHandoffRequest(_message.Message):
+    __slots__ = ("name", "tenant_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tenant_id: str
+    def __init__(self, name: _Optional[str] = ..., tenant_id: _Optional[str] = ...) -> None: ...
+
+class HandoffEnded(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Lookup(_message.Message):
     __slots__ = ("known", "num_asked", "num_host", "num_ssd", "reason", "num_peer")

@@ -55,6 +55,11 @@ class NodeEventsStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.FindLookupRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Lookup.FromString,
                 _registered_method=True)
+        self.EndHandoff = channel.unary_unary(
+                '/kvfabric.v1.NodeEvents/EndHandoff',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.EndHandoffRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HandoffEnded.FromString,
+                _registered_method=True)
 
 
 class NodeEventsServicer:
@@ -90,6 +95,13 @@ class NodeEventsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EndHandoff(self, request, context):
+        """Nobody computes this prompt any more: whoever waits here for its blocks computes the rest itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeEventsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +124,11 @@ def add_NodeEventsServicer_to_server(servicer, server):
                     servicer.FindLookup,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.FindLookupRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Lookup.SerializeToString,
+            ),
+            'EndHandoff': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndHandoff,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.EndHandoffRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HandoffEnded.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +240,33 @@ class NodeEvents:
             '/kvfabric.v1.NodeEvents/FindLookup',
             kvfabric_dot_protocol_dot_kvfabric__pb2.FindLookupRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.Lookup.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndHandoff(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeEvents/EndHandoff',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.EndHandoffRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.HandoffEnded.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1008,6 +1052,11 @@ class NodeTransferStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Held.FromString,
                 _registered_method=True)
+        self.Follow = channel.unary_stream(
+                '/kvfabric.v1.NodeTransfer/Follow',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Held.FromString,
+                _registered_method=True)
         self.Send = channel.unary_unary(
                 '/kvfabric.v1.NodeTransfer/Send',
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SendRequest.SerializeToString,
@@ -1026,6 +1075,14 @@ class NodeTransferServicer:
 
     def Hold(self, request, context):
         """The longest prefix that the request of this handle may read here, leased until `Drop` or its expiry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Follow(self, request, context):
+        """As `Hold`, of a hand-off whose prompt an engine here is computing: answers again each time that more of it is
+        here, until all is or no more is to come. The hold outlives the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1050,6 +1107,11 @@ def add_NodeTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Hold': grpc.unary_unary_rpc_method_handler(
                     servicer.Hold,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Held.SerializeToString,
+            ),
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Held.SerializeToString,
             ),
@@ -1090,6 +1152,33 @@ class NodeTransfer:
             request,
             target,
             '/kvfabric.v1.NodeTransfer/Hold',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.Held.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvfabric.v1.NodeTransfer/Follow',
             kvfabric_dot_protocol_dot_kvfabric__pb2.HoldRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.Held.FromString,
             options,

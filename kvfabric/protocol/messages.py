@@ -70,8 +70,8 @@ class WireLayout(msgspec.Struct, array_like=True, frozen=True):
 class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1):
     """First frame of a connection. May carry one descriptor: the arena of an earlier daemon, returned.
 
-    `us_per_token` and `growth` are what computing blocks again costs, a `types.RecomputeCost`; older engines
-    leave them out.
+    `us_per_token` and `growth` are what computing blocks again costs, a `types.RecomputeCost`; `serves` is
+    `prefill`, `decode` or `both`. Older engines leave them out.
 
     `session` is empty for the first connection of an engine instance (the node mints one) and names it
     for every further one. A client that lost its node and reconnects from the same processes sends the
@@ -94,6 +94,7 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, tag=1):
     window_bytes: int
     us_per_token: float = 0.0
     growth: float = 0.0
+    serves: str = "both"
 
 
 class OpenHandle(msgspec.Struct, array_like=True, frozen=True, tag=2):
@@ -104,10 +105,16 @@ class OpenHandle(msgspec.Struct, array_like=True, frozen=True, tag=2):
 
 
 class Match(msgspec.Struct, array_like=True, frozen=True, tag=3):
-    """Longest leased prefix of `keys`. Idempotent per (session, request): asking again renews."""
+    """Longest leased prefix of `keys`. Idempotent per (session, request): asking again renews.
+
+    Of a request whose blocks another engine is computing (`HandleOpened.wait_s`): answered once more than
+    `beyond` leading blocks are here, none is to come any more, or after `wait_s`.
+    """
 
     request_id: RequestId
     keys: bytes
+    beyond: int = 0
+    wait_s: float = 0.0
 
 
 class Load(msgspec.Struct, array_like=True, frozen=True, tag=4):
@@ -242,7 +249,11 @@ class WireSegment(msgspec.Struct, array_like=True, frozen=True):
 
 
 class HandleOpened(msgspec.Struct, array_like=True, frozen=True, tag=65):
-    """`cacheable_tokens` -1: no limit. `public_key` is empty without a public prefix."""
+    """`cacheable_tokens` -1: no limit. `public_key` is empty without a public prefix.
+
+    `hands_over`: another engine waits for the prompt's blocks, so each chunk of them is to be stored at once.
+    `wait_s` above 0: another engine is computing them, and so long they are worth waiting for.
+    """
 
     namespace_key: bytes
     public_key: bytes
@@ -251,16 +262,19 @@ class HandleOpened(msgspec.Struct, array_like=True, frozen=True, tag=65):
     segments: tuple[WireSegment, ...]
     no_store: bool
     no_read: bool
+    hands_over: bool = False
+    wait_s: float = 0.0
 
 
 class Matched(msgspec.Struct, array_like=True, frozen=True, tag=66):
     """`tiers`: one byte a block (0 host, 1 SSD, 2 on its way from a peer). `reason` tells why the block after
-    the last missed."""
+    the last missed. `more`: another engine is computing it, so it is worth asking again."""
 
     num_blocks: int
     tiers: bytes
     lease_s: float
     reason: str
+    more: bool = False
 
 
 class Located(msgspec.Struct, array_like=True, frozen=True, tag=67):

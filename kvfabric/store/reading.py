@@ -51,15 +51,16 @@ class Reader:
 
     # -- match ---------------------------------------------------------------------------------------
 
-    def match(self, session: SessionId, request_id: str, keys: bytes) -> Matched:
+    def match(self, session: SessionId, request_id: str, keys: bytes, *, counts: bool) -> Matched:
         words = packed_keys(keys)
         found = self._leases.find(session, request_id)
         if found is None:
-            return self._missed(len(words), MissReason.NO_HANDLE)
+            return self._missed(len(words), MissReason.NO_HANDLE, counts=counts)
         holder, request = found
+        counts = counts and holder.counts
         reason = self._access.to_read(request)
         if reason is not MissReason.NONE:
-            return self._missed(len(words), reason, counts=holder.counts)
+            return self._missed(len(words), reason, counts=counts)
         rows = self._index.lookup(words[: min(MAX_KEYS, cacheable(request.grant, len(words)))])
         expected = self._access.lineages(holder, request.grant, 0, len(rows))
         num_blocks = leading(self._readable(rows, expected, holder, request.grant))
@@ -75,7 +76,7 @@ class Reader:
             if holder.counts:
                 self._use(fresh)
                 self._pin(request.grant, rows)
-        if holder.counts:
+        if counts:
             self._count(tiers, len(words), reason)
         return Matched(
             num_blocks=num_blocks,
@@ -84,7 +85,7 @@ class Reader:
             reason=reason.value,
         )
 
-    def peek(self, session: SessionId, request_id: str, keys: bytes) -> int:
+    def peek(self, session: SessionId, request_id: str, keys: bytes, *, arriving: bool) -> int:
         found = self._leases.find(session, request_id)
         if found is None or self._access.to_read(found[1]) is not MissReason.NONE:
             return 0
@@ -92,9 +93,9 @@ class Reader:
         words = packed_keys(keys)
         rows = self._index.lookup(words[: min(MAX_KEYS, cacheable(request.grant, len(words)))])
         expected = self._access.lineages(holder, request.grant, 0, len(rows))
-        return leading(self._readable(rows, expected, holder, request.grant))
+        return leading(self._readable(rows, expected, holder, request.grant, arriving=arriving))
 
-    def _missed(self, num_keys: int, reason: MissReason, *, counts: bool = True) -> Matched:
+    def _missed(self, num_keys: int, reason: MissReason, *, counts: bool) -> Matched:
         if counts:
             self._misses.counts[reason] += num_keys
         return Matched(num_blocks=0, tiers=b"", lease_s=0.0, reason=reason.value)
@@ -120,8 +121,17 @@ class Reader:
         request.lost = np.union1d(request.lost, lost)
         self._misses.counts[reason] += len(lost)
 
-    def _readable(self, rows: Rows, expected: Rows, session: Session, grant: RequestGrant) -> Flags:
-        """Which blocks are READY in a tier that works, and stored under the expected lineage.
+    def _readable(
+        self,
+        rows: Rows,
+        expected: Rows,
+        session: Session,
+        grant: RequestGrant,
+        *,
+        arriving: bool = True,
+    ) -> Flags:
+        """Which blocks are READY in a tier that works, or on their way (`arriving`), and stored under the
+        expected lineage.
 
         The lineage is compared beside the key on purpose: a key alone must never decide whose bytes
         somebody gets.
@@ -131,7 +141,7 @@ class Reader:
         counts = index.available_parts if ssd_works else index.host_parts
         num_parts = session.layout.num_parts
         readable: Flags = (rows != NO_ROW) & (counts.array[rows] == num_parts)
-        if self._arrivals and not readable.all():
+        if arriving and self._arrivals and not readable.all():
             readable |= (rows != NO_ROW) & self._arrivals.promised(rows, num_parts)
         readable &= index.lineage.array[rows] == expected
         readable &= ~self._access.expired(rows, grant)

@@ -108,7 +108,8 @@ class _Removal:
 
 class Residency:
     """`save` is asked before a block that was hit is evicted: True if it is being written to SSD now.
-    `room_is_low` is called when `evict_ahead` should be, until it returns False.
+    `room_is_low` is called when `evict_ahead` should be, until it returns False; `stored` when blocks became
+    READY.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Residency:
         self.arena: Arena | None = None
         self.save: Callable[[int], bool] = lambda _row: False
         self.room_is_low: Callable[[], None] = lambda: None
+        self.stored: Callable[[], None] = lambda: None
         self.evictions = 0
         self.num_host_blocks = 0
         self.num_ssd_blocks = 0
@@ -393,6 +395,8 @@ class Residency:
         for run in self.runs(complete):
             self._events.stored(TierName.HOST, run.namespace_tag, run.parent, run.keys)
         self.pins.extend(complete)
+        if len(complete):
+            self.stored()
         return len(complete)
 
     def _complete(self, rows: Rows) -> npt.NDArray[np.bool_]:

@@ -302,16 +302,26 @@ class BlockStore:
 
     # -- reading and writing -------------------------------------------------------------------------
 
-    def match(self, session: SessionId, request_id: str, keys: bytes) -> Matched:
+    def match(
+        self, session: SessionId, request_id: str, keys: bytes, *, counts: bool = True
+    ) -> Matched:
         """The longest prefix of `keys`, a prompt's blocks from the first on, that may be read: leased.
 
-        Asking again renews. A lapsed request gets nothing more until it is released.
+        Asking again renews. A lapsed request gets nothing more until it is released. `counts` False: the
+        request asks again, and what it found and missed is to be counted then.
         """
-        return self._reader.match(session, request_id, keys)
+        return self._reader.match(session, request_id, keys, counts=counts)
 
-    def peek(self, session: SessionId, request_id: str, keys: bytes) -> int:
-        """How many blocks `match` would find, without leasing or counting anything."""
-        return self._reader.peek(session, request_id, keys)
+    def when_stored(self, call: Callable[[], None]) -> None:
+        """`call` it whenever blocks became READY."""
+        self._residency.stored = call
+
+    def peek(
+        self, session: SessionId, request_id: str, keys: bytes, *, arriving: bool = True
+    ) -> int:
+        """How many blocks `match` would find, without leasing or counting anything. `arriving`: among them
+        those that are still on their way from a peer."""
+        return self._reader.peek(session, request_id, keys, arriving=arriving)
 
     async def load(
         self, session: SessionId, request_id: str, keys: bytes, group: int, shard: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from kvfabric.handle import FORMAT_VERSION, Handle, from_segments, mint
+from kvfabric.handle import FORMAT_VERSION, Handle, Handoff, from_segments, mint
 from kvfabric.hashing import BlockHasher, layout_fingerprint
 from kvfabric.keyring import Keyring
 from kvfabric.protocol.messages import HandleOpened
@@ -22,6 +22,7 @@ class Minter:
     def __init__(self, directory: Path) -> None:
         keyring = Keyring.create_or_open(directory)
         self.sources: tuple[str, ...] = ()  # of each handle: nodes that probably hold the prefix
+        self.handoff: Handoff | None = None  # likewise: which one the request has a part in
         self._key_id, self._key = max(keyring.handle_keys().items())
 
     def handle(
@@ -57,6 +58,7 @@ class Minter:
             request_id=request,
             expires_at=int(time.time()) + TTL_S,
             sources=self.sources,
+            handoff=self.handoff,
         )
         return mint(handle, self._key)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from kvfabric.daemon import fetching
+from kvfabric.daemon import fetching, handoffs
+from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.sending import Sender
 from kvfabric.store.copying import checksum
 from kvfabric.transfer.ucx import Link, Message, Posted
@@ -91,3 +93,24 @@ def believes_what_comes() -> None:
 def waits_less() -> None:
     """Not a guard: a deadline that a test can wait for."""
     fetching.Fetches.__init__.__kwdefaults__["fetch_s"] = 0.5  # type: ignore[index]
+
+
+def waits_for_ever() -> None:
+    """Guard out: blocks that another engine computes are waited for without a deadline."""
+    opened = Handoffs.opened
+
+    def without(self: Handoffs, *arguments: Any) -> None:
+        opened(self, *arguments)
+        for awaited in self._awaited.values():
+            awaited.deadline = 1e9
+
+    Handoffs.opened = without  # type: ignore[method-assign,assignment]
+    handoffs.MAX_WAIT_S = 1e9
+
+
+# ---------------------------------------------------------------------- of both
+
+
+def hopes_for_more() -> None:
+    """Guard out: the node of an engine that computes for another does not look whether it still does."""
+    Handoffs.may_come = lambda self, name, since: True  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kvfabric.handle import Handoff
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.registry.state import RegistryState
@@ -61,7 +62,8 @@ class Pair:
             if value and key.startswith(shown)
         ) + "".join(self.a.log[-9:] + self.b.log[-9:])
 
-    def handle(self, engine: TinyEngine, request: str) -> str:
+    def handle(self, engine: TinyEngine, request: str, handoff: Handoff | None = None) -> str:
+        self.minter.handoff = handoff
         return self.minter.handle(engine, request, RegistryState(), tenant=DEFAULT_TENANT)
 
 

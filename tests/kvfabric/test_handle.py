@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvfabric import handle as handles
 from kvfabric.errors import BadHandle, LocalProtocolError
-from kvfabric.handle import Handle, HandleSegment
+from kvfabric.handle import Handle, HandleSegment, Handoff
 
 KEYS = {1: bytes(range(32)), 2: bytes(range(1, 33))}
 AUDIENCE = b"s" * 16
@@ -54,12 +54,22 @@ def test_opened_handle_is_what_was_minted(key_id: int) -> None:
 
 def test_golden_handle() -> None:
     """The bytes of format version 1: routers and nodes of different releases meet here."""
-    assert handles.mint(make_handle(), KEYS[2]) == (
+    assert handles.mint(make_handle(handoff=Handoff("h1", "node-a", 1500)), KEYS[2]) == (
+        "3AASAQKmdC0wMDExqXNoYTI1NjphYaCgxCBmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZpGV"
+        "pnN5c3RlbaEzxBBpaWlpaWlpaWlpaWlpaWlpEMzIAP-SkqZmYWJyaWMAkq90ZW1wbGF0ZTpzeXN0ZW0E"
+        "xBBzc3Nzc3Nzc3Nzc3Nzc3NzpXJlcS0xzgAPQnyRpm5vZGUtYcLCk6JoMaZub2RlLWHNBdyGW8lX5BB6"
+        "MpxxjxedFHoEymEUkDjLV9LJZJDCDxaigA"
+    )
+
+
+def test_golden_handle_of_a_release_that_knew_no_handoffs() -> None:
+    text = (
         "3AARAQKmdC0wMDExqXNoYTI1NjphYaCgxCBmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZmZpGV"
         "pnN5c3RlbaEzxBBpaWlpaWlpaWlpaWlpaWlpEMzIAP-SkqZmYWJyaWMAkq90ZW1wbGF0ZTpzeXN0ZW0E"
         "xBBzc3Nzc3Nzc3Nzc3Nzc3NzpXJlcS0xzgAPQnyRpm5vZGUtYcLCip2T1O-Ua2Gce_RYDtvrU55abxqK"
         "qfpcTVzS9Urh9OE"
     )
+    assert reopen(text) == make_handle()
 
 
 def test_golden_handle_of_a_release_that_told_no_length_of_texts() -> None:

@@ -77,7 +77,8 @@ class Visits:
             times[name] = time.perf_counter() - began
             return found
 
-        client, session = self._client, {"deadline_s": DEADLINE_S}
+        client = self._client
+        session: dict[str, Any] = {"deadline_s": DEADLINE_S}
         part: dict[str, Any] = {"group": 0, "shard": 0, **session}
         request, size = f"visit-{self._serial}", self._tenants.engine.part_bytes
         handle = self._tenants.handle(self._prober, request)

@@ -17,6 +17,12 @@ from vllm.config import KVTransferConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from kvfabric.handle import Handle, mint
+from kvfabric.hashing import layout_fingerprint
+from kvfabric.keyring import Keyring
+from kvfabric.testing.processes import NodeProcess
+from kvfabric.types import DEFAULT_TENANT
+
 FLAG = {
     "kv_connector": "KVFabricConnector",
     "kv_connector_module_path": "kvfabric_engine.integrations.vllm",
@@ -196,6 +202,39 @@ def running(checkpoint: Path, **args: Any) -> Iterator[Vllm]:
         yield engine
     finally:
         engine.stop()
+
+
+class Minter:
+    """What a router would mint for this engine now."""
+
+    def __init__(self, engine: Vllm, node: NodeProcess) -> None:
+        self._engine = engine
+        self._keyring = Keyring.open(node.state_dir)
+
+    @property
+    def session(self) -> bytes:
+        return self._engine.fabric.session
+
+    def __call__(self, request_id: str = "", **fields: object) -> str:
+        key_id, key = self._keyring.current_handle_key()
+        connector = self._engine.fabric
+        values: dict[str, object] = {
+            "version": 1,
+            "key_id": key_id,
+            "tenant": DEFAULT_TENANT,
+            "model_revision": connector._options.model_revision,
+            "adapter": "",
+            "adapter_revision": "",
+            "layout_fingerprint": layout_fingerprint(connector._layout),
+            "segments": (),
+            "public_tokens": 0,
+            "cacheable_tokens": -1,
+            "epochs": (),
+            "audience": connector.session,
+            "request_id": request_id,
+            "expires_at": int(time.time()) + 600,
+        }
+        return mint(Handle(**(values | fields)), key)  # type: ignore[arg-type]
 
 
 class Gate:

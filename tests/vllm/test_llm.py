@@ -17,9 +17,7 @@ import grpc
 import pytest
 from kvfabric_engine.integrations import vllm_identity
 
-from kvfabric.handle import Handle, HandleSegment, mint
-from kvfabric.hashing import layout_fingerprint
-from kvfabric.keyring import Keyring
+from kvfabric.handle import HandleSegment
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.testing.processes import NodeProcess
@@ -27,6 +25,7 @@ from kvfabric.types import DEFAULT_TENANT, MissReason
 from tests.vllm.conftest import make_node
 from tests.vllm.engines import (
     Gate,
+    Minter,
     Vllm,
     first_block_for_all,
     in_thread,
@@ -295,35 +294,6 @@ def registry(channel: grpc.Channel) -> Any:
 
 def admin_channel(node: NodeProcess) -> grpc.Channel:
     return grpc.insecure_channel(f"unix:{node.state_dir / 'admin.sock'}")
-
-
-class Minter:
-    """What a router would mint for this engine now."""
-
-    def __init__(self, engine: Vllm, node: NodeProcess) -> None:
-        self._engine = engine
-        self._keyring = Keyring.open(node.state_dir)
-
-    def __call__(self, request_id: str = "", **fields: object) -> str:
-        key_id, key = self._keyring.current_handle_key()
-        connector = self._engine.fabric
-        values: dict[str, object] = {
-            "version": 1,
-            "key_id": key_id,
-            "tenant": DEFAULT_TENANT,
-            "model_revision": connector._options.model_revision,
-            "adapter": "",
-            "adapter_revision": "",
-            "layout_fingerprint": layout_fingerprint(connector._layout),
-            "segments": (),
-            "public_tokens": 0,
-            "cacheable_tokens": -1,
-            "epochs": (),
-            "audience": connector.session,
-            "request_id": request_id,
-            "expires_at": int(time.time()) + 600,
-        }
-        return mint(Handle(**(values | fields)), key)  # type: ignore[arg-type]
 
 
 def cached_with(engine: Vllm, tokens: list[int], handle: str, **fields: object) -> int:

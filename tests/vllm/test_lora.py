@@ -20,8 +20,8 @@ from vllm.lora.request import LoRARequest
 from kvfabric.testing.processes import NodeProcess
 from kvfabric.types import ExtraInput
 from tests.vllm.adapter import write_adapter
-from tests.vllm.engines import Answer, Gate, Vllm, prompt, running, wait_for
-from tests.vllm.test_llm import Minter, cached_with
+from tests.vllm.engines import Answer, Gate, Minter, Vllm, prompt, running, wait_for
+from tests.vllm.test_llm import cached_with
 
 PROMPTS = [prompt(700, seed=51), prompt(300, seed=52)]
 CACHED = [640, 256]

@@ -5,27 +5,34 @@ It takes LoRA adapters at run time too: one start serves all tests here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from vllm.lora.request import LoRARequest
 
+from kvfabric.handle import Handoff
+from kvfabric.protocol import kvfabric_pb2 as pb
+from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.testing.processes import NodeProcess, until
 from tests.vllm.adapter import write_adapter
 from tests.vllm.conftest import make_node
-from tests.vllm.engines import FLAG, Gate, prompt, running, wait_for
+from tests.vllm.engines import FLAG, Gate, Minter, in_thread, prompt, running, wait_for
 
 START_S = 180.0
 ANSWER_S = 60.0
 PROMPTS = [prompt(700, seed=91), prompt(300, seed=92), prompt(520, seed=93)]
+HANDED_OVER = [prompt(1500, seed=94 + n) for n in range(3)]
 
 
 class Server:
@@ -73,13 +80,13 @@ class Server:
             text: str = answer.read().decode()
         return text
 
-    def post(self, path: str, body: dict[str, Any]) -> str:
+    def post(self, path: str, body: dict[str, Any], *, answer_s: float = ANSWER_S) -> str:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self._port}{path}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        with urllib.request.urlopen(request, timeout=answer_s) as answer:
             text: str = answer.read().decode()
         return text
 
@@ -88,7 +95,9 @@ class Server:
         body = {"lora_name": name, "lora_path": str(folder)}
         assert self.post("/v1/load_lora_adapter", body | fields).startswith("Success")
 
-    def complete(self, tokens: list[int], **fields: Any) -> tuple[tuple[int, ...], int]:
+    def complete(
+        self, tokens: list[int], *, answer_s: float = ANSWER_S, **fields: Any
+    ) -> tuple[tuple[int, ...], int]:
         """(token ids of the answer, tokens of the prompt that were cached)."""
         body = {
             "model": "small",
@@ -98,7 +107,7 @@ class Server:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        answer = json.loads(self.post("/v1/completions", body | fields))
+        answer = json.loads(self.post("/v1/completions", body | fields, answer_s=answer_s))
         assert answer.get("kv_transfer_params") is None
         details = answer["usage"]["prompt_tokens_details"] or {}
         token_ids = tuple(answer["choices"][0]["token_ids"])
@@ -154,7 +163,7 @@ def gates(server: Server, checkpoint: Path, adapters: dict[str, Path]) -> dict[s
     """The right answers with each adapter and ("") without one."""
     gates = {name: Gate() for name in ("", *adapters)}
     with running(checkpoint, fabric=False, enable_lora=True, max_lora_rank=8) as alone:
-        gates[""].learn(alone, PROMPTS)
+        gates[""].learn(alone, PROMPTS + HANDED_OVER)
         for number, (name, folder) in enumerate(adapters.items(), 1):
             gates[name].learn(alone, PROMPTS[:1], lora=LoRARequest(name, number, str(folder)))
     server.wait_ready()
@@ -185,6 +194,61 @@ def test_two_engines_share_one_node(
         gate.check(PROMPTS, engine.store(PROMPTS))
     assert server.complete(PROMPTS[1]) == (right(gate, PROMPTS[1]), 256)
     assert server.complete(PROMPTS[2]) == (right(gate, PROMPTS[2]), 512)
+
+
+def test_prefill_in_the_server_answers_here(
+    server: Server,
+    gate: Gate,
+    checkpoint: Path,
+    home: Path,
+    default_node: NodeProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunk by chunk; then a prompt that its client takes back at the server, and one that it never gets."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    monkeypatch.delenv("KVFABRIC_ENGINE_NODE_SOCKET", raising=False)
+    whole, taken_back, never = HANDED_OVER
+    with running(checkpoint) as engine:
+        minter = Minter(engine, default_node)
+        here = minter.session
+
+        node_id, there = others(default_node, here)
+
+        def handle(name: str, *, wait_ms: int = 0) -> str:
+            handoff = Handoff(name, node_id, wait_ms)
+            return minter(audience=here if wait_ms else there, handoff=handoff)
+
+        def prefill(tokens: list[int], name: str, answer_s: float = ANSWER_S) -> None:
+            params = {"kvfabric": handle(name)}
+            with contextlib.suppress(TimeoutError):
+                server.complete(tokens, answer_s=answer_s, max_tokens=1, kv_transfer_params=params)
+
+        first = in_thread(lambda: prefill(whole, "whole"))
+        answer = engine.answer(whole, handles=[handle("whole", wait_ms=20_000)])
+        first.join()
+        gate.check([whole], [answer])
+        assert answer.num_cached == 1408  # eleven blocks: all but the tail
+
+        first = in_thread(lambda: prefill(taken_back, "taken back", answer_s=0.2))
+        began = time.monotonic()
+        answer = engine.answer(taken_back, handles=[handle("taken back", wait_ms=60_000)])
+        first.join()
+        gate.check([taken_back], [answer])
+        assert time.monotonic() - began < 30
+
+        answer = engine.answer(never, handles=[handle("never", wait_ms=60_000)])
+        gate.check([never], [answer])
+        assert answer.num_cached == 0
+        assert time.monotonic() - began < 50
+
+
+def others(node: NodeProcess, session: bytes) -> tuple[str, bytes]:
+    """The node's id, and the session of its only other engine."""
+    with grpc.insecure_channel(f"unix:{node.state_dir / 'admin.sock'}") as channel:
+        events = pb_grpc.NodeEventsStub(channel)  # type: ignore[no-untyped-call]
+        described = events.Describe(pb.DescribeRequest(), timeout=10)
+    (other,) = {bytes(engine.session) for engine in described.engines} - {session}
+    return described.node_id, other
 
 
 def test_counts_are_in_metrics(server: Server, gate: Gate) -> None:

@@ -476,6 +476,7 @@ class _Fabric:
                 model_revision=join.model_revision,
                 window_bytes=0,
                 role=Role.SCHEDULER,
+                serves=str(self._extra.get("serves", "both")),
             ),
             layout=self._layout,
             mover=NoPool(self._layout.parts[0].num_bytes),

@@ -14,7 +14,7 @@ from typing import Any
 from kvfabric.config import default_state_dir
 from kvfabric.errors import ConfigError
 from kvfabric.hashing import tlv
-from kvfabric.types import BlockLayout, PartSpec
+from kvfabric.types import ENGINE_ROLES, BlockLayout, PartSpec
 from kvfabric_engine.layout import default_block_tokens
 
 TESTED_VERSIONS = ("0.32",)
@@ -78,6 +78,9 @@ def check_version(version: str) -> None:
 def check_configuration(config: Any) -> None:
     """Raises ConfigError that names what of the engine's configuration the fabric cannot be right with."""
     parallel = config.parallel_config
+    extra = config.kv_transfer_config.kv_connector_extra_config or {}
+    if extra.get("serves", "both") not in ENGINE_ROLES:
+        raise ConfigError(f"serves is one of {', '.join(ENGINE_ROLES)}, not {extra['serves']!r}")
     for name in _UNTESTED_MODES:
         if getattr(parallel, name, 1) != 1:
             raise ConfigError(f"{name} = {getattr(parallel, name)} is not supported")

@@ -6,6 +6,9 @@ vLLM asks for a match again in every step until it can allocate, so each answer 
 is claimed is leased at the node until every worker reported the load. When vLLM asks again after a load, the
 load failed; the same answer would make it ask for ever, so the request is computed.
 
+A request whose prompt another engine computes is matched again and again, until all is there, no more will
+come or its time is up: vLLM has no blocks to load into before it is answered.
+
 Every method is called on vLLM's scheduler thread and returns at once.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -71,6 +75,11 @@ class _Tracked:
     num_saved: int = 0
     num_mirrored: int = 0
     num_local: int = 0  # tokens that vLLM found in HBM when it was last answered
+    hands_over: bool = False  # another engine waits for its blocks
+    wait_until: float = (
+        0.0  # another engine computes it: worth waiting for until then (monotonic seconds)
+    )
+    num_seen: int = 0  # blocks of those that were there when last asked
     one_time_salt: str = field(default_factory=lambda: secrets.token_urlsafe(32))
 
     def next_name(self) -> str:
@@ -160,7 +169,7 @@ class SchedulerSide:
             return
         if num_external == 0:
             tracked.phase = _Phase.RUNNING
-            self._connector.release(tracked.name)
+            self._done_loading(tracked)
             return
         tracked.phase = _Phase.LOADING
         self._loading[request.request_id] = tracked.name
@@ -217,9 +226,16 @@ class SchedulerSide:
     def loaded(self, request_ids: Sequence[str]) -> None:
         """Every worker reported these loads, failed or not."""
         for request_id in request_ids:
-            name = self._loading.pop(request_id, None)
-            if name is not None:
+            name, tracked = self._loading.pop(request_id, None), self._tracked.get(request_id)
+            if tracked is not None and tracked.name == name:
+                self._done_loading(tracked)
+            elif name is not None:
                 self._connector.release(name)
+
+    def _done_loading(self, tracked: _Tracked) -> None:
+        """Nothing more is loaded. One that computes for another engine stays known as long as it does."""
+        if not tracked.hands_over:
+            self._connector.release(tracked.name)
 
     def finished(self, request: Any) -> None:
         """The request ended. Its load, if one is under way, keeps its lease until it is reported."""
@@ -260,6 +276,8 @@ class SchedulerSide:
         if not tracked.opening.done():
             return False
         opened, tracked.opening = tracked.opening.result(), None
+        tracked.hands_over, tracked.num_seen = opened.hands_over, 0
+        tracked.wait_until = time.monotonic() + opened.wait_s if opened.wait_s else 0.0
         was_identified = opened.in_fabric and self._identify(tracked)
         tracked.keys = opened.keys if opened.in_fabric and _is_known(tracked) else None
         if tracked.keys is None or tracked.keys.no_read or not tracked.may_load:
@@ -278,7 +296,15 @@ class SchedulerSide:
         if not wanted:
             tracked.phase = _Phase.MATCHED
             return
-        tracked.matching = self._connector.match(tracked.name, wanted)
+        if tracked.wait_until:
+            tracked.matching = self._connector.follow(
+                tracked.name,
+                wanted,
+                beyond=tracked.num_seen,
+                wait_s=tracked.wait_until - time.monotonic(),
+            )
+        else:
+            tracked.matching = self._connector.match(tracked.name, wanted)
         tracked.phase = _Phase.MATCHING
 
     def _matched(self, tracked: _Tracked) -> bool:
@@ -286,7 +312,14 @@ class SchedulerSide:
         if not tracked.matching.done():
             return False
         match, tracked.matching = tracked.matching.result(), None
-        tracked.num_matched, tracked.tiers = match.num_blocks, match.tiers
+        is_late = tracked.wait_until > 0 and time.monotonic() >= tracked.wait_until
+        if match.more and not is_late and tracked.keys is not None:
+            tracked.num_seen = match.num_here
+            self._ask(tracked, tracked.keys)
+            return False
+        # What is still on its way from a node that may hang is not waited for when it is late.
+        tracked.num_matched = match.num_here if is_late else match.num_blocks
+        tracked.tiers = match.tiers[: tracked.num_matched]
         tracked.num_saved = max(tracked.num_saved, match.num_blocks)
         tracked.phase = _Phase.MATCHED
         return True

@@ -38,6 +38,7 @@ from kvfabric_engine.plan import FetchPlan, Planner, PrefixMatch, Prompt, Rates,
 from kvfabric_engine.pool_events import PoolEvents
 from kvfabric_engine.reference import decode
 from kvfabric_engine.reference.block_manager import BlockManager, CachedBlock, PoolStatistics
+from kvfabric_engine.reference.following import Following
 from kvfabric_engine.reference.measure import measure_rates
 from kvfabric_engine.reference.model import NOTHING, Model
 from kvfabric_engine.reference.sampler import Sampler
@@ -107,6 +108,7 @@ class Engine:
         self.layout = self.shape.block_layout(rope=self.model.rope, packing=self._packing())
         self.pool = self.shape.create(self.model.device)
         self.connector: Connector | None = None
+        self._following: Following | None = None
         self._mover = mover_for(self.pool, self.shape)
         self._events = PoolEvents()
         self._events.strike = self._strike
@@ -178,10 +180,14 @@ class Engine:
                     window_bytes=self.config.window_bytes,
                     audit_parts=self.config.audit_parts,
                     recompute=self._planner.rates.recompute_cost(),
+                    serves=self.config.role,
                 ),
                 layout=self.layout,
                 mover=self._mover,
                 events=self._events,
+            )
+            self._following = Following(
+                self.connector, self.shape, when_done=self._when_done, start=self._start
             )
             self.connector.start()
         self._thread.start()
@@ -283,6 +289,8 @@ class Engine:
                 work = self._scheduler.plan()
                 is_idle = not work
                 self._step(work)
+                for sequence in {item.sequence for item in work if item.sequence.hands_over}:
+                    self._hand_over_unsaved(sequence)
         finally:
             last = Finish.ABORT if self._is_stopping else Finish.ERROR
             for sequence in list(self._sequences.values()):
@@ -321,6 +329,9 @@ class Engine:
         if sequence.phase is Phase.OPENING:
             sequence.keys, sequence.in_fabric = opened.keys, opened.in_fabric
             sequence.reused = Reused(miss=opened.reason)
+            sequence.hands_over = opened.hands_over
+            if opened.wait_s and self._following is not None:
+                self._following.opened(sequence, opened.wait_s)
             self._scheduler.add(sequence)
 
     def _abort(self, name: str) -> None:
@@ -337,6 +348,9 @@ class Engine:
         keys = sequence.usable_keys()
         if self.connector is None or not sequence.in_fabric or not keys:
             self._start(sequence, 0)
+            return
+        if sequence.wait_until and self._following is not None:
+            self._following.begin(sequence)
             return
         matched = self.connector.match(sequence.request_id, keys)
         if len(sequence.cached) < len(keys):
@@ -487,8 +501,7 @@ class Engine:
         self._scheduler.computed(item)
         is_ready = len(sequence.unsaved) * self.shape.block_tokens >= SAVE_TOKENS
         if is_ready or not sequence.is_prefilling:
-            unsaved, sequence.unsaved = sequence.unsaved, []
-            self._hand_over(sequence, unsaved)
+            self._hand_over_unsaved(sequence)
         if self.is_deterministic and sequence.in_fabric and not sequence.is_prefilling:
             self._leave_fabric(sequence)  # answered tokens are not cached in this mode
         if not item.span.sample:
@@ -523,6 +536,10 @@ class Engine:
         if token_id in self.tokenizer.end_ids and not params.ignore_eos:
             return Finish.STOP
         return Finish.LENGTH if sequence.num_answered >= params.max_tokens else None
+
+    def _hand_over_unsaved(self, sequence: Sequence) -> None:
+        unsaved, sequence.unsaved = sequence.unsaved, []
+        self._hand_over(sequence, unsaved)
 
     def _hand_over(self, sequence: Sequence, blocks: list[CachedBlock]) -> None:
         """Save `blocks`, each referenced for it, run by run: a reservation is of consecutive ones."""

@@ -32,6 +32,9 @@ PREFILL_TOKENS_A_STEP = 256
 PREFILL_TOKENS_ON_GPU = 8192
 """Likewise on a GPU, which is not full with fewer."""
 
+HAND_OVER_TOKENS = 1024
+"""Of a prompt that another engine waits for: what is computed travels while the next so many are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -112,9 +115,11 @@ class Scheduler:
             if sequence.phase is not Phase.RUNNING or not self._grow(sequence):
                 continue  # preempted by an older sequence, or by itself
             limit = 1 if sequence.num_computed == len(sequence.tokens) - 1 else budget
+            if sequence.hands_over:
+                limit = min(limit, HAND_OVER_TOKENS)
             spans = self._cut(sequence, sequence.num_computed, limit)
             work += [Work(sequence, span) for span in spans]
-            if limit == budget:
+            if limit > 1:
                 budget -= sum(len(span.token_ids) for span in spans)
         return work
 

@@ -103,6 +103,12 @@ class Sequence:
     in_fabric: bool = False
     """The node knows this request: blocks may be matched, loaded and saved."""
 
+    hands_over: bool = False
+    """Another engine waits for its blocks."""
+
+    wait_until: float = 0.0
+    """Another engine computes its prompt, worth waiting for until then (monotonic seconds); 0: none does."""
+
     choice: Choice | None = None
     """Fetch or recompute, once the fabric answered; `offered` blocks were to be had, at `chosen_at`."""
 
