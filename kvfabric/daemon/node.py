@@ -155,7 +155,6 @@ class Node:
         stack.callback(self.keeper.close)
         await stack.enter_async_context(self._ssd_stack)  # left after the store
         self.store = await stack.enter_async_context(self._make_store())
-        self.store.when_stored(self.handoffs.news.tell)
         self.sessions = Sessions(self.store, self)
         self.withdrawals = Withdrawals(
             NodeParts(
@@ -324,6 +323,7 @@ class Node:
             offer=self._offer,
             take_back=self._take_back,
         )
+        self.store.when_stored(self.handoffs.news.tell)
         services = Services(
             store=self.store,
             keyring=self.keyring,
