@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import socket
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from kvfabric.errors import KVFabricError
 _STOP_S = 10.0
 _POLL_S = 0.05
 _TAIL_BYTES = 4096
+_PORTS = range(12_000, 32_000)
+"""Below those that Linux gives to outgoing connections (`ip_local_port_range`)."""
 
 
 class DemoError(KVFabricError):
@@ -136,10 +140,16 @@ async def run_command(arguments: Sequence[str], deadline_s: float = 30.0) -> str
 
 
 def free_addresses(count: int) -> list[str]:
-    """`count` loopback addresses with ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """`count` loopback addresses with ports that were free a moment ago, and that no outgoing connection gets
+    meanwhile. Raises DemoError."""
+    sockets: list[socket.socket] = []
     try:
-        return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+        for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+            if len(sockets) == count:
+                return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+            with contextlib.suppress(OSError):
+                sockets.append(socket.create_server(("127.0.0.1", port)))
+        raise DemoError(f"no {count} ports are free on loopback")
     finally:
         for s in sockets:
             s.close()

@@ -17,6 +17,7 @@ from kvfabric import doctor, pki
 from kvfabric.cli import main
 from kvfabric.config import NodeConfig
 from kvfabric.daemon.admin_client import AdminClient
+from kvfabric.demo.processes import free_addresses
 from kvfabric.errors import BadHandle, Fenced, NotFound
 from kvfabric.keyring import Keyring
 from kvfabric.pki import Identity
@@ -28,7 +29,6 @@ from kvfabric.testing.processes import NodeProcess, RouterProcess, start_all, un
 from kvfabric.testing.redis import RedisServer
 from kvfabric.tls import Security, open_channel
 from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, BlockKey, TenantId
-from tests.kvfabric.test_pki import free_address
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 
@@ -133,7 +133,7 @@ def fleet(home: Path, *names: str, tls: bool = True, num_routers: int = 0) -> It
                 home / name,
                 node_id=name,
                 directory=redis.url,
-                listen=free_address(),
+                listen=free_addresses(1)[0],
                 epoch_lease_s=LEASE_S,
                 ssd_bytes=16 << 20,
                 **security("node", name),

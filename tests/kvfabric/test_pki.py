@@ -22,6 +22,7 @@ from kvfabric.daemon import peers
 from kvfabric.daemon.admin_client import AdminClient
 from kvfabric.daemon.node import Node
 from kvfabric.daemon.peers import is_allowed, tcp_listener
+from kvfabric.demo.processes import free_addresses
 from kvfabric.errors import AccessError, ConfigError, Conflict, ConnectError, KVFabricError
 from kvfabric.pki import Identity
 from kvfabric.protocol import kvfabric_pb2 as pb
@@ -40,12 +41,6 @@ def authority(tmp_path: Path) -> Path:
 
 def issue(authority: Path, role: str, name: str = "x", *, seconds: float = DAY_S) -> Path:
     return pki.issue(authority, Identity(role, name), days=seconds / DAY_S)
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 # ---------------------------------------------------------------------- files
@@ -147,7 +142,7 @@ def test_plain_tcp_is_served_only_when_asked_for(
 @pytest.fixture
 def node(authority: Path, tmp_path: Path) -> Iterator[NodeProcess]:
     where = issue(authority, "node", "n1")
-    with NodeProcess(tmp_path / "state", listen=free_address(), tls_dir=where) as process:
+    with NodeProcess(tmp_path / "state", listen=free_addresses(1)[0], tls_dir=where) as process:
         yield process
 
 
@@ -261,7 +256,7 @@ async def test_without_the_check_a_router_could_change_the_registry(
 ) -> None:
     """The twin of the story above."""
     monkeypatch.setattr(peers, "is_allowed", lambda identity, method: True)
-    address = free_address()
+    (address,) = free_addresses(1)
     config = NodeConfig(
         state_dir=tmp_path / "state",
         http="",

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+from kvfabric.demo.processes import free_addresses
 from kvfabric.errors import AccessError, ConnectError, KVFabricError, NoSpace
 from kvfabric.registry.base import Change
 from kvfabric.registry.lease import EpochLease
@@ -392,18 +392,11 @@ async def test_partitioned_from_one(tmp_path: Path, kind: type[RedisRegistry]) -
 # ---------------------------------------------------------------------- fail-over
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.mark.usefixtures("short_patience")
 @beside_its_twin(RedisRegistry, TakesAnything)
 async def test_fail_over_with_lost_writes(tmp_path: Path, kind: type[RedisRegistry]) -> None:
     """The replica that takes over lacks a change that everybody acted on; then it gets another one."""
-    port = free_port()
+    port = free_addresses(1)[0].rpartition(":")[2]
     primary = RedisServer(tmp_path / "primary", port=port, bind="127.0.0.1")
     replica = RedisServer(tmp_path / "replica", replicaof=f"127.0.0.1 {port}")
     with primary, replica:
@@ -424,6 +417,7 @@ async def test_fail_over_with_lost_writes(tmp_path: Path, kind: type[RedisRegist
             way.cut()
             primary.kill()
             async with holder_at(replica.url, tmp_path, "new") as new:
+                await until(lambda: bool(new.state.tenants))
                 await new.create_tenant("acme", *[next(iter(new.state.tenants.values())).host] * 2)
                 assert new.state.epoch(SCOPE) == 1  # it cannot know yet
                 way.mend(replica.socket)
@@ -445,7 +439,7 @@ async def test_fail_over_with_lost_writes(tmp_path: Path, kind: type[RedisRegist
 @beside_its_twin(1, 0)
 async def test_a_primary_without_its_replicas_grants_nothing(tmp_path: Path, replicas: int) -> None:
     """It may have been replaced long ago. Twin: no replica has to have a renewal."""
-    port = free_port()
+    port = free_addresses(1)[0].rpartition(":")[2]
     primary = RedisServer(tmp_path / "primary", port=port, bind="127.0.0.1")
     replica = RedisServer(tmp_path / "replica", replicaof=f"127.0.0.1 {port}")
     with primary, replica:

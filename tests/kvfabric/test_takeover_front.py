@@ -17,6 +17,7 @@ from kvfabric import pki
 from kvfabric.config import NodeConfig
 from kvfabric.daemon.admin_client import LOCAL, AdminClient
 from kvfabric.daemon.node import Node
+from kvfabric.demo.processes import free_addresses
 from kvfabric.errors import ConnectError, Fenced
 from kvfabric.pki import Identity
 from kvfabric.protocol import kvfabric_pb2 as pb
@@ -35,11 +36,6 @@ def taken() -> socket.socket:
 
 def address_of(sock: socket.socket) -> str:
     return "{}:{}".format(*sock.getsockname())
-
-
-def free_address() -> str:
-    with closing(taken()) as sock:
-        return address_of(sock)
 
 
 def hits(engine: TinyEngine, request: str, prompt: str) -> int:
@@ -157,7 +153,7 @@ async def _serve(node: Node, engine: TinyEngine, other: socket.socket) -> None:
 def test_a_member_of_a_fleet_is_taken_over(tmp_path: Path) -> None:
     """With its registry in Redis and its own TCP port: the same port, the registry as it was, one holder
     of a lease afterwards, and a withdrawal reaches it."""
-    listen = free_address()
+    (listen,) = free_addresses(1)
     pki.init(tmp_path / "pki")
     admin_of_all = Security("admin", pki.issue(tmp_path / "pki", Identity("admin", "a1")))
 
