@@ -91,6 +91,8 @@ class NodeConfig:
         "devices over which blocks move between nodes, as UCX names them (mlx5_0:1, eth0, lo): not "
         "encrypted, so a zone of trust; empty: none move",
     )
+    rack: str = _key("", "rack that this node is in, if any: blocks move faster within one")
+    zone: str = _key("", "zone that this node is in, if the fleet has several")
     sessions_return_s: float = _key(
         10.0, "how long a new daemon waits for the engines of a crashed one to return the arena"
     )

@@ -25,6 +25,16 @@ Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a node is, for whoever asks what is near: see `NodeDescription`."""
+
+    machine: bytes = b""
+    rack: str = ""
+    zone: str = ""
+    exchanges: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AdminSources:
     """What the admin plane shows and changes.
 
@@ -48,3 +58,5 @@ class AdminSources:
     handoffs: Handoffs = field(default_factory=Handoffs)
     sender: Sender | None = None
     prefetches: Prefetches | None = None
+    rates: Callable[[], list[pb.Rate]] = list
+    place: Place = Place()

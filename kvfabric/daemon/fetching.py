@@ -36,6 +36,7 @@ from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.store.copying import batch_bounds, checksum
+from kvfabric.store.meter import Meter
 from kvfabric.store.store import BlockStore
 from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
 from kvfabric.tls import Security, open_channel
@@ -77,6 +78,7 @@ class _Peer:
     """A node that holds blocks for us, and the way to it. `num_chunks`: still to come."""
 
     stub: Any
+    meter: Meter
     link: Link
     hold: bytes
     session: Session
@@ -104,7 +106,8 @@ class _Chunk:
 class Fetches:
     """An async context manager: leaving aborts what is on its way.
 
-    `peers`: each other node's gRPC, by its id. `counts`: blocks, bytes and failures, by what became of them.
+    `peers`: each other node's gRPC, by its id; `meter`: of what comes from it. `counts`: blocks, bytes and
+    failures, by what became of them.
     """
 
     def __init__(
@@ -114,8 +117,10 @@ class Fetches:
         security: Security,
         *,
         peers: Callable[[], Mapping[str, str]],
+        meter: Callable[[str], Meter],
         fetch_s: float = FETCH_S,
     ) -> None:
+        self._meter = meter
         self.counts: Counter[str] = Counter()
         self._store = store
         self._transport = transport
@@ -229,7 +234,9 @@ class Fetches:
                 async for held in stub.Follow(self._hold_request(session, handle, keys)):
                     if peer is None:
                         link = await self._transport.link_to(held.address)
-                        peer = _Peer(stub, link, held.hold, session, num_chunks=1)
+                        peer = _Peer(
+                            stub, self._meter(source), link, held.hold, session, num_chunks=1
+                        )
                     if held.num_blocks > here and not self._is_paused:
                         self._begin(peer, request_id, keys, here, held.num_blocks)
                         here = held.num_blocks
@@ -261,7 +268,7 @@ class Fetches:
         stub = self._stub(source)
         held: pb.Held = await stub.Hold(self._hold_request(session, handle, keys), timeout=ANSWER_S)
         link = await self._transport.link_to(held.address)
-        return _Peer(stub, link, held.hold, session), held.num_blocks
+        return _Peer(stub, self._meter(source), link, held.hold, session), held.num_blocks
 
     def _stub(self, source: str) -> Any:
         """Raises TransferError."""
@@ -363,7 +370,14 @@ class Fetches:
         ends, UCX has let go of the slots."""
         try:
             async with asyncio.timeout(self._fetch_s), self._flow.room(chunk.num_bytes):
-                return await self._sent(peer, chunk, slots)
+                num_bytes = 0
+                peer.meter.begin()
+                try:
+                    checksums = await self._sent(peer, chunk, slots)
+                    num_bytes = chunk.num_bytes
+                finally:
+                    peer.meter.end(num_bytes)
+                return checksums
         except TimeoutError as exc:
             raise DeadlineExceeded(f"{chunk.count} blocks, {self._fetch_s:g} s") from exc
 

@@ -57,6 +57,7 @@ from kvfabric.types import (
 
 if TYPE_CHECKING:
     from kvfabric.daemon.fetching import Fetches
+    from kvfabric.daemon.meters import Meters
     from kvfabric.daemon.prefetching import Prefetches
 
 
@@ -82,6 +83,8 @@ class Services:
     """A session says what its HBM let go of, and is told what to."""
     fetches: Fetches | None = None
     """Blocks from other nodes; None where they exchange none, and until they can."""
+    meters: Meters | None = None
+    """What is measured of loads; None where nobody asks."""
     prefetches: Prefetches | None = None
     """What routers have brought in ahead; None where nobody asks for it."""
     key_unknown: Callable[[], None] = lambda: None
@@ -210,15 +213,21 @@ def asks_peers(caller: Caller, message: Request) -> bool:
 async def load(caller: Caller, message: Load) -> Located:
     """On cancellation nothing becomes visible that was not before."""
     _check_keys(message.keys)
-    return await caller.services.store.load(
-        caller.session.id, message.request_id, message.keys, message.group, message.shard
+    services, session = caller.services, caller.session
+    located = await services.store.load(
+        session.id, message.request_id, message.keys, message.group, message.shard
     )
+    if services.meters is not None:
+        part = (session.id, message.request_id, message.group, message.shard)
+        services.meters.located(part, located.num_blocks * located.part_bytes)
+    return located
 
 
 def confirm(caller: Caller, message: Confirm) -> Confirmed:
     _check_keys(message.keys)
-    _check_vector("generations", message.generations, 4, len(message.keys) // KEY_BYTES)
-    return caller.services.store.confirm(
+    num_keys = len(message.keys) // KEY_BYTES
+    _check_vector("generations", message.generations, 4, num_keys)
+    confirmed = caller.services.store.confirm(
         caller.session.id,
         message.request_id,
         message.keys,
@@ -226,6 +235,10 @@ def confirm(caller: Caller, message: Confirm) -> Confirmed:
         message.group,
         message.shard,
     )
+    if caller.services.meters is not None:
+        part = (caller.session.id, message.request_id, message.group, message.shard)
+        caller.services.meters.confirmed(part, is_good=confirmed.num_blocks == num_keys)
+    return confirmed
 
 
 async def recheck(caller: Caller, message: Recheck) -> Rechecked:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import hashlib
 import logging
 import os
 import secrets
@@ -23,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 from kvfabric import garbage
 from kvfabric.config import NodeConfig, split_address
 from kvfabric.daemon.admin import AdminServer, check_private
-from kvfabric.daemon.admin_sources import AdminSources
+from kvfabric.daemon.admin_sources import AdminSources, Place
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.auditor import Auditor, AuditorParts
 from kvfabric.daemon.fleet_models import FleetModels
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.lookups import Lookups
+from kvfabric.daemon.meters import Meters
 from kvfabric.daemon.peers import TcpListener, check_free, tcp_listener
 from kvfabric.daemon.prefetching import Prefetches
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
@@ -67,6 +69,7 @@ log = logging.getLogger(__name__)
 _STALL_PROBE_S = 0.05
 _LOCK_S = 5.0
 """How long the kernel may take to give up what a killed predecessor had."""
+_RATES_S = 0.5
 _POLL_S = 0.2
 """Between looks at whether a tier that is not there can be had now."""
 
@@ -209,6 +212,7 @@ class Node:
         yield garbage.collect(self.store.turns.wait)
         yield self.withdrawals.run()
         yield self.auditor.run()
+        yield self._tell_rates()
         if self.prefetches is not None:
             yield self.prefetches.follow(self.registry)
         if self.fleet_keys is not None:
@@ -313,6 +317,7 @@ class Node:
 
     def _make_server(self) -> EngineServer:
         config = self.config
+        self.meters = Meters(self.store.ssd_meter)
         options = ServerOptions(
             path=config.socket_path,
             node_id=config.name,
@@ -334,6 +339,7 @@ class Node:
             lookups=self.lookups,
             handoffs=self.handoffs,
             heard=self.withdrawals.heard,
+            meters=self.meters,
             key_unknown=(lambda: None) if self.fleet_keys is None else self.fleet_keys.wake,
         )
         return EngineServer(options, services, self.sessions)
@@ -387,6 +393,13 @@ class Node:
             handoffs=self.handoffs,
             sender=None if self.transfers is None else self.transfers.sender,
             prefetches=self.prefetches,
+            rates=self.meters.rates,
+            place=Place(
+                _machine_id(),
+                self.config.rack,
+                self.config.zone,
+                exchanges=self.transfers is not None,
+            ),
         )
         return AdminServer(
             self.config.admin_socket_path,
@@ -396,6 +409,13 @@ class Node:
             clock=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
             tcp=self._tcp,
         )
+
+    async def _tell_rates(self) -> None:
+        """What was measured, to routers, while it changes. Until cancelled."""
+        while True:
+            await asyncio.sleep(_RATES_S)
+            if rates := self.meters.news():
+                self.events.tell_rates(rates)
 
     def _own_models(self) -> list[pb.Model]:
         return self.withdrawals.models()
@@ -654,6 +674,15 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _machine_id() -> bytes:
+    """The same for all processes of a machine until it boots again; empty if it cannot be told."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        return b""
+    return hashlib.blake2b(name, digest_size=8).digest()
 
 
 def _make_private(directory: Path) -> None:

@@ -22,7 +22,7 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
 
     @unary
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.NodeDescription:
-        events = self._sources.events
+        events, place = self._sources.events, self._sources.place
         return pb.NodeDescription(
             node_id=self._node_id,
             boot_id=events.boot_id,
@@ -33,6 +33,11 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
             models=self._sources.models.own(),
             stale_serves=events.stale_serves,
             takes_hints=self._sources.prefetches is not None,
+            rates=self._sources.rates(),
+            machine=place.machine,
+            rack=place.rack,
+            zone=place.zone,
+            exchanges=place.exchanges,
         )
 
     @unary

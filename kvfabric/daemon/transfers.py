@@ -37,8 +37,13 @@ class Transfers:
         async with contextlib.AsyncExitStack() as stack:
             self.transport = await stack.enter_async_context(await Transport.start(self._settings))
             self.sender = await stack.enter_async_context(Sender(self._services, self.transport))
+            assert self._services.meters is not None
             fetches = Fetches(
-                self._services.store, self.transport, self._security, peers=self._peers
+                self._services.store,
+                self.transport,
+                self._security,
+                peers=self._peers,
+                meter=self._services.meters.peer,
             )
             self.fetches = await stack.enter_async_context(fetches)
             self._stack = stack.pop_all()

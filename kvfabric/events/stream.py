@@ -101,6 +101,7 @@ class EventStream:
         self._closed = False
         self.stale_serves = 0
         self._alarm_due = False
+        self._rates: list[pb.Rate] = []
 
     def __repr__(self) -> str:
         return (
@@ -156,6 +157,11 @@ class EventStream:
         """The node's auditor was served withdrawn blocks so often; every batch says so from now on."""
         self.stale_serves, self._alarm_due = stale_serves, True
         self.flush()
+
+    def tell_rates(self, rates: list[pb.Rate]) -> None:
+        """All that the node has measured of how fast blocks move, because it changed."""
+        self._rates = rates
+        self._schedule()
 
     # ------------------------------------------------------------------ the engines' side
 
@@ -222,7 +228,7 @@ class EventStream:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not (self._runs or self._engine_changes or self._alarm_due):
+        if not (self._runs or self._engine_changes or self._alarm_due or self._rates):
             return
         self._alarm_due = False
         self._sequence += 1
@@ -232,7 +238,9 @@ class EventStream:
             runs=[run.to_pb() for run in self._runs],
             engines=self._engine_changes,
             stale_serves=self.stale_serves,
+            rates=self._rates,
         )
+        self._rates = []
         self._runs, self._pending_blocks, self._engine_changes = [], 0, []
         self._keep(batch)
         self._wake()

@@ -34,7 +34,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves", "models", "takes_hints")
+    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves", "models", "takes_hints", "rates", "machine", "rack", "zone", "exchanges")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,11 @@ class NodeDescription(_message.Message):
     STALE_SERVES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     TAKES_HINTS_FIELD_NUMBER: _ClassVar[int]
+    RATES_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
+    RACK_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGES_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
@@ -53,7 +58,24 @@ class NodeDescription(_message.Message):
     stale_serves: int
     models: _containers.RepeatedCompositeFieldContainer[Model]
     takes_hints: bool
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., takes_hints: _Optional[bool] = ...) -> None: ...
+    rates: _containers.RepeatedCompositeFieldContainer[Rate]
+    machine: bytes
+    rack: str
+    zone: str
+    exchanges: bool
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., takes_hints: _Optional[bool] = ..., rates: _Optional[_Iterable[_Union[Rate, _Mapping]]] = ..., machine: _Optional[bytes] = ..., rack: _Optional[str] = ..., zone: _Optional[str] = ..., exchanges: _Optional[bool] = ...) -> None: ...
+
+class Rate(_message.Message):
+    __slots__ = ("tier", "peer", "bytes_per_s", "num_sights")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_SIGHTS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    peer: str
+    bytes_per_s: float
+    num_sights: int
+    def __init__(self, tier: _Optional[str] = ..., peer: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., num_sights: _Optional[int] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
     __slots__ = ("hints",)
@@ -180,13 +202,14 @@ class Run(_message.Message):
     def __init__(self, kind: _Optional[_Union[EventKind, str]] = ..., tier: _Optional[_Union[Tier, str]] = ..., namespace_tag: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., engine: _Optional[bytes] = ...) -> None: ...
 
 class EventBatch(_message.Message):
-    __slots__ = ("boot_id", "sequence", "runs", "engines", "gap", "snapshot_end", "stale_serves")
+    __slots__ = ("boot_id", "sequence", "runs", "engines", "gap", "snapshot_end", "rates", "stale_serves")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     GAP_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_END_FIELD_NUMBER: _ClassVar[int]
+    RATES_FIELD_NUMBER: _ClassVar[int]
     STALE_SERVES_FIELD_NUMBER: _ClassVar[int]
     boot_id: bytes
     sequence: int
@@ -194,8 +217,9 @@ class EventBatch(_message.Message):
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
     gap: bool
     snapshot_end: bool
+    rates: _containers.RepeatedCompositeFieldContainer[Rate]
     stale_serves: int
-    def __init__(self, boot_id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., gap: _Optional[bool] = ..., snapshot_end: _Optional[bool] = ..., stale_serves: _Optional[int] = ...) -> None: ...
+    def __init__(self, boot_id: _Optional[bytes] = ..., sequence: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., gap: _Optional[bool] = ..., snapshot_end: _Optional[bool] = ..., rates: _Optional[_Iterable[_Union[Rate, _Mapping]]] = ..., stale_serves: _Optional[int] = ...) -> None: ...
 
 class WatchRegistryRequest(_message.Message):
     __slots__ = ("holder_id", "holder_kind")

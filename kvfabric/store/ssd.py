@@ -38,6 +38,7 @@ from kvfabric.store.index import (
     Rows,
     packed_keys,
 )
+from kvfabric.store.meter import Meter
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.residency import Residency, record_bytes
 from kvfabric.store.seeding import Seeder, key_words
@@ -75,6 +76,7 @@ class SsdTraffic:
         spill_bytes: int,
         deadline_s: float,
     ) -> None:
+        self.meter = Meter()  # of what is promoted
         self.read_breaker = Breaker("SSD reading", clock)
         self.write_breaker = Breaker("SSD writing", clock)
         self.scrubbing = asyncio.Lock()
@@ -142,6 +144,7 @@ class SsdTraffic:
                 one = Slots(*(vector[position : position + 1] for vector in slots))
                 part = int(parts[at])
                 self._loading[part] = asyncio.get_running_loop().create_future()
+                self.meter.begin()
                 self._group.create_task(
                     self._read(int(rows[at]), part, ordinal, one), name="kvfabric-promote"
                 )
@@ -176,6 +179,7 @@ class SsdTraffic:
             self._fail(self.read_breaker, str(exc))
         finally:
             self._num_reads -= 1
+            self.meter.end(identity.num_bytes if good else 0)
             timer.cancel()
             late.settle()
             buffer.release()

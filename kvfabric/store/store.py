@@ -13,7 +13,7 @@ rights, and whether the parts are still what they were. A miss is an answer, nev
     breaker    when SSD is left alone
     contents   all of it as data, for a successor
     scrub      the arena's bytes, checked anew     purging  for good, and zeroed
-    sampling   what lies here, for probes
+    sampling   what lies here, for probes  meter    how fast SSD gives it back
     pins       what is not evicted          turns    how all of it shares the event loop
 """
 
@@ -40,6 +40,7 @@ from kvfabric.store.breaker import Breaker
 from kvfabric.store.contents import Contents
 from kvfabric.store.index import MAX_PARTS, BlockIndex, Lineage
 from kvfabric.store.lease import LeaseBook, RequestGrant
+from kvfabric.store.meter import Meter
 from kvfabric.store.pins import PinDeadlines
 from kvfabric.store.purging import Purger, is_made_of
 from kvfabric.store.quota import TierAccounts
@@ -181,6 +182,7 @@ class BlockStore:
             self._residency, self._leases, access, self._writer.arrivals, lease_s=limits.lease_s
         )
         self._ssd: SsdTraffic | None = None
+        self.ssd_meter = Meter()
         self._memory_breaker = Breaker("a part of the host tier", clock)
         self._scrubbing_ssd: asyncio.Task[None] | None = None
         self._group = asyncio.TaskGroup()
@@ -257,6 +259,7 @@ class BlockStore:
             spill_bytes=self.limits.spill_bytes,
             deadline_s=self.limits.ssd_deadline_s,
         )
+        self._ssd.meter = self.ssd_meter
         tier.owner = self._ssd
         await self._ssd.seed(self._purged(), self._offboarded())
         self._residency.save = self._ssd.save

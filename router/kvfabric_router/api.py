@@ -268,16 +268,18 @@ class Usage:
     host_tokens: int
     ssd_tokens: int
     miss: MissReason = MissReason.NONE
+    peer_tokens: int = 0
 
     @property
     def work(self) -> Work:
         """What the prompt asked of the engine; reuse of no known tier counts as HBM's."""
-        fetched = self.host_tokens + self.ssd_tokens
+        fetched = self.host_tokens + self.ssd_tokens + self.peer_tokens
         return Work(
             computed=max(self.prompt_tokens - self.cached_tokens, 0),
             hbm=max(self.cached_tokens - fetched, 0),
             host=self.host_tokens,
             ssd=self.ssd_tokens,
+            peer=self.peer_tokens,
         )
 
 
@@ -298,6 +300,7 @@ def parse_usage(answer: object) -> Usage | None:
         host_tokens=_count(tiers, "host_tokens"),
         ssd_tokens=_count(tiers, "ssd_tokens"),
         miss=_reason(tiers.get("miss_reason")),
+        peer_tokens=_count(tiers, "peer_tokens"),
     )
 
 

@@ -24,7 +24,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def reused_tokens(self) -> int:
-        return self.reused.hbm + self.reused.host + self.reused.ssd
+        return self.reused.reused
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):

@@ -303,22 +303,31 @@ class Planner:
         found = call.matches.reuse.get(engine.endpoint)
         if found is None:
             found = call.matches.reuse[engine.endpoint] = self._reuse(call, call.matches, engine)
+        return Candidate(engine, self._prompt_tokens(call, engine), found)
+
+    def _prompt_tokens(self, call: Call, engine: EngineView) -> int:
         length = self._length(call, engine)
-        return Candidate(engine, _guess_tokens(call.request) if length is None else length, found)
+        return _guess_tokens(call.request) if length is None else length
 
     def _reuse(self, call: Call, matches: _Matches, engine: EngineView) -> Reuse:
         assert call.identities is not None
         keys = call.identities.keys(engine)
         if keys is None or call.tenant.opted_out or call.no_read:
             return Reuse()
-        return policy.reuse_of(
+        present = matches.of(keys)
+        own = policy.reuse_of(
             engine,
-            matches.of(keys),
+            present,
             matches.predicted(keys).get(engine.endpoint),
             num_blocks=len(keys.keys),
             block_tokens=keys.block_tokens,
             is_exact=keys.is_exact,
         )
+        links = self._fleet.topology.links_of(engine.node_id)
+        if not links:
+            return own
+        candidate = Candidate(engine, self._prompt_tokens(call, engine), own)
+        return policy.with_peers(candidate, present, links, block_tokens=keys.block_tokens)
 
     def _draw(self, call: Call) -> int:
         """What decides between equals, or whose turn it is; another attempt is no turn of its own."""
@@ -376,7 +385,10 @@ class Planner:
         assert keys is not None
         assert call.matches is not None
         sources = policy.sources_of(
-            engine, call.matches.of(keys), chosen.reuse, block_tokens=keys.block_tokens
+            call.matches.of(keys),
+            self._fleet.topology.links_of(engine.node_id),
+            chosen.reuse,
+            block_tokens=keys.block_tokens,
         )
         return identity.mint(
             model,
@@ -450,6 +462,7 @@ class Planner:
         mine.predicted["hbm"].inc(reuse.hbm_tokens)
         mine.predicted["host"].inc(reuse.host_tokens)
         mine.predicted["ssd"].inc(reuse.ssd_tokens)
+        mine.predicted["peer"].inc(reuse.peer_tokens)
         mine.reachable_tokens.inc(decision.reachable_tokens)
         mine.regret_tokens.inc(decision.regret_tokens)
         mine.regret_s.inc(decision.regret_ms / 1e3)

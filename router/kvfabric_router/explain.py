@@ -59,6 +59,7 @@ def explain(request_id: str, decision: Decision, told: Told | None) -> dict[str,
                 "hbm": outcome.reused.hbm,
                 "host": outcome.reused.host,
                 "ssd": outcome.reused.ssd,
+                "peer": outcome.reused.peer,
             },
             "ttft_ms": outcome.ttft_ms and round(outcome.ttft_ms, 3),
             "miss_reason": outcome.miss.value,
@@ -87,11 +88,22 @@ def _candidate(ranked: Ranked, why_not: str | None) -> dict[str, Any]:
             "hbm": candidate.reuse.hbm_tokens,
             "host": candidate.reuse.host_tokens,
             "ssd": candidate.reuse.ssd_tokens,
+            "peer": candidate.reuse.peer_tokens,
             "is_approximate": candidate.reuse.is_approximate,
         },
         "cost_ms": {
             **{term: round(getattr(ranked.terms, term), 3) for term in _TERMS},
             "total": round(ranked.terms.total, 3),
+        },
+        "fetch_ms": {
+            tier: round(ms, 3) for tier, ms in engine.rates.fetch_by_tier(candidate.work).items()
+        },
+        "peer": candidate.reuse.link
+        and {
+            "node": candidate.reuse.peer,
+            "link": candidate.reuse.link.kind,
+            "bytes_per_s": round(candidate.reuse.link.bytes_per_ms * 1e3),
+            "basis": candidate.reuse.link.basis,
         },
     }
 

@@ -83,7 +83,8 @@ def _outcome(told: dict[str, Any]) -> list[str]:
         reuse = actual["reuse_tokens"]
         found.append(
             f"  reused {sum(reuse.values())} of {actual['prompt_tokens']} prompt tokens "
-            f"(HBM {reuse['hbm']}, host {reuse['host']}, SSD {reuse['ssd']}); "
+            f"(HBM {reuse['hbm']}, host {reuse['host']}, SSD {reuse['ssd']}, "
+            f"peers {reuse['peer']}); "
             f"at most {told['reusable_tokens']} may be"
         )
     found.append(
@@ -110,17 +111,24 @@ def _outcome(told: dict[str, Any]) -> list[str]:
     return found
 
 
+_BASES = {"link": "measured", "class": "as others of its kind", "default": "a guess"}
+
+
 def _candidates(told: dict[str, Any]) -> list[str]:
     terms = ("wait", "fetch", "prefill", "decode", "others", "total")
     found = [
-        f"{'engine':20}{'hbm':>8}{'host':>8}{'ssd':>8}" + "".join(f"{term:>10}" for term in terms)
+        f"{'engine':20}{'hbm':>8}{'host':>8}{'ssd':>8}{'peer':>8}"
+        + "".join(f"{term:>10}" for term in terms)
     ]
     for one in told["candidates"]:
         reuse, cost = one["reuse_tokens"], one["cost_ms"]
         found.append(
-            f"{one['engine']:20}{reuse['hbm']:>8}{reuse['host']:>8}{reuse['ssd']:>8}"
+            f"{one['engine']:20}{reuse['hbm']:>8}{reuse['host']:>8}{reuse['ssd']:>8}{reuse['peer']:>8}"
             + "".join(f"{cost[term]:>10.1f}" for term in terms)
         )
+        if peer := one["peer"]:
+            rate = f"{peer['bytes_per_s'] / 1e6:.0f} MB/s ({_BASES[peer['basis']]})"
+            found.append(f"    from node {peer['node']} over a {peer['link']} link, {rate}")
         if one["why_not"]:
             found.append(f"    {one['why_not']}")
     found += [f"{engine:20}{why}" for engine, why in told["left_out"].items()]

@@ -22,9 +22,10 @@ from kvfabric_router.flight import Activity, Flight, Sent
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import EngineView, FleetView
 from kvfabric_router.predicted import Predicted
-from kvfabric_router.rates import UNKNOWN, Rates, fetch_prior, typical
+from kvfabric_router.rates import UNKNOWN, UNMEASURED, NodeRates, Rates, fetch_prior, typical
 from kvfabric_router.tokenizers import UNKNOWN as UNKNOWN_TOKENIZER
 from kvfabric_router.tokenizers import TokenCounts, Tokenizers
+from kvfabric_router.topology import Topology
 
 BACKOFF_S, MAX_BACKOFF_S = 0.25, 10.0
 PROBE_EVERY_S = 2.0
@@ -108,12 +109,17 @@ class _Engine:
         found = [n for n in names if getattr(node.model, n) != getattr(own.model, n)]
         return (*found, *(["session"] if own.session != node.session else []))
 
-    def lean_on(self, others: Rates) -> None:
-        """Not seen at work yet, it counts as one of the others, not as a faster one."""
+    @property
+    def token_bytes(self) -> float:
+        """KV of a token; 0 while no node tells."""
         announced = self.announced
-        token_bytes = announced.block_bytes / announced.model.block_tokens if announced else 0.0
-        prior = fetch_prior(token_bytes, others)
-        self.activity.learner.prior(prior, is_fleets=others is not UNKNOWN)
+        return announced.block_bytes / announced.model.block_tokens if announced else 0.0
+
+    def lean_on(self, others: Rates, measured: NodeRates) -> None:
+        """Not seen at work yet, it counts as one of the others, not as a faster one, but for what its node
+        `measured`."""
+        prior = fetch_prior(self.token_bytes, others, measured)
+        self.activity.learner.prior(prior, is_fleets=others is not UNKNOWN, measured=measured)
 
     def view(self, tokenizers: Tokenizers) -> EngineView:
         announced, probed, activity = self.announced, self.probed, self.activity
@@ -153,6 +159,7 @@ class Fleet:
         self._leaning: tuple[object, ...] = ()
         self._leaning_until = 0.0
         self.predicted = Predicted(clock=clock)
+        self.topology = Topology()
         self.distrusted: dict[NodeId, asyncio.Event] = {}
         """Set when what a node told is wrong about an engine of it, again and again: learn it anew."""
         self.room: Callable[[], None] = lambda: None
@@ -197,6 +204,7 @@ class Fleet:
     def node_lost(self, node_id: NodeId) -> None:
         """No news from a node: its sessions end, its engines serve on by themselves."""
         self._named.pop(node_id, None)
+        self.topology.lost(node_id)
         for engine in self._engines.values():
             if engine.node_id == node_id:
                 engine.announced = None
@@ -313,8 +321,11 @@ class Fleet:
         seen = [learner.rates for learner in learners if learner.num_sights]
         others = typical(seen) if seen else UNKNOWN
         for engine in taking:
+            measured = self.topology.rates_of(engine.node_id)
             if len(seen) >= _SEVERAL or not engine.activity.learner.num_sights:
-                engine.lean_on(others)
+                engine.lean_on(others, measured)
+            elif measured is not UNMEASURED:
+                engine.activity.learner.node_measured(engine.token_bytes, measured)
 
     def flight(self, endpoint: str, sent: Sent) -> Flight:
         """A request about to be sent; enter it before sending."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from msgspec.structs import replace
+
 from kvfabric.types import BlockKey
 from kvfabric_router.predicted import SILENT_S, TOLD_S, Expected, Predicted
 from kvfabric_router.rates import RateLearner, Work
@@ -191,13 +193,17 @@ class Flight:
         """The answer is whole; `actual` is what the engine says of its prompt, None if it says nothing."""
         self._is_answered = True
         if self.first_byte_at is not None:
-            self._teach(actual or self._sent.work)
+            self._teach(self._seen(actual))
             took_ms = (self._last_event_at - self.first_byte_at) * 1e3
             self._activity.learner.saw_answer(completion_tokens - 1, took_ms)
         if actual is not None:
             promised, found = self._sent.work, actual.hbm + actual.host + actual.ssd
             if self._activity.trust.saw(promised.hbm + promised.host + promised.ssd, found):
                 self._wrong()
+
+    def _seen(self, actual: Work | None) -> Work:
+        """What the engine says of it. How fast a peer is no engine tells."""
+        return replace(actual, peer_ms=self._sent.work.peer_ms) if actual else self._sent.work
 
     def _teach(self, work: Work) -> None:
         if work.computed >= _LEAST_TOKENS:

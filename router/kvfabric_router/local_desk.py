@@ -116,11 +116,12 @@ class LocalAttempt:
             Outcome(usage.prompt_tokens, usage.work, ttft_ms, usage.miss, usage.completion_tokens),
         )
         mine = self._metrics
-        told = usage.hbm_tokens + usage.host_tokens + usage.ssd_tokens
+        told = usage.hbm_tokens + usage.host_tokens + usage.ssd_tokens + usage.peer_tokens
         mine.prompt_tokens.inc(usage.prompt_tokens)
         mine.reused["hbm"].inc(usage.hbm_tokens)
         mine.reused["host"].inc(usage.host_tokens)
         mine.reused["ssd"].inc(usage.ssd_tokens)
+        mine.reused["peer"].inc(usage.peer_tokens)
         mine.reused["any"].inc(max(usage.cached_tokens - told, 0))
 
     def failed(self, fault: Fault, why: str, report: ProbeReport | None = None) -> None:

@@ -34,6 +34,7 @@ from kvfabric_router.hints import Hint
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.registry_view import RegistryView
+from kvfabric_router.topology import Place
 
 HOLDER_KIND = "router"
 CALL_TIMEOUT_S = 2.0
@@ -157,6 +158,11 @@ class NodeLink:
         self._node_id = NodeId(description.node_id)
         feed = NodeFeed(self._index, self._node_id)
         self._fleet.announce(self._node_id, map(session_report, description.engines))
+        place = Place(
+            description.machine, description.rack, description.zone, description.exchanges
+        )
+        self._fleet.topology.placed(self._node_id, place)
+        self._fleet.topology.measured(self._node_id, description.rates)
         self._events = events
         self._takes_hints = description.takes_hints
         self._hints.clear()
@@ -238,6 +244,7 @@ class NodeLink:
         request = pb.WatchEventsRequest(boot_id=boot_id, from_sequence=sequence)
         async for batch in stub.Watch(request):
             self._alarm(batch.stale_serves)
+            self._fleet.topology.measured(self._node_id, batch.rates)
             if not feed.watch(batch):
                 self._snapshot_needed.set()
             elif batch.engines:

@@ -3,7 +3,7 @@
 Cost of a candidate, in milliseconds:
 
     wait      work that waits for this engine before it, there or at the router
-    fetch     bringing its cached blocks into HBM, by tier
+    fetch     bringing its cached blocks into HBM, by tier and link
     prefill   computing the tokens that are cached nowhere near
     decode    what the answers in progress there take from the steps of that prefill
     others    what it costs those who wait for this engine: its uncached work, for each of them
@@ -25,6 +25,7 @@ from random import Random
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from kvfabric.events.index import Holder, Present
 from kvfabric.types import NodeId, TierName
@@ -74,19 +75,38 @@ class FleetView(msgspec.Struct, frozen=True, gc=False):
     engines: tuple[EngineView, ...] = ()
 
 
+class PeerLink(msgspec.Struct, frozen=True, gc=False):
+    """Between two nodes. `kind`: host, rack, zone or far; `basis`: measured at this link (`link`), at others
+    of its kind (`class`), or nowhere (`default`)."""
+
+    kind: str
+    bytes_per_ms: float
+    basis: str = "link"
+
+
 class Reuse(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one prompt that one engine would not have to compute, by where they are.
 
-    `is_approximate`: no node told so; it follows from what was sent there before.
+    `is_approximate`: no node told so; it follows from what was sent there before. `peer_tokens`: those that
+    its node would fetch from the node `peer` over `link`, `peer_ms` for each.
     """
 
     hbm_tokens: int = 0
     host_tokens: int = 0
     ssd_tokens: int = 0
     is_approximate: bool = False
+    peer_tokens: int = 0
+    peer_ms: float = 0.0
+    peer: str = ""
+    link: PeerLink | None = None
 
     @property
     def tokens(self) -> int:
+        return self.own_tokens + self.peer_tokens
+
+    @property
+    def own_tokens(self) -> int:
+        """What the engine and its node have."""
         return self.hbm_tokens + self.host_tokens + self.ssd_tokens
 
 
@@ -104,6 +124,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
             hbm=reuse.hbm_tokens,
             host=reuse.host_tokens,
             ssd=reuse.ssd_tokens,
+            peer=reuse.peer_tokens,
+            peer_ms=reuse.peer_ms,
         )
 
 
@@ -246,21 +268,65 @@ def reuse_of(
     )
 
 
+def with_peers(
+    candidate: Candidate,
+    present: Mapping[Holder, Present],
+    links: Mapping[NodeId, PeerLink],
+    *,
+    block_tokens: int,
+) -> Reuse:
+    """What the engine could reuse if its node fetched from another, where that is faster than computing.
+
+    A node gives the prompt's blocks from the first on without a gap, and what is here does not travel. Of
+    several nodes the one that saves most. `links`: from whom the engine's node can fetch.
+    """
+    engine, reuse = candidate.engine, candidate.reuse
+    if not links or not present or not engine.session or not engine.block_bytes:
+        return reuse
+    token_bytes, rates = engine.block_bytes / block_tokens, engine.rates
+    own = reuse.own_tokens
+    least, best = _first_token_work(rates, candidate.work), reuse
+    for holder, blocks in present.items():
+        link = links.get(NodeId(holder.node_id)) if holder.tier is TierName.HOST else None
+        tokens = _leading(blocks) * block_tokens - own if link is not None else 0
+        if link is None or tokens <= 0:
+            continue
+        fetched = replace(
+            reuse,
+            peer_tokens=tokens,
+            peer_ms=token_bytes / link.bytes_per_ms,
+            peer=holder.node_id,
+            link=link,
+        )
+        work = _first_token_work(rates, replace(candidate, reuse=fetched).work)
+        if work < least:
+            least, best = work, fetched
+    return best
+
+
+def _first_token_work(rates: Rates, work: Work) -> float:
+    return rates.prefill_ms(work) + rates.fetch_ms(work)
+
+
 def sources_of(
-    engine: EngineView, present: Mapping[Holder, Present], reuse: Reuse, *, block_tokens: int
+    present: Mapping[Holder, Present],
+    links: Mapping[NodeId, PeerLink],
+    reuse: Reuse,
+    *,
+    block_tokens: int,
 ) -> tuple[NodeId, ...]:
-    """Other nodes whose host memory holds more of the prompt than `engine` would find by itself, the one with
-    the most first: hints for its node, which asks them."""
-    if not present or engine.node_id is None:
+    """Whom the engine's node may ask: none if it is to fetch nothing, else the peer that was chosen and the
+    one that holds most beside it, should that one not answer."""
+    if not reuse.peer_tokens:
         return ()
-    own = reuse.tokens // block_tokens
+    own = reuse.own_tokens // block_tokens
     held = {
         NodeId(holder.node_id): _leading(blocks)
         for holder, blocks in present.items()
-        if holder.tier is TierName.HOST and holder.node_id != engine.node_id
+        if holder.tier is TierName.HOST and holder.node_id in links
     }
-    more = sorted((-count, node) for node, count in held.items() if count > own)
-    return tuple(node for _, node in more[:MAX_SOURCES])
+    more = sorted((node != reuse.peer, -count, node) for node, count in held.items() if count > own)
+    return tuple(node for *_, node in more[:MAX_SOURCES])
 
 
 def _either(one: Present | None, other: Present | None) -> Present | None:

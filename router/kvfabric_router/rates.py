@@ -41,12 +41,20 @@ _Vector = npt.NDArray[np.float64]
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):
-    """What one request asks of an engine before its first token, in tokens."""
+    """What one request asks of an engine before its first token, in tokens. `peer_ms`: for each of `peer`,
+    until it is in the host memory of the engine's node."""
 
     computed: int
     hbm: int = 0
     host: int = 0
     ssd: int = 0
+    peer: int = 0
+    peer_ms: float = 0.0
+
+    @property
+    def reused(self) -> int:
+        """Tokens that are not computed."""
+        return self.hbm + self.host + self.ssd + self.peer
 
 
 class Rates(msgspec.Struct, frozen=True, gc=False):
@@ -66,7 +74,7 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
     def prefill_ms(self, work: Work) -> float:
         """Computing, on an engine that does nothing else."""
         n = work.computed
-        context = work.hbm + work.host + work.ssd + n / 2
+        context = work.reused + n / 2
         return n * (self.token_ms + self.context_ms * context)
 
     def decode_ms(self, work: Work, num_decoding: int) -> float:
@@ -74,19 +82,42 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
         return self.answer_ms * work.computed * num_decoding
 
     def fetch_ms(self, work: Work) -> float:
-        return self.host_ms * work.host + self.ssd_ms * work.ssd
+        from_host = self.host_ms * (work.host + work.peer)
+        return from_host + self.ssd_ms * work.ssd + work.peer_ms * work.peer
+
+    def fetch_by_tier(self, work: Work) -> dict[str, float]:
+        """The same, by where it comes from."""
+        return {
+            "host": self.host_ms * work.host,
+            "ssd": self.ssd_ms * work.ssd,
+            "peer": (self.host_ms + work.peer_ms) * work.peer,
+        }
 
 
 UNKNOWN = Rates()
 
 
-def fetch_prior(token_bytes: float, rates: Rates) -> Rates:
-    """`rates` for an engine whose KV takes `token_bytes` a token, nothing fetched yet."""
-    return replace(
-        rates,
-        host_ms=rates.host_ms or token_bytes / HOST_BYTES_PER_MS,
-        ssd_ms=rates.ssd_ms or token_bytes / SSD_BYTES_PER_MS,
-    )
+class NodeRates(msgspec.Struct, frozen=True, gc=False):
+    """What a node measured of its own, in bytes a millisecond; 0: nothing yet. `host`: from its host memory
+    to an engine; `ssd`: from SSD into host memory."""
+
+    host: float = 0.0
+    ssd: float = 0.0
+
+
+UNMEASURED = NodeRates()
+
+
+def fetch_prior(token_bytes: float, rates: Rates, measured: NodeRates = UNMEASURED) -> Rates:
+    """`rates` for an engine whose KV takes `token_bytes` a token: what its node measured goes before what
+    others of the fleet take, and that before a guess."""
+    host_ms = rates.host_ms or token_bytes / HOST_BYTES_PER_MS
+    ssd_ms = rates.ssd_ms or token_bytes / SSD_BYTES_PER_MS
+    if measured.host:
+        host_ms = token_bytes / measured.host
+    if measured.ssd:  # from there it goes through host memory
+        ssd_ms = token_bytes / measured.ssd + host_ms
+    return replace(rates, host_ms=host_ms, ssd_ms=ssd_ms)
 
 
 def typical(rates: list[Rates]) -> Rates:
@@ -104,15 +135,23 @@ class RateLearner:
         self.rates = Rates()
         self.num_sights = 0
         self._num_clean = 0
-        self._prior, self._is_fleets = Rates(), False
+        self._prior, self._is_fleets, self._measured = Rates(), False, UNMEASURED
         self._moments = np.zeros((5, 5))
         self._products = np.zeros(5)
 
-    def prior(self, rates: Rates, *, is_fleets: bool = False) -> None:
-        """What to lean on where this engine itself was not seen yet. `is_fleets`: as measured at others."""
-        self._prior, self._is_fleets = rates, is_fleets
+    def prior(
+        self, rates: Rates, *, is_fleets: bool = False, measured: NodeRates = UNMEASURED
+    ) -> None:
+        """What to lean on where this engine itself was not seen yet. `is_fleets`: as measured at others;
+        `measured`: what its node told, of which `rates` are made."""
+        self._prior, self._is_fleets, self._measured = rates, is_fleets, measured
         if not self.num_sights:
             self.rates = rates
+
+    def node_measured(self, token_bytes: float, measured: NodeRates) -> None:
+        """Its node has told how fast it fetches; for an engine that leans on its own sights."""
+        self._prior = fetch_prior(token_bytes, self._prior, measured)
+        self._measured = measured
 
     def saw_prefill(
         self, work: Work, num_decoding: int, took_ms: float, *, was_idle: bool = False
@@ -124,11 +163,14 @@ class RateLearner:
         expected += self.rates.decode_ms(work, num_decoding)
         if was_idle:
             took_ms = self._without_latency(took_ms, expected)
+        # What came from a peer is by its link's rate, which the nodes measure.
+        took_ms = max(took_ms - work.peer_ms * work.peer, took_ms / 4)
+        expected -= work.peer_ms * work.peer
         if self.num_sights >= _OUTLIERS_FROM:
             took_ms = min(max(took_ms, expected / _OUTLIER), expected * _OUTLIER)
         features = _features(work, num_decoding)
-        features /= 16.0 + work.computed + (work.host + work.ssd) / 16
-        took_ms /= 16.0 + work.computed + (work.host + work.ssd) / 16
+        features /= 16.0 + work.computed + (work.host + work.ssd + work.peer) / 16
+        took_ms /= 16.0 + work.computed + (work.host + work.ssd + work.peer) / 16
         weight = _IDLE_WEIGHT if was_idle else 1.0
         self._moments = _FORGET * self._moments + weight * np.outer(features, features)
         self._products = _FORGET * self._products + weight * took_ms * features
@@ -160,6 +202,10 @@ class RateLearner:
         weights = np.full(5, _PRIOR_WEIGHT)
         if self._is_fleets:
             weights[0] = _FLEET_WEIGHT
+        if self._measured.host:
+            weights[3] = _FLEET_WEIGHT
+        if self._measured.ssd:
+            weights[4] = _FLEET_WEIGHT
         moments = self._moments + np.diag(weights)
         products = self._products + weights * prior
         kept = np.arange(5)
@@ -175,13 +221,13 @@ class RateLearner:
 
 def _features(work: Work, num_decoding: int) -> _Vector:
     n = work.computed
-    context = work.hbm + work.host + work.ssd + n / 2
+    context = work.reused + n / 2
     return np.array(
         [
             n,
             n * context / _CONTEXT_UNIT,
             n * num_decoding / _ANSWER_UNIT,
-            work.host,
+            work.host + work.peer,
             work.ssd,
         ]
     )

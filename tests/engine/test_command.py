@@ -86,7 +86,13 @@ def test_another_process_is_warm(tmp_path: Path) -> None:
         with engine(settings) as base:
             second, details = complete(base, prompt)
     assert second == first
-    reused = {"hbm_tokens": 0, "host_tokens": 64, "ssd_tokens": 0, "miss_reason": "none"}
+    reused = {
+        "hbm_tokens": 0,
+        "host_tokens": 64,
+        "ssd_tokens": 0,
+        "peer_tokens": 0,
+        "miss_reason": "none",
+    }
     assert details["kvfabric"] == reused
 
 

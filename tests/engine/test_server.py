@@ -82,6 +82,7 @@ async def test_completion_of_text_and_of_its_tokens(http: ClientSession, engine:
                 "hbm_tokens": 32,
                 "host_tokens": 0,
                 "ssd_tokens": 0,
+                "peer_tokens": 0,
                 "miss_reason": "none",
             },
         },

@@ -118,6 +118,13 @@ def stored(pair: Pair, num_blocks: int, part_bytes: int, prompt: str = "p") -> N
     engine.release("put")
 
 
+def description_of(node: NodeProcess) -> pb.NodeDescription:
+    with grpc.insecure_channel(f"unix:{node.state_dir}/admin.sock") as channel:
+        events = pb_grpc.NodeEventsStub(channel)  # type: ignore[no-untyped-call]
+        described: pb.NodeDescription = events.Describe(pb.DescribeRequest())
+        return described
+
+
 def fetched(
     pair: Pair, engine: TinyEngine, num_blocks: int, prompt: str = "p"
 ) -> tuple[list[BlockKey], list[bytes]]:
@@ -150,6 +157,14 @@ def test_blocks_come_from_the_node_that_a_handle_names(
 
     assert grown('blocks_matched_total{tier="peer"}') == num_blocks
     assert grown('transfers_total{result="fetched_blocks"}') == num_blocks
+    # How fast that was, routers hear of it.
+    wait(lambda: {rate.tier for rate in description_of(pair.b).rates} >= {"peer", "host"})
+    told = description_of(pair.b)
+    assert told.exchanges
+    assert told.machine == description_of(pair.a).machine != b""
+    (peer,) = [rate for rate in told.rates if rate.tier == "peer"]
+    assert peer.peer == "a"
+    assert 1e6 < peer.bytes_per_s < 1e11
     # They are here now, and leave the other node nothing to keep.
     assert len(fetched(pair, second, num_blocks)[1]) == num_blocks
     assert grown('blocks_matched_total{tier="host"}') == num_blocks
@@ -158,21 +173,23 @@ def test_blocks_come_from_the_node_that_a_handle_names(
 
 def test_a_hint_has_them_fetched_before_the_engine_asks(pair: Pair) -> None:
     num_blocks = 12
-    stored(pair, num_blocks, LARGE)
+    stored(pair, num_blocks, LARGE, "hinted")
     second = pair.engine(pair.b, LARGE)
-    keys = second.open("early", "p", num_blocks, pair.handle(second, "early"))
+    keys = second.open("early", "hinted", num_blocks, pair.handle(second, "early"))
     second.release("early")
+    fetched_blocks = 'transfers_total{result="fetched_blocks"}'
+    before = pair.b.metrics().get(fetched_blocks, 0)
     with grpc.insecure_channel(f"unix:{pair.b.state_dir}/admin.sock") as channel:
         hints = pb_grpc.NodeHintsStub(channel)  # type: ignore[no-untyped-call]
         until, number = time.monotonic() + DEADLINE_S, 0
-        while pair.b.metrics().get('transfers_total{result="fetched_blocks"}', 0) < num_blocks:
+        while pair.b.metrics().get(fetched_blocks, 0) < before + num_blocks:
             assert time.monotonic() < until, pair.told()  # a late answer of the peer is given up
             number += 1
             hint = pb.PrefetchHint(handle=pair.handle(second, f"get{number}"), keys=b"".join(keys))
             reply = hints.Prefetch(pb.PrefetchRequest(hints=[hint]))
             assert reply.num_begun == 1
             time.sleep(0.5)
-    keys = second.open("get", "p", num_blocks, pair.handle(second, "get"))
+    keys = second.open("get", "hinted", num_blocks, pair.handle(second, "get"))
     matched = second.client.match("get", keys, deadline_s=DEADLINE_S)
     assert list(matched.tiers) == [0] * num_blocks
     found = second.load("get", keys)

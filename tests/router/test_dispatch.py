@@ -346,7 +346,7 @@ async def test_a_request_goes_where_its_prompt_is(
         assert told["candidates"][0]["reuse_tokens"]["hbm"] == 6 * BLOCK_TOKENS
         assert told["selected_tokens"] == told["reachable_tokens"] == 6 * BLOCK_TOKENS
         assert told["regret_tokens"] == 0
-        assert told["actual"]["reuse_tokens"] == {"hbm": 16, "host": 16, "ssd": 0}
+        assert told["actual"]["reuse_tokens"] == {"hbm": 16, "host": 16, "ssd": 0, "peer": 0}
         assert opened(keyring, pair[1]).audience == pair[1].session
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from random import Random
 
 import numpy as np
+import pytest
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import (
     Candidate,
     EngineView,
+    PeerLink,
     Reuse,
     by_cost,
     cost,
     reuse_of,
     round_robin,
     sources_of,
+    with_peers,
 )
 from kvfabric_router.rates import Rates, fetch_prior
 from msgspec.structs import replace
@@ -174,17 +177,77 @@ def test_an_engine_without_a_node_reuses_nothing_that_is_known() -> None:
     assert reused(engine("a", node_id=None), held, 3).tokens == 0
 
 
-def test_nodes_that_hold_more_are_named_the_one_with_the_most_first() -> None:
-    held = {
-        Holder(NODE, TierName.HOST): present("1000"),
-        Holder(NodeId("more"), TierName.HOST): present("1110"),
-        Holder(NodeId("most"), TierName.HOST): present("1111"),
-        Holder(NodeId("third"), TierName.HOST): present("1100"),
-        Holder(NodeId("gap"), TierName.HOST): present("0111"),
-        Holder(NodeId("hbm"), TierName.HBM, b"s"): present("1111"),
-    }
-    a = engine("a")
-    assert sources_of(a, held, Reuse(host_tokens=16), block_tokens=16) == ("most", "more")
-    assert sources_of(a, held, Reuse(hbm_tokens=3 * 16), block_tokens=16) == ("most",)
-    assert sources_of(a, held, Reuse(hbm_tokens=4 * 16), block_tokens=16) == ()
-    assert sources_of(engine("a", node_id=None), held, Reuse(), block_tokens=16) == ()
+HELD = {
+    Holder(NODE, TierName.HOST): present("1000"),
+    Holder(NodeId("more"), TierName.HOST): present("1110"),
+    Holder(NodeId("most"), TierName.HOST): present("1111"),
+    Holder(NodeId("third"), TierName.HOST): present("1100"),
+    Holder(NodeId("gap"), TierName.HOST): present("0111"),
+    Holder(NodeId("hbm"), TierName.HBM, b"s"): present("1111"),
+}
+TOKEN_BYTES = (1 << 20) / 16
+
+
+def links(**bytes_per_ms: float) -> dict[NodeId, PeerLink]:
+    return {NodeId(name): PeerLink("zone", rate) for name, rate in bytes_per_ms.items()}
+
+
+def peers_of(view: EngineView, to: dict[NodeId, PeerLink], own: Reuse | None = None) -> Reuse:
+    """Of a prompt of 5 blocks of 16 tokens."""
+    candidate = Candidate(view, 80, own or Reuse(host_tokens=16))
+    return with_peers(candidate, HELD, to, block_tokens=16)
+
+
+def test_what_a_peer_holds_counts_as_the_links_rate_says() -> None:
+    slow = engine("a", block_bytes=1 << 20, rates=Rates(token_ms=1.0, host_ms=0.01))
+    every = dict.fromkeys(("more", "most", "third", "gap", "hbm"), 1e6)
+    found = peers_of(slow, links(**every))
+    assert (found.peer, found.peer_tokens, found.tokens) == ("most", 48, 64)
+    terms = cost(Candidate(slow, 80, found))
+    assert terms.prefill == pytest.approx(16.0)
+    assert terms.fetch == pytest.approx(0.01 * 64 + 48 * TOKEN_BYTES / 1e6)
+    # A slow way to the one with the most: the other saves more.
+    found = peers_of(slow, links(more=1e6, most=TOKEN_BYTES / 0.9))
+    assert (found.peer, found.peer_tokens) == ("more", 32)
+
+
+def test_nothing_is_fetched_that_is_computed_faster() -> None:
+    fast = engine("a", block_bytes=1 << 20, rates=Rates(token_ms=0.05, host_ms=0.01))
+    own = Reuse(host_tokens=16)
+    assert peers_of(fast, links(most=1e6)) == own  # 66 us a token over the link, 50 to compute
+    assert peers_of(fast, links(most=2e6)).peer_tokens == 48
+    assert sources_of(HELD, links(most=1e6), own, block_tokens=16) == ()
+    # The guard removed: taken for as good as one's own, such a peer makes the prompt dearer.
+    fetched = replace(own, peer_tokens=48, peer_ms=TOKEN_BYTES / 1e6)
+    assert cost(Candidate(fast, 80, fetched)).total > cost(Candidate(fast, 80, own)).total
+
+
+def test_who_cannot_fetch_has_no_peers() -> None:
+    slow = engine("a", block_bytes=1 << 20, rates=Rates(token_ms=1.0))
+    own = Reuse(host_tokens=16)
+    assert peers_of(slow, {}) == own
+    assert peers_of(replace(slow, session=b""), links(most=1e6)) == own
+    assert peers_of(replace(slow, block_bytes=0), links(most=1e6)) == own
+    assert peers_of(slow, links(most=1e6), Reuse(hbm_tokens=64)) == Reuse(hbm_tokens=64)
+
+
+def test_the_engine_whose_node_has_a_good_link_is_chosen() -> None:
+    """Neither has the prompt, both are idle."""
+    near = engine("near", block_bytes=1 << 20, rates=Rates(token_ms=1.0, host_ms=0.01))
+    far = replace(near, endpoint="far")
+    candidates = [
+        Candidate(one, 80, peers_of(one, links(most=rate), Reuse()))
+        for one, rate in ((near, 1e6), (far, 1e5))
+    ]
+    assert first(*candidates) == "near"
+    assert candidates[1].reuse.peer_tokens == 64  # slower, and still better than computing
+
+
+def test_the_chosen_peer_is_named_first_and_one_more() -> None:
+    to = links(more=1e6, most=1e6, third=1e6)
+    reuse = Reuse(host_tokens=16, peer_tokens=32, peer="more")
+    assert sources_of(HELD, to, reuse, block_tokens=16) == ("more", "most")
+    assert sources_of(HELD, links(most=1e6), replace(reuse, peer="most"), block_tokens=16) == (
+        "most",
+    )
+    assert sources_of(HELD, to, Reuse(host_tokens=16), block_tokens=16) == ()

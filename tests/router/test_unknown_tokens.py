@@ -83,7 +83,7 @@ async def test_they_go_where_their_text_went_before(
         engine.tokenizer = name
     async with served(tmp_path, pair) as client:
         first = await ask(client, body)
-        assert reuse(first) == {"hbm": 0, "host": 0, "ssd": 0, "is_approximate": True}
+        assert reuse(first) == {"hbm": 0, "host": 0, "ssd": 0, "peer": 0, "is_approximate": True}
         for _ in range(5):
             told = await ask(client, body)
             assert told["engine"] == first["engine"]

@@ -444,6 +444,7 @@ class Engine:
                 hbm=sequence.reused.hbm,
                 host=size * tiers.count(TierName.HOST),
                 ssd=size * tiers.count(TierName.SSD),
+                peer=size * tiers.count(TierName.PEER),
                 miss=sequence.reused.miss
                 if loaded.num_blocks == plan.num_blocks
                 else loaded.reason,
@@ -467,7 +468,9 @@ class Engine:
         if not sequence.was_started:
             sequence.was_started = True
             r, total = sequence.reused, self._reused
-            self._reused = Reused(total.hbm + r.hbm, total.host + r.host, total.ssd + r.ssd)
+            self._reused = Reused(
+                total.hbm + r.hbm, total.host + r.host, total.ssd + r.ssd, total.peer + r.peer
+            )
 
     def _missing(
         self, sequence: Sequence, cached: list[CachedBlock], match: PrefixMatch

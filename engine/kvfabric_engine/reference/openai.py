@@ -231,6 +231,7 @@ def usage(num_prompt: int, num_answered: int, reused: Reused) -> dict[str, Any]:
                 "hbm_tokens": reused.hbm,
                 "host_tokens": reused.host,
                 "ssd_tokens": reused.ssd,
+                "peer_tokens": reused.peer,
                 "miss_reason": reused.miss.value,
             },
         },

@@ -47,11 +47,12 @@ class Reused:
     hbm: int = 0
     host: int = 0
     ssd: int = 0
+    peer: int = 0
     miss: MissReason = MissReason.NONE
 
     @property
     def total(self) -> int:
-        return self.hbm + self.host + self.ssd
+        return self.hbm + self.host + self.ssd + self.peer
 
 
 @dataclass(frozen=True, slots=True)

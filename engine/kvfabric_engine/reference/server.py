@@ -288,6 +288,7 @@ class _Answer:
                 hbm=sum(r.hbm for r in reused),
                 host=sum(r.host for r in reused),
                 ssd=sum(r.ssd for r in reused),
+                peer=sum(r.peer for r in reused),
                 miss=next(
                     (r.miss for r in reused if r.miss is not MissReason.NONE), MissReason.NONE
                 ),
@@ -332,6 +333,7 @@ def _exposition(engine: Engine) -> str:
         f'kvfabric_engine_reused_tokens_total{{tier="hbm"}} {s.reused.hbm}',
         f'kvfabric_engine_reused_tokens_total{{tier="host"}} {s.reused.host}',
         f'kvfabric_engine_reused_tokens_total{{tier="ssd"}} {s.reused.ssd}',
+        f'kvfabric_engine_reused_tokens_total{{tier="peer"}} {s.reused.peer}',
         "# TYPE kvfabric_engine_requests gauge",
         f'kvfabric_engine_requests{{result="running"}} {s.scheduler.num_running}',
         f'kvfabric_engine_requests{{result="fetching"}} {s.scheduler.num_fetching}',
