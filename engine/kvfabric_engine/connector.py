@@ -21,15 +21,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from kvfabric.client import EngineHello, NodeClient
+from kvfabric.client.pools import borrow, lend
 from kvfabric.errors import TransferError
 from kvfabric.hashing import layout_fingerprint
-from kvfabric.protocol.messages import EngineEvents
+from kvfabric.protocol.messages import EngineEvents, Lend, Pong, PoolName
 from kvfabric.types import BlockKey, BlockLayout, ExtraInput, MissReason, TierName
 from kvfabric_engine.audit import PartAudit
 from kvfabric_engine.boundary import Boundary, reason_of
@@ -78,6 +79,10 @@ class ConnectorStatistics:
     saving_bytes: int
     loaded_blocks: int
     loaded_bytes: int
+    borrowed_blocks: int
+    """Of these, out of another engine's HBM."""
+    stale_blocks: int
+    """Looked for there in vain, and loaded from the arena."""
     saved_blocks: int
     saved_bytes: int
     misses: dict[MissReason, int]
@@ -118,6 +123,8 @@ class Connector:
         self._striking: tuple[int, Future[None]] | None = None
         self._boundary = Boundary()
         self._local = LocalNamespaces(options.model_revision, layout_fingerprint(layout))
+        self._lends = mover.shared is not None  # until the node refuses
+        self._lenders: frozenset[PoolName] = frozenset()  # as the node told last
         self._audit = PartAudit(options.audit_parts, mover) if options.audit_parts else None
         self._link = NodeLink(
             options.node_socket,
@@ -149,7 +156,7 @@ class Connector:
         self._requests: dict[str, _Request] = {}
         self._to_release: list[str] = []
         self._needs_snapshot = True
-        self._num_loaded = self._num_saved = 0  # blocks
+        self._num_loaded = self._num_saved = self._num_borrowed = self._num_stale = 0  # blocks
 
     def _hello(self) -> EngineHello:
         o = self._options
@@ -331,12 +338,15 @@ class Connector:
     def statistics(self) -> ConnectorStatistics:
         with self._lock:
             loaded, saved = self._num_loaded, self._num_saved
+            borrowed, stale = self._num_borrowed, self._num_stale
         size = self._mover.part_bytes
         return ConnectorStatistics(
             is_up=self._link.is_up,
             saving_bytes=self._backlog.num_bytes,
             loaded_blocks=loaded,
             loaded_bytes=loaded * size,
+            borrowed_blocks=borrowed,
+            stale_blocks=stale,
             saved_blocks=saved,
             saved_bytes=saved * size,
             misses=self._boundary.misses,
@@ -438,6 +448,8 @@ class Connector:
         loaded = self._loads.run(task)
         with self._lock:
             self._num_loaded += loaded.num_blocks
+            self._num_borrowed += loaded.num_borrowed
+            self._num_stale += loaded.num_stale
             self._requests[task.request_id].leased_keys = ()
         return loaded
 
@@ -454,6 +466,7 @@ class Connector:
     def _connected(self, client: NodeClient) -> None:
         """A new connection: the node knows nothing of our pool, and of no request."""
         self._pin(client)
+        self._lends, self._lenders = self._mover.shared is not None, frozenset()
         with self._lock:
             self._needs_snapshot = True
             self._to_release.clear()
@@ -492,6 +505,7 @@ class Connector:
             if done.exception() is None:
                 self._dropped = version
         pong = client.ping(deadline_s=PING_S, dropped=self._dropped, kept=self._events.kept)
+        self._share_pools(client, pong)
         strike = self._events.strike
         if strike is None or self._striking is not None or pong.version <= self._dropped:
             return
@@ -501,6 +515,43 @@ class Connector:
         done = strike(pong.struck)
         self._striking = (pong.version, done)
         done.add_done_callback(lambda _: self._link.wake())
+
+    def _share_pools(self, client: NodeClient, pong: Pong) -> None:
+        """Lend our pool if the node does not know it (any more); have the others' mapped, or let go of."""
+        ours = PoolName(client.session, self._options.shard)
+        self._saves.lends = ours in pong.pools
+        if self._lends and not self._saves.lends:
+            self._lends = self._boundary.run("lend", lambda: self._lend(ours), lambda _: False)
+        lenders = frozenset(
+            name for name in pong.pools if name != ours and name.shard == ours.shard
+        )
+        if lenders != self._lenders:
+            self._lenders = lenders
+            self._loading.submit(
+                self._boundary.run, "borrow", lambda: self._borrow(lenders), lambda _: None
+            )
+
+    def _lend(self, name: PoolName) -> bool:
+        shared = self._mover.shared
+        assert shared is not None
+        message = Lend(name, shared.num_pages, shared.page_bytes)
+        deadline_s = self._options.deadlines.control_s
+        lend(self._options.node_socket, message, shared.memory.descriptor, deadline_s=deadline_s)
+        return True
+
+    def _borrow(self, lenders: Collection[PoolName]) -> None:
+        """On the load thread: nothing reads a pool that is let go of."""
+        with self._link.use() as client:
+            if self._loads.direct is not None:
+                self._loads.direct.landing.borrowed.renew(
+                    lenders,
+                    lambda name: borrow(
+                        self._options.node_socket,
+                        client.session,
+                        name,
+                        deadline_s=self._options.deadlines.control_s,
+                    ),
+                )
 
     def _tick(self, client: NodeClient) -> None:
         self._send_releases(client)

@@ -10,6 +10,9 @@ nothing else to do but to compute behind them, and verifies there.
 
 Several chunks are open at a time, so the bus is busy while the node is asked. Whatever ends a load early,
 nothing reads the arena and nothing writes the pool any more when `run` returns.
+
+Blocks that also lie in another engine's HBM come from there (`shared_pools`), checked as the others. Where
+that holds something else by now, this block and all behind it come out of the arena after all.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import numpy as np
 from kvfabric.errors import RemoteProtocolError
 from kvfabric.protocol.messages import Confirmed, Located
 from kvfabric.types import MissReason
+from kvfabric_engine.shared_pools import BorrowedPool, PoolPages, Stretch
 from kvfabric_engine.staging import Arrival, Landing, LayerArrival, Pages
 
 LOCATE_BYTES = 512 << 20
@@ -46,10 +50,21 @@ class NodeCalls:
     """(first block, number of blocks) were handed to the pool."""
 
 
-@dataclass(slots=True)
-class _Chunk:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Parts to come by one way. `pool`: whose HBM, None for the arena."""
+
     first: int
     located: Located
+    pool: BorrowedPool | None = None
+    pages: PoolPages | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A piece on its way."""
+
+    piece: _Piece
     arrival: Arrival
 
 
@@ -62,6 +77,7 @@ class DirectLoads:
 
     def close(self) -> None:
         """No load is running. Idempotent."""
+        self.landing.borrowed.close()
         self.landing.unpin()
 
     def run(self, calls: NodeCalls, blocks: Sequence[Pages], part_bytes: int) -> MissReason:
@@ -87,8 +103,11 @@ class DirectLoads:
         if located.num_blocks < len(blocks) or located.part_bytes != part_bytes:
             return self.run(calls, blocks, part_bytes)
         offsets = self.offsets(located)
-        if not self.landing.covers(offsets):
-            return self.run(calls, blocks, part_bytes)
+        comes_borrowed = any(one.pool for one in self.landing.borrowed.stretches(located))
+        if comes_borrowed or not self.landing.covers(offsets):
+            return self.run(
+                calls, blocks, part_bytes
+            )  # over NVLink all is here before a layer is computed
         try:
             arrival = self.landing.begin_layers(offsets, blocks, num_layers)
             if arrival is None:
@@ -130,7 +149,8 @@ class _Load:
         self._blocks = blocks
         self._part_bytes = part_bytes
         self._open: deque[_Chunk] = deque()
-        self._waiting: deque[tuple[int, Located]] = deque()  # chunks to begin
+        self._waiting: deque[_Piece] = deque()  # to begin
+        self._shuns_pools = False  # after one held something else
         self._next = 0  # first block that was not located
         self._reason = MissReason.NONE
         self._is_over = False  # what comes after has no parent here
@@ -138,7 +158,7 @@ class _Load:
     def run(self) -> MissReason:
         most = self._loads.landing.max_arrivals
         while not self._is_over:
-            if len(self._open) < most and self._waiting:
+            if self._waiting and len(self._open) < most:
                 self._begin()
             elif len(self._open) < most and self._can_locate():
                 self._locate()
@@ -152,9 +172,20 @@ class _Load:
         return self._next < len(self._blocks) and self._reason is MissReason.NONE
 
     def _begin(self) -> None:
-        first, located = self._waiting.popleft()
-        arrival = self._loads.landing.begin(self._loads.offsets(located))
-        self._open.append(_Chunk(first, located, arrival))
+        piece = self._waiting.popleft()
+        landing = self._loads.landing
+        if piece.pool is not None and piece.pages is not None:
+            self._open.append(_Chunk(piece, landing.begin_borrowed(piece.pool, piece.pages)))
+            return
+        offsets = self._loads.offsets(piece.located)
+        if len(offsets) <= landing.chunk_parts and landing.covers(offsets):
+            self._open.append(_Chunk(piece, landing.begin(offsets)))
+        elif self._open:  # in the order of the chain
+            self._waiting.appendleft(piece)
+            self._finish(self._open.popleft())
+        else:
+            count, reason = self._calls.read(piece.first, piece.located)
+            self._landed(piece, count, reason)
 
     def _locate(self) -> None:
         count = min(len(self._blocks) - self._next, max(1, LOCATE_BYTES // self._part_bytes))
@@ -165,42 +196,63 @@ class _Load:
         if located.num_blocks < count:
             self._reason = MissReason(located.reason or MissReason.NONE)
             self._next = len(self._blocks)
-        if located.num_blocks and self._loads.landing.covers(self._loads.offsets(located)):
+        if located.num_blocks:
             self._queue(first, located)
-        elif located.num_blocks:
-            self._read(first, located)
 
     def _queue(self, first: int, located: Located) -> None:
-        step = self._loads.landing.chunk_parts
-        for start in range(0, located.num_blocks, step):
-            chunk = parts_of(located, start, min(start + step, located.num_blocks))
-            self._waiting.append((first + start, chunk))
-
-    def _read(self, first: int, located: Located) -> None:
-        while self._open and not self._is_over:  # in the order of the chain
-            self._finish(self._open.popleft())
-        if not self._is_over:
-            count, reason = self._calls.read(first, located)
-            self._landed(first, count, located, reason)
+        landing = self._loads.landing
+        covered = landing.covers(self._loads.offsets(located))
+        whole = [Stretch(0, located.num_blocks, None, None)]
+        for one in whole if self._shuns_pools else landing.borrowed.stretches(located):
+            # What the CPU reads it cuts itself.
+            step = landing.chunk_parts if one.pool is not None or covered else one.stop - one.start
+            for start in range(one.start, one.stop, step):
+                stop = min(start + step, one.stop)
+                pages = None
+                if one.pages is not None:
+                    pages = one.pages[start - one.start : stop - one.start]
+                part = parts_of(located, start, stop)
+                self._waiting.append(_Piece(first + start, part, one.pool, pages))
 
     def _finish(self, chunk: _Chunk) -> None:
-        located = chunk.located
+        piece, landing = chunk.piece, self._loads.landing
+        located = piece.located
         chunk.arrival.done.wait()
-        good = num_good(located, self._loads.landing.checksums(chunk.arrival))
+        good = num_good(located, landing.checksums(chunk.arrival))
         reason = MissReason.NONE if good == located.num_blocks else MissReason.CORRUPT
         usable = 0
         if good:
-            confirmed = self._calls.confirm(chunk.first, parts_of(located, 0, good))
+            confirmed = self._calls.confirm(piece.first, parts_of(located, 0, good))
             usable = min(good, confirmed.num_blocks)
             if usable < good:
                 reason = MissReason(confirmed.reason or MissReason.EXPIRED)
-        self._loads.landing.land(chunk.arrival, self._blocks[chunk.first : chunk.first + usable])
-        self._landed(chunk.first, usable, located, reason)
+        landing.land(chunk.arrival, self._blocks[piece.first : piece.first + usable])
+        if piece.pool is not None:
+            landing.borrowed.num_borrowed += usable
+            if usable == good < located.num_blocks:
+                self._landed(_Piece(piece.first, parts_of(located, 0, good)), good, MissReason.NONE)
+                self._turn_to_the_arena(piece, good)
+                return
+        self._landed(piece, usable, reason)
 
-    def _landed(self, first: int, count: int, located: Located, reason: MissReason) -> None:
+    def _turn_to_the_arena(self, piece: _Piece, good: int) -> None:
+        """From the piece's part `good` on: its pages hold something else, and those of the next will soon."""
+        landing = self._loads.landing
+        landing.borrowed.num_stale += piece.located.num_blocks - good
+        self._shuns_pools = True
+        for chunk in self._open:
+            landing.land(chunk.arrival, [])
+        rest = [chunk.piece for chunk in self._open] + list(self._waiting)
+        self._open.clear()
+        self._waiting.clear()
+        left = parts_of(piece.located, good, piece.located.num_blocks)
+        for one in (_Piece(piece.first + good, left), *rest):
+            self._queue(one.first, one.located)
+
+    def _landed(self, piece: _Piece, count: int, reason: MissReason) -> None:
         if count:
-            self._calls.landed(first, count)
-        if count < located.num_blocks:
+            self._calls.landed(piece.first, count)
+        if count < piece.located.num_blocks:
             self._reason, self._is_over = reason, True
 
 

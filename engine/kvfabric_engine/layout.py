@@ -76,6 +76,17 @@ class PoolShape:
             device=device,
         )
 
+    def over(self, memory: torch.Tensor) -> torch.Tensor:
+        """The same pool in `memory`: uint8 [num_pages * page_bytes], zeroed, aligned for `dtype`."""
+        return memory.view(self.dtype).view(
+            self.num_pages,
+            self.num_layers,
+            2,
+            self.page_tokens,
+            self.num_kv_heads,
+            self.head_dim,
+        )
+
     def block_layout(self, *, rope: str, packing: str, attention: str = "full") -> BlockLayout:
         """How this pool's blocks are declared to the node: one group, one shard."""
         return BlockLayout(

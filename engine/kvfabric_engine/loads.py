@@ -35,6 +35,10 @@ class Loaded:
     reason: MissReason
     seconds: float = 0.0
     """From when the load's turn came."""
+    num_borrowed: int = 0
+    """Of the blocks: out of another engine's HBM."""
+    num_stale: int = 0
+    """Looked for there in vain."""
 
 
 @dataclass(slots=True)
@@ -88,19 +92,22 @@ class Loads:
 
     def run(self, task: LoadTask) -> Loaded:
         """Blocks until the pool has what can be had. Raises what ends the load early."""
-        started = time.monotonic()
+        started, borrowed = time.monotonic(), (0, 0)
         with self._link.use() as client:
             task.fence.wait()
             call = _Call(task, client, started + self._options.deadlines.load_s)
             if self.direct is None:
                 reason = self._copy(call)
             else:
+                before = self.direct.landing.borrowed.counts
                 reason = self._run_direct(self.direct, call)
+                after = self.direct.landing.borrowed.counts
+                borrowed = after[0] - before[0], after[1] - before[1]
                 if task.num_loaded < len(task.keys):
                     self._boundary.count(reason)
             if reason is MissReason.CORRUPT and task.num_loaded < len(task.keys):
                 self._recheck(call, task.keys[task.num_loaded])
-        return Loaded(task.num_loaded, reason, time.monotonic() - started)
+        return Loaded(task.num_loaded, reason, time.monotonic() - started, *borrowed)
 
     def _run_direct(self, direct: DirectLoads, call: _Call) -> MissReason:
         task, size = call.task, self._mover.part_bytes

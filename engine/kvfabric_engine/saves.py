@@ -133,6 +133,8 @@ class Saves:
         self._mover = mover
         self._audit = audit
         self.pinning: Pinning | None = None
+        self.lends = False
+        """Others of the host can read our pool: the node is told what lies where."""
         """Of the connection; changes while nobody uses the client."""
 
     def run(self, task: SaveTask) -> Saved:
@@ -229,6 +231,13 @@ class Saves:
             stored_digests = [piece.digests[i] for i in kept]
             shard = self._options.shard
             self._audit.write("store", client.session, stored_keys, shard, stored_digests)
+        if self.lends and kept:
+            client.place(
+                self._options.shard,
+                [task.keys[granted[i]] for i in kept],
+                [task.blocks[granted[i]] for i in kept],
+                deadline_s=self._options.deadlines.control_s,
+            )
         reason = piece.reason
         if len(kept) < len(granted):
             reason = MissReason(committed.reason or MissReason.EXPIRED)

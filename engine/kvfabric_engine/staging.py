@@ -13,6 +13,7 @@ kernels, ordered by events; the engine's own stream is waited for, never held up
     scatter  host --DMA--> buffer --kernel--> pages
     land     arena --DMA a run of neighbouring slots--> buffer, its checksums --kernels--> host; the caller
              compares them; buffer --kernel--> pages
+             (or another engine's pages --kernel, over NVLink--> buffer, and on as before: `shared_pools`)
     layers   arena --DMA some layers of every page--> pages, then the next layers; checksums of the pages
              last: the model computes a layer while the next ones are on the bus; that counts if they agree
 
@@ -43,6 +44,7 @@ from kvfabric_engine.kernels import PagedRuns
 from kvfabric_engine.lanes import Fence, Lane, Passed, fence_here, new_lane, on_device
 from kvfabric_engine.layout import PoolShape, pages_as_bytes
 from kvfabric_engine.registrations import Addresses, PinnedMemory, address_of
+from kvfabric_engine.shared_pools import BorrowedPool, BorrowedPools, PoolPages, SharedPool
 
 __all__ = [
     "Arrival",
@@ -76,6 +78,8 @@ class Mover(ABC):
     part_bytes: int
     pins_memory: bool = False
     """Whether `pin` does anything, and so takes time."""
+    shared: SharedPool | None = None
+    """The pool, if other engines of the host may read it."""
 
     @abstractmethod
     def fence(self) -> Fence:
@@ -126,6 +130,8 @@ class Landing(ABC):
     """Most parts of one `begin`."""
     max_arrivals: int
     """Most that may be open, begun and not landed, at once."""
+    borrowed: BorrowedPools
+    """HBM of other engines, to load from as well."""
 
     @abstractmethod
     def pin(self, offset: int, num_bytes: int) -> None:
@@ -142,6 +148,10 @@ class Landing(ABC):
     @abstractmethod
     def begin(self, offsets: Sequence[int]) -> Arrival:
         """Start the DMA of parts into the next buffer, and their checksums behind it."""
+
+    @abstractmethod
+    def begin_borrowed(self, pool: BorrowedPool, pages: PoolPages) -> Arrival:
+        """As `begin`, of parts in another engine's HBM, one a row of `pages`."""
 
     @abstractmethod
     def checksums(self, arrival: Arrival) -> list[bytes]:
@@ -185,15 +195,18 @@ class LayerArrival(NamedTuple):
     accumulators: torch.Tensor
 
 
-def mover_for(pool: torch.Tensor, shape: PoolShape) -> Mover:
-    """The mover of the device that `pool` lies on. `pool` as `layout` describes it."""
+def mover_for(pool: torch.Tensor, shape: PoolShape, shared: SharedPool | None = None) -> Mover:
+    """The mover of the device that `pool` lies on. `pool` as `layout` describes it; `shared`: what others of
+    the host may read it by."""
     if not pool.is_cuda:
         return HostMover(pool, shape)
-    return StagedMover(
+    mover = StagedMover(
         PagedRuns([pages_as_bytes(pool)]),
         shape.pages_per_block,
         reads_in_place=shape.page_bytes >= LONG_RUN_BYTES,
     )
+    mover.shared = shared
+    return mover
 
 
 def prove_layout(pool: torch.Tensor, shape: PoolShape, mover: Mover) -> None:
@@ -293,7 +306,7 @@ class StagedMover(Mover):
         self.page_bytes = paged.page_bytes
         self.part_bytes = pages_per_block * paged.page_bytes
         self.chunk_parts = max(1, stage_bytes // self.part_bytes)
-        self._pages_per_block = pages_per_block
+        self.pages_per_block = pages_per_block
         self._paged = paged
         self._device = paged.device
         size = self.chunk_parts * self.part_bytes
@@ -312,7 +325,7 @@ class StagedMover(Mover):
     def begin_gather(
         self, blocks: Sequence[Pages], out: Sequence[memoryview], *, after: Fence
     ) -> Fence:
-        side, size, k = self._out, self.part_bytes, self._pages_per_block
+        side, size, k = self._out, self.part_bytes, self.pages_per_block
         addresses = np.array([address_of(view) for view in out], dtype=np.int64)
         if self._in_place is not None:
             return self._begin_in_place(self._in_place, blocks, addresses, after)
@@ -337,7 +350,7 @@ class StagedMover(Mover):
         side = self._out
         pages = np.array([tuple(pages) for pages in blocks], dtype=np.int64)
         sources = (pages * region.stride(0) + region.data_ptr()).ravel()
-        within = np.arange(self._pages_per_block, dtype=np.int64) * self.page_bytes
+        within = np.arange(self.pages_per_block, dtype=np.int64) * self.page_bytes
         targets = (addresses[:, None] + within).ravel()
         with side.lock:
             side.dma.wait_for(after)
@@ -445,6 +458,7 @@ class _StagedLanding(Landing):
     ) -> None:
         self.chunk_parts = mover.chunk_parts
         self.max_arrivals = len(side.free)
+        self.borrowed = BorrowedPools(mover.device, mover.page_bytes, mover.pages_per_block)
         self._mover = mover
         self._side = side
         self._checksums = checksums
@@ -474,9 +488,22 @@ class _StagedLanding(Landing):
         number, buffer = self._side.next()
         addresses = np.array(offsets, dtype=np.int64) + self._start
         arrived = self._mover.copy_in(self._side, number, buffer, addresses)
-        parts = buffer[: len(offsets) * self._mover.part_bytes]
-        used = self._accumulators[number][: len(offsets) * ACCUMULATOR_BYTES]
-        on_host = torch.frombuffer(used, dtype=torch.int64).view(len(offsets), -1)
+        return self._checked(number, buffer, len(offsets), arrived)
+
+    def begin_borrowed(self, pool: BorrowedPool, pages: PoolPages) -> Arrival:
+        number, buffer = self._side.next()
+        with self._side.dma.use():
+            self._side.dma.wait_for(self._side.free[number])
+            parts = buffer[: len(pages) * self._mover.part_bytes]
+            pool.gather(self._mover.index(pages.tolist()), parts)
+            arrived = self._side.dma.mark()
+        return self._checked(number, buffer, len(pages), arrived)
+
+    def _checked(self, number: int, buffer: torch.Tensor, count: int, arrived: Fence) -> Arrival:
+        """The checksums of the parts that `arrived` stands behind, and a fence behind them."""
+        parts = buffer[: count * self._mover.part_bytes]
+        used = self._accumulators[number][: count * ACCUMULATOR_BYTES]
+        on_host = torch.frombuffer(used, dtype=torch.int64).view(count, -1)
         with self._checks.use():
             self._checks.wait_for(arrived)
             on_host.copy_(self._checksums.accumulate(parts), non_blocking=True)

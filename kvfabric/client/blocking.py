@@ -35,6 +35,7 @@ from kvfabric.errors import (
 from kvfabric.protocol import descriptors
 from kvfabric.protocol.codec import FrameReader, decode_reply, encode
 from kvfabric.protocol.messages import (
+    MAX_PLACED,
     Abort,
     Bye,
     Commit,
@@ -51,6 +52,7 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Placed,
     Pong,
     Recheck,
     Rechecked,
@@ -218,6 +220,20 @@ class NodeClient(Client):
         """Store window parts at `offsets`. Until this answers, however late, the node reads them."""
         message = Commit(reservation, pack_u32(indexes), pack_u64(offsets))
         return self._call(message, Committed, deadline_s)
+
+    def place(
+        self,
+        shard: int,
+        keys: Sequence[BlockKey],
+        pages: Sequence[Sequence[int]],
+        *,
+        deadline_s: float,
+    ) -> None:
+        """Say which pages of the pool that this process lends hold the parts of `keys`."""
+        for at in range(0, len(keys), MAX_PLACED):
+            some = [page for block in pages[at : at + MAX_PLACED] for page in block]
+            message = Placed(shard, b"".join(keys[at : at + MAX_PLACED]), pack_u32(some))
+            self._call(message, Done, deadline_s)
 
     def abort(self, reservation: int, *, deadline_s: float) -> None:
         self._call(Abort(reservation), Done, deadline_s)

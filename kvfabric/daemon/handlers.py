@@ -18,6 +18,7 @@ from kvfabric import handle as handles
 from kvfabric.daemon.grants import Terms, Weights, granted, state_of, terms_of
 from kvfabric.daemon.handoffs import Awaited, Handoffs
 from kvfabric.daemon.lookups import Lookups
+from kvfabric.daemon.pools import Pools
 from kvfabric.daemon.sessions import Session
 from kvfabric.errors import BadHandle, Fenced, RemoteProtocolError
 from kvfabric.keyring import Keyring
@@ -36,6 +37,7 @@ from kvfabric.protocol.messages import (
     Matched,
     OpenHandle,
     Ping,
+    Placed,
     Pong,
     Recheck,
     Rechecked,
@@ -81,6 +83,7 @@ class Services:
     handoffs: Handoffs = field(default_factory=Handoffs)
     heard: Callable[[bytes, Ping], Pong] = lambda _session, _ping: Pong(0, ())
     """A session says what its HBM let go of, and is told what to."""
+    pools: Pools = field(default_factory=lambda: Pools(lambda _: None))
     fetches: Fetches | None = None
     """Blocks from other nodes; None where they exchange none, and until they can."""
     meters: Meters | None = None
@@ -220,7 +223,7 @@ async def load(caller: Caller, message: Load) -> Located:
     if services.meters is not None:
         part = (session.id, message.request_id, message.group, message.shard)
         services.meters.located(part, located.num_blocks * located.part_bytes)
-    return located
+    return services.pools.name_pools(session, message, located)
 
 
 def confirm(caller: Caller, message: Confirm) -> Confirmed:
@@ -289,12 +292,20 @@ def release(caller: Caller, message: Release) -> Done:
 
 
 def engine_events(caller: Caller, message: EngineEvents) -> Done:
+    caller.services.pools.heard(caller.session.id, message)
     caller.services.events.engine_events(caller.session.id, message)
     return Done()
 
 
+def placed(caller: Caller, message: Placed) -> Done:
+    caller.services.pools.placed(caller.session.id, message)
+    return Done()
+
+
 def ping(caller: Caller, message: Ping) -> Pong:
-    return caller.services.heard(caller.session.id, message)
+    pong = caller.services.heard(caller.session.id, message)
+    pools = caller.services.pools.offered(caller.session.id)
+    return msgspec.structs.replace(pong, pools=pools) if pools else pong
 
 
 IN_ORDER: Mapping[type[Request], Callable[[Caller, Any], Reply]] = {
@@ -305,6 +316,7 @@ IN_ORDER: Mapping[type[Request], Callable[[Caller, Any], Reply]] = {
     Abort: abort,
     Release: release,
     EngineEvents: engine_events,
+    Placed: placed,
     Ping: ping,
 }
 CONCURRENT: Mapping[type[Request], Callable[[Caller, Any], Awaitable[Reply]]] = {

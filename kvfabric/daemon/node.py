@@ -33,6 +33,7 @@ from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.meters import Meters
 from kvfabric.daemon.peers import TcpListener, check_free, tcp_listener
+from kvfabric.daemon.pools import Pools
 from kvfabric.daemon.prefetching import Prefetches
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
 from kvfabric.daemon.sessions import Session, Sessions
@@ -99,6 +100,7 @@ class Node:
         self.events = EventStream(boot_id=self.boot_id)
         self.lookups = Lookups()
         self.handoffs = Handoffs(config.name)
+        self.pools = Pools(lambda name: self.sessions.find_live(name))
         self.ssd: SegmentTier | None = None
         self.transfers: Transfers | None = None
         self.prefetches: Prefetches | None = None
@@ -340,6 +342,7 @@ class Node:
             handoffs=self.handoffs,
             heard=self.withdrawals.heard,
             meters=self.meters,
+            pools=self.pools,
             key_unknown=(lambda: None) if self.fleet_keys is None else self.fleet_keys.wake,
         )
         return EngineServer(options, services, self.sessions)
@@ -627,6 +630,7 @@ class Node:
         self.events.engine_joined(describe(session))
 
     def session_ended(self, session: Session) -> None:
+        self.pools.ended(session.id)
         self.events.engine_gone(session.id)
         self.handoffs.session_ended(session.id)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kvfabric.daemon.connection import Connection, ConnectionState, make_window, map_window
 from kvfabric.daemon.handlers import Caller, Services
-from kvfabric.daemon.sessions import Session, Sessions, open_peer
+from kvfabric.daemon.sessions import Process, Session, Sessions, open_peer
 from kvfabric.errors import (
     ConfigError,
     KVFabricError,
@@ -31,8 +31,12 @@ from kvfabric.protocol import descriptors
 from kvfabric.protocol.codec import MAX_HELLO_BYTES, FrameReader, decode_request, encode
 from kvfabric.protocol.messages import (
     PROTOCOL_VERSION,
+    Borrow,
+    Done,
     Failed,
     Hello,
+    Lend,
+    Reply,
     Role,
     Welcome,
 )
@@ -231,6 +235,9 @@ class EngineServer:
         try:
             async with asyncio.timeout(HELLO_DEADLINE_S):
                 connection = await self._shake_hands(sock, received)
+            if connection is None:
+                sock.close()
+                return
             await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, sock)
         except (KVFabricError, TimeoutError) as exc:
             self.counts.refused_connections += 1
@@ -248,13 +255,19 @@ class EngineServer:
         finally:
             descriptors.close_all(received)
 
-    async def _shake_hands(self, sock: socket.socket, received: list[int]) -> Connection:
+    async def _shake_hands(self, sock: socket.socket, received: list[int]) -> Connection | None:
+        """None if the connection was for one question, which is answered."""
         if len(self._connections) + len(self._greetings) > MAX_CONNECTIONS:
             raise Overloaded(f"{MAX_CONNECTIONS} connections are open")
         peer = open_peer(sock)
         try:
             reader = FrameReader(MAX_HELLO_BYTES)
-            correlation, hello = await _receive_hello(sock, reader, received)
+            correlation, hello = await _receive_first(sock, reader, received)
+            if not isinstance(hello, Hello):
+                answer, sent = self._answer_once(hello, peer, received)
+                descriptors.send(sock, encode(correlation, answer), sent)
+                os.close(peer.pidfd)
+                return None
             if received:
                 self.options.take_back(received.pop())
             if hello.resumed:
@@ -280,6 +293,24 @@ class EngineServer:
             has_arena=bool(welcome.arena_bytes),
             window_descriptor=descriptor,
         )
+
+    def _answer_once(
+        self, message: Lend | Borrow, peer: Process, received: list[int]
+    ) -> tuple[Reply, list[int]]:
+        """The answer, and descriptors that go along and stay ours."""
+        pools = self.services.pools
+
+        def sends_for(session: Session) -> bool:
+            return peer.id in session.processes
+
+        if isinstance(message, Borrow):
+            lent, descriptor = pools.borrow(message, sends_for)
+            return lent, [descriptor]
+        if len(received) != 1:
+            raise RemoteProtocolError(f"a pool is lent with 1 descriptor, not {len(received)}")
+        pools.lend(message, sends_for, received[0])
+        received.clear()
+        return Done(), []
 
     def _drop_lost(self, session: bytes) -> None:
         """A session comes back: end those of its connections that are over, though nobody has read their
@@ -346,9 +377,9 @@ def _take_socket(at: int, descriptors: list[int]) -> socket.socket:
     return sock
 
 
-async def _receive_hello(
+async def _receive_first(
     sock: socket.socket, reader: FrameReader, received: list[int]
-) -> tuple[int, Hello]:
+) -> tuple[int, Hello | Lend | Borrow]:
     frames: list[tuple[int, bytes]] = []
     while not frames:
         await descriptors.readable(sock)
@@ -356,11 +387,11 @@ async def _receive_hello(
             frames = descriptors.receive(sock, reader, received)
     correlation, body = frames[0]
     hello = decode_request(body)
-    if not isinstance(hello, Hello):
+    if not isinstance(hello, Hello | Lend | Borrow):
         raise RemoteProtocolError(f"a connection begins with Hello, not {type(hello).__name__}")
     if len(frames) > 1 or reader.num_pending_bytes:
         raise RemoteProtocolError("nothing may follow Hello before Welcome")
-    if hello.version != PROTOCOL_VERSION:
+    if isinstance(hello, Hello) and hello.version != PROTOCOL_VERSION:
         raise RemoteProtocolError(
             f"engine speaks version {hello.version}; this node speaks {PROTOCOL_VERSION}"
         )

@@ -19,6 +19,9 @@ Flow of one request:
     Reserve    -> Reserved              per (group, shard), a worker; then it writes its window
     Commit     -> Committed             the daemon has copied and checksummed: the window is free again
     Release    -> Released              nothing of this request is touched any more
+
+Engines of one host may read each other's HBM. A connection may begin with `Lend` (a pool's descriptor comes
+with it) or `Borrow` instead of Hello; it ends with the answer.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ PROTOCOL_VERSION = 1
 
 MAX_KEYS = 8192
 MAX_RESERVED = 1024
+MAX_PLACED = 1024
 
 RequestId = Annotated[str, msgspec.Meta(max_length=1024)]
 RequestIds = Annotated[tuple[RequestId, ...], msgspec.Meta(max_length=1 << 16)]
@@ -207,6 +211,39 @@ class Recheck(msgspec.Struct, array_like=True, frozen=True, tag=13):
     shard: int
 
 
+class PoolName(msgspec.Struct, array_like=True, frozen=True):
+    """Whose pool: a session's, of the worker with this shard."""
+
+    session: bytes
+    shard: int
+
+
+class Lend(msgspec.Struct, array_like=True, frozen=True, tag=14):
+    """First and only frame of a connection, with one descriptor: the HBM pool `name`, page by page. From a
+    process of that session only."""
+
+    name: PoolName
+    num_pages: int
+    page_bytes: int
+
+
+class Borrow(msgspec.Struct, array_like=True, frozen=True, tag=15):
+    """First and only frame of a connection: `borrower`, a session of the sender's, wants to map pool `name`,
+    which `Pong` said is lent to it."""
+
+    borrower: bytes
+    name: PoolName
+
+
+class Placed(msgspec.Struct, array_like=True, frozen=True, tag=16):
+    """The parts of `keys` (at most `MAX_PLACED`, KV group 0) lie in these pages (u32, equally many a key) of
+    the pool that the sender lends as `shard`. A hint: over when the pages are written again, said or not."""
+
+    shard: int
+    keys: bytes
+    pages: bytes
+
+
 Request = (
     Hello
     | OpenHandle
@@ -221,6 +258,9 @@ Request = (
     | Ping
     | Bye
     | Recheck
+    | Lend
+    | Borrow
+    | Placed
 )
 
 
@@ -278,7 +318,11 @@ class Matched(msgspec.Struct, array_like=True, frozen=True, tag=66):
 
 
 class Located(msgspec.Struct, array_like=True, frozen=True, tag=67):
-    """The first `num_blocks` of what was asked are in the arena; `reason` tells why not the rest."""
+    """The first `num_blocks` of what was asked are in the arena; `reason` tells why not the rest.
+
+    Some may also lie in HBM of other engines: `pools` names it if any do, then `pool_of` has one byte a block
+    (0 none, else which of `pools`, from 1 on) and `pool_pages` its pages there (u32, equally many a block).
+    """
 
     num_blocks: int
     part_bytes: int
@@ -286,6 +330,9 @@ class Located(msgspec.Struct, array_like=True, frozen=True, tag=67):
     generations: bytes
     checksums: bytes
     reason: str
+    pools: tuple[PoolName, ...] = ()
+    pool_of: bytes = b""
+    pool_pages: bytes = b""
 
 
 class Confirmed(msgspec.Struct, array_like=True, frozen=True, tag=68):
@@ -312,7 +359,7 @@ class Committed(msgspec.Struct, array_like=True, frozen=True, tag=70):
 
 
 class Done(msgspec.Struct, array_like=True, frozen=True, tag=71):
-    """Answer to Abort, Release, EngineEvents and Bye."""
+    """Answer to Abort, Release, EngineEvents, Lend, Placed and Bye."""
 
 
 class Rechecked(msgspec.Struct, array_like=True, frozen=True, tag=73):
@@ -323,10 +370,19 @@ class Rechecked(msgspec.Struct, array_like=True, frozen=True, tag=73):
 
 class Pong(msgspec.Struct, array_like=True, frozen=True, tag=74):
     """Answer to Ping. `struck`: what was struck off for good after `dropped`, up to registry version
-    `version`: incarnations (16 B) and namespace tags (8 B). An engine lets go of the blocks made of these."""
+    `version`: incarnations (16 B) and namespace tags (8 B). An engine lets go of the blocks made of these.
+    `pools`: HBM that the caller lends or may borrow now; it unmaps every other."""
 
     version: int
     struck: tuple[bytes, ...]
+    pools: tuple[PoolName, ...] = ()
+
+
+class Lent(msgspec.Struct, array_like=True, frozen=True, tag=75):
+    """Answer to Borrow. Carries the pool as a descriptor."""
+
+    num_pages: int
+    page_bytes: int
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag=72):
@@ -348,4 +404,5 @@ Reply = (
     | Failed
     | Rechecked
     | Pong
+    | Lent
 )

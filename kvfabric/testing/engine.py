@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvfabric.client import EngineHello, NodeClient
+from kvfabric.client.pools import borrow, lend
 from kvfabric.errors import KVFabricError, PeerClosed
 from kvfabric.hashing import ROOT_PARENT, block_keys
-from kvfabric.protocol.messages import HandleOpened, Located, Role
+from kvfabric.protocol.messages import HandleOpened, Lend, Located, PoolName, Role
 from kvfabric.types import BlockKey, BlockLayout, GrantState, PartSpec
 
 BLOCK_TOKENS = 16
@@ -172,6 +174,22 @@ class _Commands:
         )
         wrong = wrong_blocks(keys, [bytes(buffer) for buffer in buffers[:good]])
         return {"good": good, "wrong": wrong, "confirmed": confirmed.num_blocks}
+
+    def lend(self, socket: str, session: str, num_pages: int) -> dict[str, Any]:
+        """Lend a pool of pages of a part's size as that session's."""
+        size = self.engine.part_bytes
+        pool = os.memfd_create("pool")
+        os.ftruncate(pool, num_pages * size)
+        name = PoolName(bytes.fromhex(session), 0)
+        lend(socket, Lend(name, num_pages, size), pool, deadline_s=DEADLINE_S)
+        return {}
+
+    def borrow(self, socket: str, borrower: str, owner: str) -> dict[str, Any]:
+        """Borrow the pool of session `owner` for session `borrower`."""
+        name = PoolName(bytes.fromhex(owner), 0)
+        lent = borrow(socket, bytes.fromhex(borrower), name, deadline_s=DEADLINE_S)
+        os.close(lent.descriptor)
+        return {"pages": lent.num_pages}
 
     def hang_up(self) -> dict[str, Any]:
         """Lose the connection without a word, and live on."""

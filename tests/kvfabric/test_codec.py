@@ -36,19 +36,27 @@ REQUESTS: tuple[m.Request, ...] = (
     m.Ping(),
     m.Bye(),
     m.Recheck("r1", b"k" * 64, 0, 0),
+    m.Lend(m.PoolName(b"s" * 16, 0), 100, 4096),
+    m.Borrow(b"b" * 16, m.PoolName(b"s" * 16, 0)),
+    m.Placed(0, b"k" * 64, b"\0" * 16),
 )
 REPLIES: tuple[m.Reply, ...] = (
     m.Welcome(1, b"s" * 16, b"b" * 16, "node", 1 << 20, 1 << 20, 30.0, 30.0, False),
     m.HandleOpened(b"k" * 32, b"", 0, -1, (m.WireSegment("t", "1", b"i" * 16, 3),), False, False),
     m.Matched(2, b"\0\1", 30.0, "absent"),
     m.Located(1, 4096, b"\0" * 8, b"\0" * 4, b"\0" * 16, "absent"),
+    m.Located(
+        *(1, 4096, b"\0" * 8, b"\0" * 4, b"\0" * 16, ""),
+        *((m.PoolName(b"s" * 16, 0),), b"\1", b"\0" * 8),
+    ),
     m.Confirmed(1, "none"),
     m.Reserved(1, b"\0\0", 30.0, "none"),
     m.Committed(b"\1\1", "none"),
     m.Done(),
     m.Failed("bad_handle", "why"),
     m.Rechecked(1),
-    m.Pong(9, (b"i" * 16, b"t" * 8)),
+    m.Pong(9, (b"i" * 16, b"t" * 8), (m.PoolName(b"s" * 16, 0),)),
+    m.Lent(100, 4096),
 )
 
 

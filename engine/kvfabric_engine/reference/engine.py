@@ -60,6 +60,7 @@ from kvfabric_engine.reference.sequence import (
 )
 from kvfabric_engine.reference.tokens import tokenizer_of
 from kvfabric_engine.request_keys import LocalNamespaces, RequestKeys
+from kvfabric_engine.shared_pools import SharedPool, create_shared
 from kvfabric_engine.staging import LayerArrival, mover_for, prove_layout
 
 R = TypeVar("R")
@@ -106,10 +107,10 @@ class Engine:
             config.deterministic == "auto" and config.device == "cpu"
         )
         self.layout = self.shape.block_layout(rope=self.model.rope, packing=self._packing())
-        self.pool = self.shape.create(self.model.device)
+        self.pool, shared = self._create_pool()
         self.connector: Connector | None = None
         self._following: Following | None = None
-        self._mover = mover_for(self.pool, self.shape)
+        self._mover = mover_for(self.pool, self.shape, shared)
         self._events = PoolEvents()
         self._events.strike = self._strike
         self._blocks = BlockManager(self.shape.num_pages, self.shape.pages_per_block, self._events)
@@ -134,6 +135,11 @@ class Engine:
         self._is_stopping = False
         self._num_prompt = self._num_computed_prompt = self._num_answered = 0
         self._reused = Reused()
+
+    def _create_pool(self) -> tuple[torch.Tensor, SharedPool | None]:
+        if self.model.device.type == "cuda":
+            return create_shared(self.shape, self.model.device)
+        return self.shape.create(self.model.device), None  # others are as fast by the arena
 
     def _packing(self) -> str:
         # KV computed with another instruction set differs in the last bits, so it is another layout.
@@ -199,6 +205,8 @@ class Engine:
             self._thread.join()
         if self.connector is not None:
             self.connector.close()
+        if self._mover.shared is not None:
+            self._mover.shared.memory.close()
 
     def _strike(self, names: tuple[bytes, ...]) -> Future[None]:
         """Any thread: the pool lets go of these; done when nobody uses one any more."""

@@ -346,6 +346,9 @@ def _exposition(engine: Engine) -> str:
             f"kvfabric_engine_saved_bytes_total {c.saved_bytes}",
             "# TYPE kvfabric_engine_loaded_bytes_total counter",
             f"kvfabric_engine_loaded_bytes_total {c.loaded_bytes}",
+            "# TYPE kvfabric_engine_borrowed_blocks_total counter",
+            f'kvfabric_engine_borrowed_blocks_total{{result="loaded"}} {c.borrowed_blocks}',
+            f'kvfabric_engine_borrowed_blocks_total{{result="stale"}} {c.stale_blocks}',
             "# TYPE kvfabric_engine_misses_total counter",
             *(
                 f'kvfabric_engine_misses_total{{reason="{reason.value}"}} {count}'

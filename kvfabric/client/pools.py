@@ -1,0 +1,79 @@
+"""Lending HBM to the other engines of the host, and borrowing theirs: one question a connection, blocking.
+
+Apart from `NodeClient` because descriptors go along: they travel beside a connection's first frame only.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvfabric.client.link import expect
+from kvfabric.errors import ConnectError, DeadlineExceeded, RemoteProtocolError
+from kvfabric.protocol import descriptors
+from kvfabric.protocol.codec import FrameReader, decode_reply, encode
+from kvfabric.protocol.messages import Borrow, Done, Lend, Lent, PoolName, Reply
+
+
+@dataclass(frozen=True, slots=True)
+class LentPool:
+    """Somebody's pool of KV pages. `descriptor`: of its memory, the receiver's to close."""
+
+    num_pages: int
+    page_bytes: int
+    descriptor: int
+
+
+def lend(socket_path: str | Path, message: Lend, descriptor: int, *, deadline_s: float) -> None:
+    """Let others of the node borrow a pool; `descriptor` stays ours. Raises what the node answered,
+    ConnectError, PeerClosed, DeadlineExceeded."""
+    received: list[int] = []
+    try:
+        expect(_ask(socket_path, message, [descriptor], received, deadline_s), Done)
+    finally:
+        descriptors.close_all(received)
+
+
+def borrow(
+    socket_path: str | Path, borrower: bytes, name: PoolName, *, deadline_s: float
+) -> LentPool:
+    """Raises as `lend`; NotFound for a pool that is not lent (any more)."""
+    received: list[int] = []
+    try:
+        lent = expect(_ask(socket_path, Borrow(borrower, name), [], received, deadline_s), Lent)
+        if len(received) != 1:
+            raise RemoteProtocolError(f"{len(received)} descriptors came with a pool")
+        return LentPool(lent.num_pages, lent.page_bytes, os.dup(received[0]))
+    finally:
+        descriptors.close_all(received)
+
+
+def _ask(
+    socket_path: str | Path,
+    message: Lend | Borrow,
+    sent: list[int],
+    received: list[int],
+    deadline_s: float,
+) -> Reply:
+    deadline = time.monotonic() + deadline_s
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(deadline_s)
+        try:
+            sock.connect(str(socket_path))
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"no answer on {socket_path}") from exc
+        except OSError as exc:
+            raise ConnectError(f"no node at {socket_path}: {exc.strerror}") from exc
+        sock.setblocking(False)
+        descriptors.send(sock, encode(0, message), sent)
+        reader, waiter = FrameReader(), select.poll()
+        waiter.register(sock, select.POLLIN)
+        while True:
+            if not waiter.poll(max(0.0, (deadline - time.monotonic()) * 1000 + 0.5)):
+                raise DeadlineExceeded(f"{type(message).__name__} was not answered in time")
+            if frames := descriptors.receive(sock, reader, received):
+                return decode_reply(frames[0][1])
