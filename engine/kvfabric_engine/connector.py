@@ -261,16 +261,18 @@ class Connector:
         request_id: str,
         keys: Sequence[BlockKey],
         blocks: Sequence[Pages],
+        *,
+        in_place: bool = False,
         begun: Callable[[LayerArrival], None] | None = None,
     ) -> Future[Loaded]:
         """Bring matched `keys` into the pool's `blocks`. What fails is left to be computed.
 
-        `begun`: for an engine that wants to compute layers as they come. It may be called, on the load's
-        thread; the blocks then hold unverified bytes until the future is done, and of what was not loaded
-        they hold anything.
+        `in_place`: bytes may come straight into the blocks where that is faster; these hold unverified bytes
+        until the future is done then, and of what was not loaded they hold anything. `begun`: with it, for an
+        engine that wants to compute layers as they come; it may be called, on the load's thread.
         """
         fence = self._mover.fence()  # the pages may be in use still by what had them before
-        task = LoadTask(request_id, keys, blocks, fence, begun)
+        task = LoadTask(request_id, keys, blocks, fence, in_place, begun)
         return self._submit(
             self._loading,
             "load",

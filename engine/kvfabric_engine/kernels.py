@@ -86,6 +86,26 @@ def copy_words(source: torch.Tensor, target: torch.Tensor) -> None:
     _copy_words[(triton.cdiv(count, PIECE_WORDS // 2),)](source, target, count, PIECE_WORDS // 2)
 
 
+def copy_pages(
+    source: int, source_pages: torch.Tensor, target: torch.Tensor, target_pages: torch.Tensor
+) -> None:
+    """Pages of one pool into pages of another. `source`: address that the device reads, where rows as long as
+    the target's lie end to end; `target`: uint8 [num_pages, page_bytes], contiguous rows. CUDA only."""
+    words = target.shape[1] // WORD_BYTES
+    grid = (len(source_pages), triton.cdiv(words, PIECE_WORDS))
+    _copy_pages[grid](
+        source,
+        source_pages,
+        target.view(torch.int64),
+        target_pages,
+        target.stride(0) // WORD_BYTES,
+        words,
+        PIECE=PIECE_WORDS,
+        VECTOR=VECTOR_BYTES,
+        num_warps=NUM_WARPS,
+    )
+
+
 def launch(
     bases: torch.Tensor,
     pages: torch.Tensor,
@@ -120,6 +140,26 @@ if triton is not None:
     def _copy_words(source, target, count, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
         word = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
         tl.store(target + word, tl.load(source + word, mask=word < count), mask=word < count)
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
+    def _copy_pages(  # type: ignore[no-untyped-def] # noqa: PLR0913 - triton evaluates annotations
+        source,
+        source_pages,
+        target,
+        target_pages,
+        target_words,
+        words,
+        PIECE: tl.constexpr,
+        VECTOR: tl.constexpr,
+    ):
+        """Program (i, j) moves piece j of page i. `source` is an address: no tensor of ours lies there."""
+        number = tl.program_id(0)
+        word = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+        begin = tl.load(source_pages + number) * words
+        there = tl.multiple_of(source.to(tl.pointer_type(tl.int64)) + begin, VECTOR) + word
+        row = tl.load(target_pages + number) * target_words
+        here = tl.multiple_of(target + row, VECTOR) + word
+        tl.store(here, tl.load(there, mask=word < words), mask=word < words)
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore] # triton is untyped
     def _copy_runs(  # type: ignore[no-untyped-def] # noqa: PLR0913 - triton evaluates annotations

@@ -50,6 +50,8 @@ class LoadTask:
     blocks: Sequence[Pages]
     fence: Fence
     """Behind what had the pages before."""
+    in_place: bool = False
+    """Blocks that are not loaded may hold anything after it."""
     begun: Callable[[LayerArrival], None] | None = None
     num_loaded: int = 0
 
@@ -112,9 +114,9 @@ class Loads:
     def _run_direct(self, direct: DirectLoads, call: _Call) -> MissReason:
         task, size = call.task, self._mover.part_bytes
         calls = self._node_calls(direct, call)
-        if task.begun is None:
+        if not task.in_place:
             return direct.run(calls, task.blocks, size)
-        return direct.run_layers(calls, task.blocks, size, self._num_layers, task.begun)
+        return direct.run_in_place(calls, task.blocks, size, self._num_layers, task.begun)
 
     def _copy(self, call: _Call) -> MissReason:
         task = call.task

@@ -29,10 +29,14 @@ from kvfabric.errors import KVFabricError, RemoteProtocolError, TransferError
 from kvfabric.protocol.messages import Located, PoolName
 from kvfabric_engine import kernels
 from kvfabric_engine.device_memory import MappedMemory, ShareableMemory
+from kvfabric_engine.lanes import Lane
 from kvfabric_engine.layout import PoolShape
 
 log = logging.getLogger(__name__)
 
+LONG_PAGE_BYTES = 1 << 20
+"""From this on pages are copied by the copy engines, which leave the multiprocessors to the checksums: 286
+GB/s for pages of 2.25 MiB, 240 of 1 MiB, but 137 of 256 KiB, where a kernel reaches 300."""
 PoolPages = npt.NDArray[np.int64]
 """[num_parts, pages_per_block]: pages of somebody's pool."""
 
@@ -79,6 +83,24 @@ class BorrowedPool:
         for number, page in enumerate(pages.tolist()):
             target = out.data_ptr() + number * self.page_bytes
             ctypes.memmove(target, self._memory.address + page * self.page_bytes, self.page_bytes)
+
+    def copy(
+        self, pages: PoolPages, target: torch.Tensor, into: PoolPages, lane: Lane
+    ) -> torch.Tensor | None:
+        """Enqueue pages -> rows `into` of `target`: uint8 [num_pages, page_bytes], ours. What is returned is
+        read until that is done."""
+        if self.page_bytes < LONG_PAGE_BYTES and self._device.type == "cuda":
+            both = np.concatenate([pages.ravel(), into.ravel()])
+            index = torch.from_numpy(both).pin_memory().to(self._device, non_blocking=True)
+            kernels.copy_pages(
+                self._memory.address, index[: pages.size], target, index[pages.size :]
+            )
+            return index
+        sources = pages.ravel() * self.page_bytes + self._memory.address
+        targets = into.ravel() * target.stride(0) + target.data_ptr()
+        sizes = np.full(len(sources), self.page_bytes, dtype=np.int64)
+        lane.copy(np.stack([targets, sources, sizes], axis=1).astype(np.uint64))
+        return None
 
     def close(self) -> None:
         """Nothing reads it any more. Idempotent."""

@@ -169,6 +169,12 @@ class Landing(ABC):
         not lie so that it can."""
 
     @abstractmethod
+    def begin_in_place(
+        self, pool: BorrowedPool, pages: PoolPages, blocks: Sequence[Pages]
+    ) -> LayerArrival | None:
+        """Start copying parts in another engine's HBM straight into `blocks`, unverified; None as above."""
+
+    @abstractmethod
     def layer_checksums(self, arrival: LayerArrival) -> list[bytes]:
         """As `checksums`, of the bytes in the blocks. After `done`."""
 
@@ -188,11 +194,13 @@ class Arrival(NamedTuple):
 
 class LayerArrival(NamedTuple):
     """Parts on their way into their blocks. `before`: what must have passed before a layer (0, and each at
-    which the next ones begin) reads them. `done`: all are there, checksums included."""
+    which the next ones begin) reads them. `done`: all are there, checksums included. `kept`: is read until
+    then, and torch would give its memory away."""
 
     before: Mapping[int, Fence]
     done: Fence
     accumulators: torch.Tensor
+    kept: torch.Tensor | None = None
 
 
 def mover_for(pool: torch.Tensor, shape: PoolShape, shared: SharedPool | None = None) -> Mover:
@@ -539,6 +547,24 @@ class _StagedLanding(Landing):
                 self._checksums.add_paged(begun, start, size)
             on_host.copy_(self._checksums.accumulate_paged(begun), non_blocking=True)
             return LayerArrival(before, self._checks.mark(), on_host)
+
+    def begin_in_place(
+        self, pool: BorrowedPool, pages: PoolPages, blocks: Sequence[Pages]
+    ) -> LayerArrival | None:
+        region = self._mover.page_major
+        if region is None or not supports_pages(self._mover.page_bytes):
+            return None
+        used = self._mover.host_buffer(len(blocks) * ACCUMULATOR_BYTES)
+        on_host = torch.frombuffer(used, dtype=torch.int64).view(len(blocks), -1)
+        with self._side.dma.use():
+            kept = pool.copy(pages, region, np.array(blocks, dtype=np.int64), self._side.dma)
+            arrived = self._side.dma.mark()
+        with self._checks.use():
+            begun = self._checksums.begin_paged(region, self._mover.index(blocks))
+            self._checks.wait_for(arrived)
+            self._checksums.add_paged(begun, 0, self._mover.page_bytes)
+            on_host.copy_(self._checksums.accumulate_paged(begun), non_blocking=True)
+            return LayerArrival({}, self._checks.mark(), on_host, kept)
 
     def layer_checksums(self, arrival: LayerArrival) -> list[bytes]:
         return self._checksums.digests(arrival.accumulators)

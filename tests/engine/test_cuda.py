@@ -15,7 +15,7 @@ import torch
 from kvfabric_engine.reference.engine import Engine
 from kvfabric_engine.testing import Answer, ask, small_config
 
-from kvfabric.testing.processes import NodeProcess
+from kvfabric.testing.processes import NodeProcess, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,3 +60,33 @@ def test_restarted_engine_on_a_gpu_is_warm_and_answers_alike(tmp_path: Path, dty
     loaded = _parts(tmp_path / "second", "load")
     assert loaded
     assert loaded <= _parts(tmp_path / "first", "store")
+
+
+def test_kv_comes_out_of_another_engines_hbm(tmp_path: Path) -> None:
+    """Bit for bit as computed, and after the other engine has ended out of the arena."""
+    alone = [a.token_ids for a in _answers(None, None, "bfloat16")]
+    config = {"device": "cuda", "deterministic": "on", "dtype": "bfloat16", "hbm_blocks": 512}
+    with NodeProcess(tmp_path / "node") as node:
+        config["node_socket"] = str(node.socket)
+        with Engine(small_config(**config)) as second:
+            borrower = second.connector
+            assert borrower is not None
+            with Engine(small_config(**config)) as first:
+                lender = first.connector
+                assert lender is not None
+                until(lambda: lender._saves.lends)
+                assert [ask(first, prompt, max_tokens=16).token_ids for prompt in PROMPTS] == alone
+                until(lambda: lender.statistics().saving_bytes == 0)
+                direct = borrower._loads.direct
+                assert direct is not None
+                until(lambda: len(direct.landing.borrowed.owners) == 1)
+                warm = [ask(second, prompt, max_tokens=16) for prompt in PROMPTS]
+                assert [a.token_ids for a in warm] == alone
+                seen = borrower.statistics()
+                assert seen.borrowed_blocks == seen.loaded_blocks == 4 + 6 + 2 + 28
+                assert seen.stale_blocks == 0
+            until(lambda: not direct.landing.borrowed.owners)
+            second.clear_prefix_cache()
+            again = [ask(second, prompt, max_tokens=16) for prompt in PROMPTS]
+            assert [a.token_ids for a in again] == alone
+            assert borrower.statistics().borrowed_blocks == seen.borrowed_blocks

@@ -16,6 +16,7 @@ import pytest
 import torch
 from kvfabric_engine import direct_load
 from kvfabric_engine.device_memory import MappedMemory, ShareableMemory
+from kvfabric_engine.direct_load import DirectLoads
 from kvfabric_engine.kernels import PagedRuns
 from kvfabric_engine.layout import pages_as_bytes
 from kvfabric_engine.reference.engine import Engine
@@ -88,7 +89,19 @@ def cold() -> list[tuple[int, ...]]:
         return [ask(engine, prompt, max_tokens=8).token_ids for prompt in PROMPTS]
 
 
+@pytest.fixture(params=["in place", "by buffers"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a load: straight into the pool, or verified first, for an engine whose pages must not be spoilt."""
+    if request.param == "by buffers":
+        monkeypatch.setattr(
+            DirectLoads,
+            "run_in_place",
+            lambda loads, calls, blocks, size, *_: loads.run(calls, blocks, size),
+        )
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("way")
 def test_blocks_come_out_of_the_other_engines_pool(
     tmp_path: Path, cold: list[tuple[int, ...]]
 ) -> None:
@@ -110,6 +123,7 @@ def test_blocks_come_out_of_the_other_engines_pool(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("way")
 def test_pages_that_hold_something_else_by_now_are_never_used(
     tmp_path: Path, cold: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -413,11 +413,13 @@ class Engine:
         k = self.shape.pages_per_block
         blocks = range(plan.first, plan.first + plan.num_blocks)
         in_host = all(match.tiers[block] is TierName.HOST for block in blocks)
+        computes_behind = in_host and self._is_free(sequence)
         loaded = self.connector.load(
             sequence.request_id,
             [keys[block] for block in blocks],
             [tuple(sequence.pages[block * k : (block + 1) * k]) for block in blocks],
-            partial(self._begun, sequence, plan) if in_host and self._is_free(sequence) else None,
+            in_place=True,  # what does not come is computed, over whatever lies there
+            begun=partial(self._begun, sequence, plan) if computes_behind else None,
         )
         self._when_done(loaded, partial(self._loaded, sequence, match, plan))
 
