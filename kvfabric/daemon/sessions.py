@@ -196,7 +196,6 @@ class Sessions:
 
     def find_live(self, name: bytes) -> Session | None:
         """None for one whose rights ended, or that never was."""
-        """The session, if it has an open connection."""
         session = self._sessions.get(SessionId(name))
         return session if session is not None and session.num_open else None
 
