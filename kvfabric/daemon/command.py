@@ -51,7 +51,7 @@ async def _serve(config: NodeConfig, *, takeover: bool) -> None:
     async with node:
         print(
             f"kvfabric node ready: socket {config.socket_path}, admin {config.admin_socket_path}, "
-            f"http {node.http_address or 'off'}",
+            f"http {node.front.http_address or 'off'}",
             file=sys.stderr,
             flush=True,
         )

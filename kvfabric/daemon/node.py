@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import functools
 import hashlib
 import logging
 import os
@@ -22,17 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvfabric import garbage
-from kvfabric.config import NodeConfig, split_address
-from kvfabric.daemon.admin import AdminServer, check_private
+from kvfabric.config import NodeConfig
+from kvfabric.daemon.admin import AdminServer
 from kvfabric.daemon.admin_sources import AdminSources, Place
 from kvfabric.daemon.adoption import ArenaKeeper
 from kvfabric.daemon.auditor import Auditor, AuditorParts
 from kvfabric.daemon.fleet_models import FleetModels
+from kvfabric.daemon.front import Front
 from kvfabric.daemon.handlers import Services
 from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.meters import Meters
-from kvfabric.daemon.peers import TcpListener, check_free, tcp_listener
+from kvfabric.daemon.peers import TcpListener
 from kvfabric.daemon.pools import Pools
 from kvfabric.daemon.prefetching import Prefetches
 from kvfabric.daemon.server import EngineServer, Offer, ServerOptions
@@ -63,6 +63,7 @@ from kvfabric.tiers.write_budget import WriteBudget
 from kvfabric.types import ENGINE_ROLES, TierName
 
 if TYPE_CHECKING:
+    from kvfabric.daemon.http import HttpServer
     from kvfabric.daemon.transfers import Transfers
 
 log = logging.getLogger(__name__)
@@ -89,14 +90,12 @@ class Node:
         self._estate: Estate | None = None
         self._handed_over = False
         self._lock = -1
-        self._front = contextlib.AsyncExitStack()
-        self._shut = [self._open_admin, self._open_http]
-        """What of the front is to be opened."""
-        self._front_is_due = asyncio.Event()
         self._changing = asyncio.Lock()  # for changes in the background; held while frozen
+        self.front = Front(
+            config, admin=self._make_admin, http=self._make_http, changing=self._changing
+        )
         self._is_frozen = False
         self.boot_id = secrets.token_bytes(16)
-        self.http_address = ""
         self.events = EventStream(boot_id=self.boot_id)
         self.lookups = Lookups()
         self.handoffs = Handoffs(config.name)
@@ -198,8 +197,8 @@ class Node:
         await self._start_transfers(stack)
         await self._start_prefetches(stack)
         await stack.enter_async_context(self.engines)
-        stack.push_async_callback(self._close_front)
-        await (self._open_front() if estate is None else self._return_to_front())
+        stack.push_async_callback(self.front.close)
+        await (self.front.open() if estate is None else self.front.reopen())
         self.takeovers = await stack.enter_async_context(self._make_takeover_server())
         # Last: an error after it would come out as a group of errors.
         group = await stack.enter_async_context(asyncio.TaskGroup())
@@ -210,7 +209,7 @@ class Node:
     def _background(self) -> Iterator[Coroutine[Any, Any, None]]:
         yield self._await_arena()
         yield self._await_ssd()
-        yield self._await_front()
+        yield self.front.run()
         yield garbage.collect(self.store.turns.wait)
         yield self.withdrawals.run()
         yield self.auditor.run()
@@ -219,58 +218,6 @@ class Node:
             yield self.prefetches.follow(self.registry)
         if self.fleet_keys is not None:
             yield self.fleet_keys.run()
-
-    # ------------------------------------------------------------------ what routers and administrators ask
-
-    async def _open_front(self) -> None:
-        """Raises ConfigError; then what could be opened is open."""
-        problems = []
-        for part in list(self._shut):
-            try:
-                await part()
-            except ConfigError as exc:
-                problems.append(str(exc))
-            else:
-                self._shut.remove(part)
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-    async def _close_front(self) -> None:
-        await self._front.aclose()
-        self._shut = [self._open_admin, self._open_http]
-
-    async def _return_to_front(self) -> None:
-        """Of a node that serves engines already: what cannot be opened now is tried again."""
-        try:
-            await self._open_front()
-        except ConfigError as exc:
-            log.error("this node serves engines, and cannot be asked: %s", exc)  # noqa: TRY400
-            self._front_is_due.set()
-
-    async def _await_front(self) -> None:
-        """Whoever has an address that is ours may give it back."""
-        while True:
-            await self._front_is_due.wait()
-            await asyncio.sleep(_POLL_S)
-            async with self._changing:
-                with contextlib.suppress(ConfigError):
-                    await self._open_front()
-                    self._front_is_due.clear()
-                    log.info("this node can be asked again")
-
-    def _check_front(self) -> None:
-        """Raises ConfigError if an address that this node is to have is somebody else's. The predecessor has
-        given its own up."""
-        check_private(self.config.admin_socket_path)
-        if self._tcp is not None:
-            check_free(self._tcp.address, "node.listen")
-        if self.config.http:
-            check_free(self.config.http, "node.http")
-
-    @functools.cached_property
-    def _tcp(self) -> TcpListener | None:
-        """Raises ConfigError for files that do not read."""
-        return tcp_listener(self.config)
 
     def _make_store(self) -> BlockStore:
         config = self.config
@@ -380,7 +327,7 @@ class Node:
             Prefetches(services, self.sessions, host_bytes=self.config.host_bytes)
         )
 
-    def _make_admin(self) -> AdminServer:
+    def _make_admin(self, tcp: TcpListener | None) -> AdminServer:
         sources = AdminSources(
             registry=self.registry,
             keyring=self.keyring,
@@ -410,7 +357,7 @@ class Node:
             node_id=self.config.name,
             epoch_lease_s=self.config.epoch_lease_s,
             clock=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
-            tcp=self._tcp,
+            tcp=tcp,
         )
 
     async def _tell_rates(self) -> None:
@@ -427,24 +374,16 @@ class Node:
         for runs in self.store.resident_runs(tier, SLICE_BLOCKS):
             yield [*runs]
 
-    async def _open_admin(self) -> None:
-        await self._front.enter_async_context(self._make_admin())
-
-    async def _open_http(self) -> None:
-        if not self.config.http:
-            return
+    def _make_http(self, host: str, port: int) -> HttpServer:
         from kvfabric.daemon.http import HttpServer  # a fifth of a node's imports
 
-        host, port = split_address(self.http_address or self.config.http, "node.http")
-        server = HttpServer(
+        return HttpServer(
             host,
             port,
             samples=lambda: node_samples(self),
             not_ready=self.not_ready,
             degraded=self._degraded,
         )
-        await self._front.enter_async_context(server)
-        self.http_address = server.address
 
     def _degraded(self) -> str:
         found = [f"{tier}: {why}" for tier, why in degraded(self).items() if why]
@@ -545,7 +484,7 @@ class Node:
         for entry in state.hbm:
             run = BlockRun(entry.namespace_tag, b"", entry.keys)
             self.events.engine_events(entry.session, EngineEvents((run,), (), cleared=False))
-        self._check_front()
+        self.front.check()
         await estate.accept()
         self.processes_changed()
         statistics = self.store.statistics()
@@ -568,7 +507,7 @@ class Node:
     async def freeze(self) -> None:
         await self._changing.acquire()
         self._is_frozen = True
-        await self._close_front()
+        await self.front.close()
         if self.prefetches is not None:
             await self.prefetches.pause()
         if self.transfers is not None:
@@ -586,9 +525,9 @@ class Node:
         if self._is_frozen:
             self._is_frozen = False
             self._changing.release()
-        if self._open_admin in self._shut:
+        if self.front.is_shut:
             self.events.reopen()
-            await self._return_to_front()
+            await self.front.reopen()
 
     def describe(self, numbered: list[int]) -> NodeState:
         sessions = self.sessions.describe(numbered)

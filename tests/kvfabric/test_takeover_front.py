@@ -16,6 +16,7 @@ import pytest
 from kvfabric import pki
 from kvfabric.config import NodeConfig
 from kvfabric.daemon.admin_client import LOCAL, AdminClient
+from kvfabric.daemon.front import Front
 from kvfabric.daemon.node import Node
 from kvfabric.demo.processes import free_addresses
 from kvfabric.errors import ConnectError, Fenced
@@ -119,9 +120,9 @@ async def test_an_address_lost_at_the_last_moment_costs_nothing_but_the_address(
 ) -> None:
     """Somebody takes it after it was looked at: engines are served, and the node can be asked as soon as it
     has it. The twin takes that for an ordinary start, and then nobody serves."""
-    monkeypatch.setattr(Node, "_check_front", lambda _: None)
+    monkeypatch.setattr(Front, "check", lambda _: None)
     if not is_checked:
-        monkeypatch.setattr(Node, "_return_to_front", Node._open_front)
+        monkeypatch.setattr(Front, "reopen", Front.open)
     old = await asyncio.to_thread(NodeProcess(tmp_path).start)
     engine = await asyncio.to_thread(TinyEngine.connect, old.socket)
     keys = await asyncio.to_thread(engine.open, "r", "prompt", 8)
@@ -144,9 +145,9 @@ async def _serve(node: Node, engine: TinyEngine, other: socket.socket) -> None:
     async with node:
         assert await asyncio.to_thread(hits, engine, "r2", "prompt") == 8
         assert await asyncio.to_thread(answers, node.config.admin_socket_path)
-        assert "http" in str(node._shut)
+        assert "http shut" in repr(node.front)
         other.close()
-        await asyncio.to_thread(until, lambda: node.http_address == node.config.http)
+        await asyncio.to_thread(until, lambda: node.front.http_address == node.config.http)
         assert await asyncio.to_thread(hits, engine, "r3", "prompt") == 8
 
 
