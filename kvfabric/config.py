@@ -88,8 +88,12 @@ class NodeConfig:
     insecure: bool = _key(False, "allow plain TCP, which anybody on the way can read and change")
     ucx_net_devices: str = _key(
         "",
-        "devices over which blocks move between nodes, as UCX names them (mlx5_0:1, eth0, lo): not "
-        "encrypted, so a zone of trust; empty: none move",
+        "devices over which blocks move between nodes, as UCX names them (mlx5_0:1, eth0, lo); with "
+        "wire = plain a zone of trust; empty: none move",
+    )
+    wire: str = _key(
+        "plain",
+        "plain, or aes-gcm: blocks that move between nodes are sealed, also for peers that do not ask for it",
     )
     rack: str = _key("", "rack that this node is in, if any: blocks move faster within one")
     zone: str = _key("", "zone that this node is in, if the fleet has several")
@@ -104,6 +108,7 @@ class NodeConfig:
         _not_negative(self, "ssd_bytes", "ssd_write_bytes_per_day")
         _one_of(self, "log_level", "debug", "info", "warning", "error")
         _one_of(self, "partition", "shared", "strict")
+        _one_of(self, "wire", "plain", "aes-gcm")
 
     @property
     def name(self) -> str:

@@ -24,6 +24,8 @@ import msgspec
 import numpy as np
 
 from kvfabric.client.link import wire_layout
+from kvfabric.daemon import arriving
+from kvfabric.daemon.arriving import Chunk
 from kvfabric.daemon.sessions import Session
 from kvfabric.errors import (
     CorruptBlock,
@@ -35,15 +37,15 @@ from kvfabric.errors import (
 from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
-from kvfabric.store.copying import batch_bounds, checksum
+from kvfabric.store.copying import batch_bounds
 from kvfabric.store.meter import Meter
 from kvfabric.store.store import BlockStore
-from kvfabric.tiers.arena import PAGE_BYTES, Slots, slot_bytes
+from kvfabric.tiers.arena import PAGE_BYTES, Slots
 from kvfabric.tls import Security, open_channel
 from kvfabric.transfer.flow import Buffers, Flow
-from kvfabric.transfer.packing import cut, messages_of, parts_per_message, scatter
+from kvfabric.transfer.packing import cut, messages_of, parts_per_message
 from kvfabric.transfer.ucx import Link, Message, Transport
-from kvfabric.types import KEY_BYTES, GrantState, SessionId
+from kvfabric.types import KEY_BYTES, GrantState, PartSpec, SessionId
 
 log = logging.getLogger(__name__)
 
@@ -81,26 +83,11 @@ class _Peer:
     meter: Meter
     link: Link
     hold: bytes
+    keys: bytes
     session: Session
     num_chunks: int = 0
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Nothing is to come any more, and the peer was told."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Consecutive blocks from block `first` of the hold on, one part of each."""
-
-    reservation: int
-    first: int
-    count: int
-    group: int
-    shard: int
-    part_bytes: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.count * self.part_bytes
 
 
 class Fetches:
@@ -108,6 +95,7 @@ class Fetches:
 
     `peers`: each other node's gRPC, by its id; `meter`: of what comes from it. `counts`: blocks, bytes and
     failures, by what became of them.
+    Over a transport that is sealed nothing comes that is not.
     """
 
     def __init__(
@@ -198,9 +186,7 @@ class Fetches:
                 continue
             here = self._store.peek(session.id, request_id, keys)
             if count > here and not self._is_paused:
-                self._begin(peer, request_id, keys, here, count)
-                # Tasks made before take their first step before this returns: the blocks are expected then.
-                await asyncio.sleep(0)
+                await self._begin(peer, request_id, keys, here, count)
                 return
             self._start(self._drop(peer))
 
@@ -235,10 +221,10 @@ class Fetches:
                     if peer is None:
                         link = await self._transport.link_to(held.address)
                         peer = _Peer(
-                            stub, self._meter(source), link, held.hold, session, num_chunks=1
+                            stub, self._meter(source), link, held.hold, keys, session, num_chunks=1
                         )
                     if held.num_blocks > here and not self._is_paused:
-                        self._begin(peer, request_id, keys, here, held.num_blocks)
+                        await self._begin(peer, request_id, keys, here, held.num_blocks)
                         here = held.num_blocks
                 if peer is not None:
                     self._start(self._one_less(peer))
@@ -268,7 +254,7 @@ class Fetches:
         stub = self._stub(source)
         held: pb.Held = await stub.Hold(self._hold_request(session, handle, keys), timeout=ANSWER_S)
         link = await self._transport.link_to(held.address)
-        return _Peer(stub, self._meter(source), link, held.hold, session), held.num_blocks
+        return _Peer(stub, self._meter(source), link, held.hold, keys, session), held.num_blocks
 
     def _stub(self, source: str) -> Any:
         """Raises TransferError."""
@@ -292,44 +278,54 @@ class Fetches:
             channel = self._channels[address] = open_channel(address, self._security, options)
         return channel
 
-    def _begin(self, peer: _Peer, request_id: str, keys: bytes, here: int, count: int) -> None:
-        """Reserve blocks `here` to `count` and have them come."""
+    async def _begin(
+        self, peer: _Peer, request_id: str, keys: bytes, here: int, count: int
+    ) -> None:
+        """Reserve blocks `here` to `count` and have them come, each chunk from when it is reserved. All that
+        come are expected when this returns."""
         session = peer.session
-        chunks: list[_Chunk] = []
-        for part in session.layout.parts:
-            step = min(max(1, CHUNK_BYTES // part.num_bytes), MAX_CHUNK_BLOCKS)
-            for first in range(here, count, step):
-                end = min(first + step, count)
-                parent = keys[(first - 1) * KEY_BYTES : first * KEY_BYTES] if first else ROOT_PARENT
-                reserved = self._store.reserve(
-                    session.id,
-                    request_id,
-                    parent,
-                    keys[first * KEY_BYTES : end * KEY_BYTES],
-                    part.group,
-                    part.shard,
-                )
-                granted = [at for at, s in enumerate(reserved.states) if s == GrantState.GRANTED]
-                if granted and granted[-1] - granted[0] + 1 != len(granted):
-                    # Somebody stores some in between: what is there already need not travel.
-                    self._store.abort(session.id, reserved.reservation)
-                elif granted:
-                    chunk = _Chunk(
-                        reserved.reservation,
-                        first + granted[0],
-                        len(granted),
-                        part.group,
-                        part.shard,
-                        part.num_bytes,
+        peer.num_chunks += 1  # this loop, so that the hold stays until it has ended
+        try:
+            for part in session.layout.parts:
+                step = min(max(1, CHUNK_BYTES // part.num_bytes), MAX_CHUNK_BLOCKS)
+                for first in range(here, count, step):
+                    chunk, is_refused = self._reserve(
+                        session, request_id, keys, part, first, min(first + step, count)
                     )
-                    chunks.append(chunk)
-                if GrantState.REFUSED in reserved.states:
-                    break
-        peer.num_chunks += len(chunks)
-        for chunk in chunks:
-            self._start(self._receive(peer, chunk))
-        if not peer.num_chunks:
-            self._start(self._drop(peer))
+                    if chunk is not None and self._is_paused:
+                        self._store.abort(session.id, chunk.reservation)
+                        return
+                    if chunk is not None:
+                        peer.num_chunks += 1
+                        self._start(self._receive(peer, chunk))
+                        # Its task takes its first step: it is on its way while the next is reserved.
+                        await asyncio.sleep(0)
+                    if is_refused:
+                        break
+        finally:
+            self._start(self._one_less(peer))
+
+    def _reserve(
+        self, session: Session, request_id: str, keys: bytes, part: PartSpec, first: int, end: int
+    ) -> tuple[Chunk | None, bool]:
+        """What is to come of blocks `first` to `end`, and whether there is no room for more."""
+        parent = keys[(first - 1) * KEY_BYTES : first * KEY_BYTES] if first else ROOT_PARENT
+        wanted = keys[first * KEY_BYTES : end * KEY_BYTES]
+        reserved = self._store.reserve(
+            session.id, request_id, parent, wanted, part.group, part.shard
+        )
+        is_refused = GrantState.REFUSED in reserved.states
+        granted = [at for at, s in enumerate(reserved.states) if s == GrantState.GRANTED]
+        if not granted:
+            return None, is_refused
+        count = len(granted)
+        if granted[-1] - granted[0] + 1 != count:
+            # Somebody stores some in between: what is there already need not travel.
+            self._store.abort(session.id, reserved.reservation)
+            return None, is_refused
+        at = first + granted[0]
+        chunk = Chunk(reserved.reservation, at, count, part.group, part.shard, part.num_bytes)
+        return chunk, is_refused
 
     def _start(self, work: Any) -> asyncio.Task[None]:
         task = self._group.create_task(work)
@@ -339,7 +335,7 @@ class Fetches:
 
     # -- arrival -------------------------------------------------------------------------------------
 
-    async def _receive(self, peer: _Peer, chunk: _Chunk) -> None:
+    async def _receive(self, peer: _Peer, chunk: Chunk) -> None:
         try:
             stored, reason = await self._store.receive(
                 peer.session.id,
@@ -365,7 +361,7 @@ class Fetches:
             await self._drop(peer)
             peer.done.set()
 
-    async def _fill(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
+    async def _fill(self, peer: _Peer, chunk: Chunk, slots: Slots) -> bytes:
         """Have the chunk sent into `slots`, and verify it. Raises KVFabricError, AioRpcError. However it
         ends, UCX has let go of the slots."""
         try:
@@ -381,45 +377,51 @@ class Fetches:
         except TimeoutError as exc:
             raise DeadlineExceeded(f"{chunk.count} blocks, {self._fetch_s:g} s") from exc
 
-    async def _sent(self, peer: _Peer, chunk: _Chunk, slots: Slots) -> bytes:
+    async def _sent(self, peer: _Peer, chunk: Chunk, slots: Slots) -> bytes:
         size, together = chunk.part_bytes, parts_per_message(chunk.part_bytes)
         offsets = (slots.first_pages.astype(np.int64) * PAGE_BYTES).tolist()
         arena = self._store.arena_memory()
         messages = messages_of(arena, offsets, size, together)
         tags = [secrets.randbits(64) for _ in messages]
-        sent: pb.Sent = await peer.stub.Send(
-            pb.SendRequest(
-                hold=peer.hold,
-                group=chunk.group,
-                shard=chunk.shard,
-                first=chunk.first,
-                num_blocks=chunk.count,
-                tags=tags,
-                parts_per_message=together,
-            )
+        request = pb.SendRequest(
+            hold=peer.hold,
+            group=chunk.group,
+            shard=chunk.shard,
+            first=chunk.first,
+            num_blocks=chunk.count,
+            tags=tags,
+            parts_per_message=together,
+            sealed=self._transport.is_sealed,
         )
-        if not sent.there:
-            raise PeerClosed(f"the peer does not have it any more: {sent.reason}")
-        if sent.part_bytes != size or len(sent.checksums) != 16 * chunk.count:
-            raise CorruptBlock(f"a peer sends parts of {sent.part_bytes} B")
         lengths = [sum(map(len, views)) for views in messages]
-        buffered = sum(n for n, views in zip(lengths, messages, strict=True) if len(views) > 1)
-        buffer = await self._buffers.take(buffered) if buffered else memoryview(b"")
+        scattered = [n for n, views in zip(lengths, messages, strict=True) if len(views) > 1]
+        buffer = memoryview(b"")
         try:
-            pieces = iter(
-                cut(buffer, (n for n, v in zip(lengths, messages, strict=True) if len(v) > 1))
-            )
+            try:
+                if scattered:
+                    buffer = await self._buffers.take(sum(scattered))
+                sent: pb.Sent = await peer.stub.Send(request)
+                arriving.check(sent, chunk, len(tags), is_sealed=self._transport.is_sealed)
+            except (asyncio.CancelledError, CorruptBlock):
+                # It may be on its way, under tags that nobody waits for.
+                peer.link.abort()
+                raise
+            pieces = iter(cut(buffer, scattered))
             targets = [views[0] if len(views) == 1 else next(pieces) for views in messages]
             await self._arrived(peer, [Message(b, t) for b, t in zip(targets, tags, strict=True)])
+            if sent.key:
+                await self._store.in_pool(
+                    arriving.openers(peer.hold, peer.keys, chunk, sent, tags, targets)
+                )
             works = []
             for begin, end in pairwise(batch_bounds(len(messages), lengths[0], VERIFY_THREADS)):
                 sums = sent.checksums[16 * together * begin : 16 * together * end]
                 into = list(zip(targets[begin:end], messages[begin:end], strict=True))
-                works.append(partial(_settled, into, size, sums))
-            _zero_rests(arena, offsets, size)
+                works.append(partial(arriving.settled, into, size, sums))
+            arriving.zero_rests(arena, offsets, size)
             return b"".join(await self._store.in_pool(works))
         finally:
-            if buffered:
+            if buffer:
                 self._buffers.give(buffer)
 
     async def _arrived(self, peer: _Peer, messages: list[Message]) -> None:
@@ -447,33 +449,3 @@ async def _quiet(outcome: Callable[[], Any]) -> None:
         except asyncio.CancelledError:
             continue
         return
-
-
-def _settled(
-    messages: Sequence[tuple[memoryview, Sequence[memoryview]]], part_bytes: int, checksums: bytes
-) -> bytes:
-    """Messages, each (where it came, where it belongs): to their places, and what lies there verified.
-    Raises CorruptBlock."""
-    parts: list[memoryview] = []
-    for came, views in messages:
-        if len(views) > 1:
-            scatter(came, views)
-        for view in views:
-            parts += cut(view, [part_bytes] * (len(view) // part_bytes))
-    return _verified(parts, checksums)
-
-
-def _zero_rests(arena: memoryview, offsets: Sequence[int], part_bytes: int) -> None:
-    """What a slot has beyond its part may be another tenant's, and goes to SSD."""
-    rest = slot_bytes(part_bytes) - part_bytes
-    if rest:
-        for offset in offsets:
-            arena[offset + part_bytes : offset + part_bytes + rest] = bytes(rest)
-
-
-def _verified(parts: Sequence[memoryview], checksums: bytes) -> bytes:
-    """Raises CorruptBlock."""
-    for at, part in enumerate(parts):
-        if checksum(part) != checksums[16 * at : 16 * at + 16]:
-            raise CorruptBlock(f"part {at} of {len(parts)} that a peer sent does not verify")
-    return checksums

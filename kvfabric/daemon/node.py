@@ -301,12 +301,17 @@ class Node:
             return
         if holders is None:
             raise ConfigError("node.ucx_net_devices needs node.directory: blocks move in a fleet")
+        is_sealed = config.wire == "aes-gcm"
+        if is_sealed and config.listen and not config.tls_dir:
+            raise ConfigError(
+                "node.wire = aes-gcm needs node.tls_dir: keys would go over plain TCP (--insecure)"
+            )
         from kvfabric.daemon.transfers import Transfers
         from kvfabric.transfer.ucx import Settings
 
         self.transfers = await stack.enter_async_context(
             Transfers(
-                Settings(config.ucx_net_devices),
+                Settings(config.ucx_net_devices, is_sealed=is_sealed),
                 self.engines.services,
                 security_of(config),
                 lambda: {

@@ -13,7 +13,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from kvfabric.hashing import layout_fingerprint
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.protocol.messages import WireLayout
+from kvfabric.transfer import sealing
 from kvfabric.transfer.flow import Buffers
 from kvfabric.transfer.packing import cut, gather, messages_of
 from kvfabric.transfer.ucx import Link, Message, Posted, Transport
@@ -197,12 +198,19 @@ class Sender(pb_grpc.NodeTransferServicer):
         size = located.part_bytes
         views = self._messages(located.offsets, size, together)
         num_bytes = request.num_blocks * size
-        memory, given_back = await self._in_one_piece(request.hold, hold, views)
+        key, seals = b"", b""
+        if self._transport.is_sealed or request.sealed:
+            key = sealing.fresh_key()
+            memory, seals, given_back = await self._sealed(request, hold, views, size, key)
+        else:
+            memory, given_back = await self._in_one_piece(request.hold, hold, views)
         messages = [Message(b, tag) for b, tag in zip(memory, request.tags, strict=True)]
         self._post(request.hold, hold, messages, num_bytes, given_back)
         self.counts["sent_blocks"] += request.num_blocks
         self.counts["sent_bytes"] += num_bytes
-        return pb.Sent(there=True, part_bytes=located.part_bytes, checksums=located.checksums)
+        return pb.Sent(
+            there=True, part_bytes=size, checksums=located.checksums, key=key, seals=seals
+        )
 
     @unary
     async def Drop(self, request: pb.DropRequest, context: Any) -> pb.Dropped:
@@ -218,28 +226,68 @@ class Sender(pb_grpc.NodeTransferServicer):
     async def _in_one_piece(
         self, number: bytes, hold: _Hold, messages: list[list[memoryview]]
     ) -> tuple[list[memoryview], Callable[[], None]]:
-        """The memory of each message, and what to call when nobody reads it any more. The hold is not quiet
-        while parts are copied; on cancellation they are not read any more."""
+        """The memory of each message, and what to call when nobody reads it any more."""
         scattered = [views for views in messages if len(views) > 1]
         if not scattered:
             return [view for (view,) in messages], lambda: None
-        sizes = [sum(map(len, views)) for views in scattered]
+        works = [partial(gather, views) for views in scattered]
+        packed, _, given_back = await self._copied(number, hold, scattered, works)
+        gathered = iter(packed)
+        memory = [views[0] if len(views) == 1 else next(gathered) for views in messages]
+        return memory, given_back
+
+    async def _sealed(
+        self,
+        request: pb.SendRequest,
+        hold: _Hold,
+        messages: list[list[memoryview]],
+        part_bytes: int,
+        key: bytes,
+    ) -> tuple[list[memoryview], bytes, Callable[[], None]]:
+        """The memory of each message, their tags, and what to call when nobody reads it any more."""
+        works = []
+        step = max(1, request.parts_per_message) * KEY_BYTES
+        end = (request.first + request.num_blocks) * KEY_BYTES
+        for number, (tag, views) in enumerate(zip(request.tags, messages, strict=True)):
+            begin = request.first * KEY_BYTES + number * step
+            head = sealing.header(
+                hold=request.hold,
+                group=request.group,
+                shard=request.shard,
+                part_bytes=part_bytes,
+                tag=tag,
+                keys=hold.keys[begin : min(begin + step, end)],
+            )
+            works.append(partial(sealing.seal, key, number, head, views))
+        memory, seals, given_back = await self._copied(request.hold, hold, messages, works)
+        return memory, b"".join(seals), given_back
+
+    async def _copied(
+        self,
+        number: bytes,
+        hold: _Hold,
+        messages: list[list[memoryview]],
+        works: Sequence[Callable[[memoryview], bytes]],
+    ) -> tuple[list[memoryview], list[bytes], Callable[[], None]]:
+        """Each message written by its work into memory of its own: that, what the works returned, and what
+        to call when nobody reads it any more. The hold is not quiet while parts are read; on cancellation
+        they are not read any more."""
+        sizes = [sum(map(len, views)) for views in messages]
         hold.num_reading += 1
         try:
             buffer = await self._buffers.take(sum(sizes))
             try:
-                packed = cut(buffer, sizes)
-                works = [partial(gather, *pair) for pair in zip(scattered, packed, strict=True)]
-                await self._services.store.in_pool(works)
+                memory = cut(buffer, sizes)
+                told = await self._services.store.in_pool(
+                    [partial(work, out) for work, out in zip(works, memory, strict=True)]
+                )
             except BaseException:
                 self._buffers.give(buffer)
                 raise
         finally:
             hold.num_reading -= 1
             self._settle(number)
-        gathered = iter(packed)
-        memory = [views[0] if len(views) == 1 else next(gathered) for views in messages]
-        return memory, partial(self._buffers.give, buffer)
+        return memory, told, partial(self._buffers.give, buffer)
 
     def _post(
         self,

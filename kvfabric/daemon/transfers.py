@@ -35,7 +35,9 @@ class Transfers:
     async def __aenter__(self) -> Transfers:
         """Raises ConfigError: UCX does not start."""
         async with contextlib.AsyncExitStack() as stack:
-            self.transport = await stack.enter_async_context(await Transport.start(self._settings))
+            self.transport = await stack.enter_async_context(
+                await Transport.start(self._settings, self._services.store.arena_memory())
+            )
             self.sender = await stack.enter_async_context(Sender(self._services, self.transport))
             assert self._services.meters is not None
             fetches = Fetches(

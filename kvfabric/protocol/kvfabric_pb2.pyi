@@ -796,7 +796,7 @@ class Held(_message.Message):
     def __init__(self, hold: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., reason: _Optional[str] = ..., address: _Optional[bytes] = ...) -> None: ...
 
 class SendRequest(_message.Message):
-    __slots__ = ("hold", "group", "shard", "first", "num_blocks", "tags", "parts_per_message")
+    __slots__ = ("hold", "group", "shard", "first", "num_blocks", "tags", "parts_per_message", "sealed")
     HOLD_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
@@ -804,6 +804,7 @@ class SendRequest(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     PARTS_PER_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     hold: bytes
     group: int
     shard: int
@@ -811,19 +812,24 @@ class SendRequest(_message.Message):
     num_blocks: int
     tags: _containers.RepeatedScalarFieldContainer[int]
     parts_per_message: int
-    def __init__(self, hold: _Optional[bytes] = ..., group: _Optional[int] = ..., shard: _Optional[int] = ..., first: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tags: _Optional[_Iterable[int]] = ..., parts_per_message: _Optional[int] = ...) -> None: ...
+    sealed: bool
+    def __init__(self, hold: _Optional[bytes] = ..., group: _Optional[int] = ..., shard: _Optional[int] = ..., first: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tags: _Optional[_Iterable[int]] = ..., parts_per_message: _Optional[int] = ..., sealed: _Optional[bool] = ...) -> None: ...
 
 class Sent(_message.Message):
-    __slots__ = ("there", "part_bytes", "checksums", "reason")
+    __slots__ = ("there", "part_bytes", "checksums", "reason", "key", "seals")
     THERE_FIELD_NUMBER: _ClassVar[int]
     PART_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SEALS_FIELD_NUMBER: _ClassVar[int]
     there: bool
     part_bytes: int
     checksums: bytes
     reason: str
-    def __init__(self, there: _Optional[bool] = ..., part_bytes: _Optional[int] = ..., checksums: _Optional[bytes] = ..., reason: _Optional[str] = ...) -> None: ...
+    key: bytes
+    seals: bytes
+    def __init__(self, there: _Optional[bool] = ..., part_bytes: _Optional[int] = ..., checksums: _Optional[bytes] = ..., reason: _Optional[str] = ..., key: _Optional[bytes] = ..., seals: _Optional[bytes] = ...) -> None: ...
 
 class DropRequest(_message.Message):
     __slots__ = ("hold",)

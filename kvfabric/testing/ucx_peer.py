@@ -93,4 +93,4 @@ async def _serve(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Settings(*sys.argv[1:])))
+    asyncio.run(_serve(Settings(sys.argv[1], sys.argv[2])))

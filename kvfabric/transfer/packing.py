@@ -37,13 +37,14 @@ def messages_of(
     return messages
 
 
-def gather(views: Iterable[memoryview], buffer: memoryview) -> None:
+def gather(views: Iterable[memoryview], buffer: memoryview) -> bytes:
     """Copy `views` into `buffer`, one after the other; as long as all of them. Blocks, without the
-    interpreter lock."""
+    interpreter lock. Returns nothing of interest."""
     at, target = 0, np.frombuffer(buffer, dtype=np.uint8)
     for view in views:
         np.copyto(target[at : at + len(view)], np.frombuffer(view, dtype=np.uint8))
         at += len(view)
+    return b""
 
 
 def scatter(buffer: memoryview, views: Iterable[memoryview]) -> None:

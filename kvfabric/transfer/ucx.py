@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvfabric.errors import ClosedError, ConfigError, ConnectError
+from kvfabric.transfer.ucp import describe_link, map_memory, unmap_memory
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,13 @@ class Settings:
     """`net_devices`: UCX's names, comma-separated ("lo", "mlx5_0:1", "eth0"); they are a zone of trust.
 
     `transports`: UCX_TLS; empty: `tcp` alone on loopback, elsewhere what UCX finds but shared memory, which
-    does not tell that a peer died. Whoever sets UCX_* variables is obeyed.
+    does not tell that a peer died. Whoever sets UCX_* variables is obeyed. `is_sealed`: what goes there is to
+    be sealed by those who use it.
     """
 
     net_devices: str = "lo"
     transports: str = ""
+    is_sealed: bool = False
 
     def options(self, environment: Mapping[str, str]) -> dict[str, str]:
         """UCX's options, without those that the environment sets."""
@@ -138,9 +141,10 @@ class Transport:
         self._known: dict[bytes, concurrent.futures.Future[int]] = {}
 
     @classmethod
-    async def start(cls, settings: Settings) -> Transport:
-        """Raises ConfigError: ucxx is not installed, or UCX does not start with these settings."""
-        return cls(await asyncio.to_thread(_Progress.start, settings))
+    async def start(cls, settings: Settings, memory: memoryview | None = None) -> Transport:
+        """`memory`: where most messages come from and go to; registered once, here, and not to be unmapped
+        before the end. Raises ConfigError: no ucxx, or UCX does not start with these settings."""
+        return cls(await asyncio.to_thread(_Progress.start, settings, memory))
 
     async def __aenter__(self) -> Self:
         return self
@@ -159,8 +163,18 @@ class Transport:
         return self._progress.address
 
     @property
+    def is_sealed(self) -> bool:
+        return self._progress.settings.is_sealed
+
+    @property
     def num_in_flight(self) -> int:
         return self._progress.num_in_flight
+
+    async def describe(self, link: Link) -> str:
+        """What UCX uses for a link: transports, devices, protocols by size of what was sent so far."""
+        done: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self._progress.submit(_Describe(link.number, done))
+        return await asyncio.wrap_future(done)
 
     async def connect(self, address: bytes) -> Link:
         """A link to the worker at `address`. Nothing is sent yet: a dead one shows at the first message.
@@ -194,6 +208,12 @@ class _Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class _Describe:
+    link: int
+    done: concurrent.futures.Future[str]
+
+
+@dataclass(frozen=True, slots=True)
 class _Abort:
     link: int
 
@@ -210,12 +230,17 @@ class _Post:
     """Of those that ended, in order."""
 
 
+_Command = _Connect | _Describe | _Abort | _Post
+
+
 class _Progress:
     """All that touches UCX, on a thread of its own. `submit`, `post` and `stop` may be called from any."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._commands: collections.deque[_Connect | _Abort | _Post] = collections.deque()
+    def __init__(self, settings: Settings, memory: memoryview | None) -> None:
+        self.settings = settings
+        self._memory = memory
+        self._mapped = 0
+        self._commands: collections.deque[_Command] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()  # of `_is_closed` beside `_commands`
         self._is_closed = False
@@ -231,8 +256,8 @@ class _Progress:
         self.address = b""
 
     @classmethod
-    def start(cls, settings: Settings) -> _Progress:
-        self = cls(settings)
+    def start(cls, settings: Settings, memory: memoryview | None) -> _Progress:
+        self = cls(settings, memory)
         self._thread.start()
         try:
             self._started.result()
@@ -242,7 +267,7 @@ class _Progress:
             raise
         return self
 
-    def submit(self, command: _Connect | _Abort | _Post) -> None:
+    def submit(self, command: _Command) -> None:
         with self._lock:
             if self._is_closed:
                 if isinstance(command, _Abort):
@@ -296,7 +321,7 @@ class _Progress:
 
     def _open(self) -> None:
         # Before the import: ucxx then sets variables of its own, meant for other work than this.
-        options = self._settings.options(dict(os.environ))
+        options = self.settings.options(dict(os.environ))
         os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         try:
             api = importlib.import_module("ucxx._lib.libucxx")
@@ -320,9 +345,11 @@ class _Progress:
                 self._context, enable_delayed_submission=False, enable_python_future=False
             )
             self._worker.init_blocking_progress_mode()
+            if self._memory is not None:
+                self._mapped = map_memory(self._context.handle, self._memory)
         except self._failures as exc:
             self._context = self._worker = None
-            devices = self._settings.net_devices
+            devices = self.settings.net_devices
             raise ConfigError(
                 f"UCX does not start on ucx.net_devices = {devices!r}: {exc}"
             ) from exc
@@ -344,8 +371,8 @@ class _Progress:
         """What UCX was never asked."""
         while self._commands:
             match self._commands.popleft():
-                case _Connect() as connect:
-                    connect.done.set_exception(ClosedError("the transport was closed"))
+                case _Connect(done=done) | _Describe(done=done):
+                    done.set_exception(ClosedError("the transport was closed"))
                 case _Post() as post:
                     post.posted._ended.set_result(
                         ("the transport was closed",) * len(post.messages)
@@ -365,6 +392,9 @@ class _Progress:
                     self._post(command)
                 case _Connect():
                     self._connect(command)
+                case _Describe():
+                    link = self._links.get(command.link)
+                    command.done.set_result("" if link is None else describe_link(link.handle))
                 case _Abort():
                     self._end_link(command.link)
 
@@ -450,4 +480,6 @@ class _Progress:
         self._worker.cancel_inflight_requests(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)
         self._progress()
         self._poller.close()
+        if self._mapped:
+            unmap_memory(self._context.handle, self._mapped)
         self._context = self._worker = None

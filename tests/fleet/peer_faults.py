@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfabric.daemon import fetching, handoffs
+from kvfabric.daemon import arriving, fetching, handoffs
 from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.sending import Sender
 from kvfabric.store.copying import checksum
+from kvfabric.transfer import sealing
 from kvfabric.transfer.ucx import Link, Message, Posted
 
 
@@ -78,6 +79,7 @@ _CHANGES: dict[str, Callable[[Message], list[Message]]] = {
     "more": lambda m: [Message(memoryview(bytes(m.buffer) + bytes(4096)), m.tag)],
     "under other tags": lambda m: [Message(m.buffer, m.tag ^ 1)],
     "nothing": lambda _: [],
+    "tampered": lambda m: [Message(_altered(m.buffer), m.tag)],
 }
 FAULTS = ("wrong bytes", *_CHANGES)
 
@@ -87,7 +89,12 @@ FAULTS = ("wrong bytes", *_CHANGES)
 
 def believes_what_comes() -> None:
     """Guard out: what arrived is not compared with what the peer has."""
-    fetching._verified = lambda parts, checksums: b"".join(map(checksum, parts))
+    arriving.verified = lambda parts, checksums: b"".join(map(checksum, parts))
+
+
+def takes_any_seal() -> None:
+    """Guard out: whether a sealed message is what was sealed."""
+    sealing._check_tag = lambda *_: None
 
 
 def waits_less() -> None:

@@ -82,9 +82,13 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @contextmanager
 def nodes_on(
-    tmp_path: Path, *, sender: Sequence[str] = (), receiver: Sequence[str] = ()
+    tmp_path: Path,
+    *,
+    sender: Sequence[str] = (),
+    receiver: Sequence[str] = (),
+    **options: object,
 ) -> Iterator[Pair]:
-    """`sender`, `receiver`: what is changed in them, of `peer_faults`."""
+    """`sender`, `receiver`: what is changed in them, of `peer_faults`. `options`: of both nodes."""
     with ExitStack() as stack:
         redis = stack.enter_context(RedisServer(tmp_path / "redis"))
         keys = tmp_path / "keys"
@@ -100,6 +104,7 @@ def nodes_on(
                     http="127.0.0.1:0",
                     epoch_lease_s=1.0,
                     host_bytes=512 << 20,
+                    **options,
                 )
             )
             for name, changes in (("a", sender), ("b", receiver))
