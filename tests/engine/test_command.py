@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -41,7 +42,7 @@ OF_FOLDER = {
 
 
 @contextmanager
-def engine(settings: Mapping[str, object] = SMALL) -> Iterator[str]:
+def engine(settings: Mapping[str, object]) -> Iterator[str]:
     """A running engine; yields its base URL, ends it with SIGTERM and checks that it went in peace."""
     command = [sys.executable, "-m", "kvfabric", "engine"]
     for name, value in settings.items():
@@ -136,8 +137,8 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 def test_wrong_address_is_one_line(tmp_path: Path) -> None:
     """An address that cannot be had ends the command with its name and exit code 2."""
-    with engine() as base:
-        taken = base.removeprefix("http://")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        taken = f"127.0.0.1:{sock.getsockname()[1]}"
         command = [sys.executable, "-m", "kvfabric", "engine", "--listen", taken]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2

@@ -41,7 +41,7 @@ OF_A_FLEET = 1_000_000
 """Checks of one life of a registry, which keeps every version that it ever had."""
 EVERY_S = count(2, 6)
 """Between two things that happen to a node."""
-PATIENCE_S = count(150, 6 * 3600)
+PATIENCE_S = count(400, 6 * 3600)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from tests.torture.scale import FULL, count, record
 from tests.torture.tenants import Tenants, create_tenants
 from tests.torture.timing import ALPHA, Arms, audit, compare, holm, kolmogorov_smirnov
 
-pytestmark = [pytest.mark.fleet, pytest.mark.slow]
+pytestmark = [pytest.mark.fleet, pytest.mark.slow, pytest.mark.alone]
 
 SAMPLES = count(250, 5000)
 OF_CONTROL = 100

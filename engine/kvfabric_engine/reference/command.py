@@ -13,11 +13,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    config = from_args(
+        EngineConfig, args
+    )  # torch takes seconds to import: what is wrong is said before
+
     import asyncio
 
     from kvfabric_engine.reference.serve import serve
 
-    asyncio.run(serve(from_args(EngineConfig, args)))
+    asyncio.run(serve(config))
     return 0
 
 
