@@ -70,6 +70,8 @@ class AdminServer:
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_send_message_length", MAX_REPLY_BYTES),
                 ("grpc.so_reuseport", 0),
+                # Routers ask now and then whether this node is still there: see `NodeLink`.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
             ],
         )
         registry = RegistryService(self._sources, self.holders, self.node_id, self._clock)

@@ -24,10 +24,14 @@ class RedisServer:
     `settings`: further lines of its configuration. It may be killed, emptied and started again.
     """
 
-    def __init__(self, directory: Path, **settings: object) -> None:
+    def __init__(self, directory: Path, *, namespace: str = "", **settings: object) -> None:
+        """`namespace`: of the network that it listens in, if it is told to by `bind` and `port`."""
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.socket = directory / "redis.sock"
+        self._command = ["redis-server", str(directory / "redis.conf")]
+        if namespace:
+            self._command = ["ip", "netns", "exec", namespace, *self._command]
         self._settings: dict[str, object] = {
             "port": 0,
             "unixsocket": self.socket,
@@ -56,7 +60,7 @@ class RedisServer:
         config = self.directory / "redis.conf"
         lines = (f"{name} {value}\n" for name, value in self._settings.items())
         config.write_text("".join(lines))
-        self._process = subprocess.Popen(["redis-server", str(config)], stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         ends = time.monotonic() + READY_S
         while not self._answers():
             if time.monotonic() > ends or self._process.poll() is not None:

@@ -27,8 +27,8 @@ from kvfabric_router.tokenizers import UNKNOWN as UNKNOWN_TOKENIZER
 from kvfabric_router.tokenizers import TokenCounts, Tokenizers
 from kvfabric_router.topology import Topology
 
-BACKOFF_S, MAX_BACKOFF_S = 0.25, 10.0
 PROBE_EVERY_S = 2.0
+BACKOFF_S, MAX_BACKOFF_S = 0.25, PROBE_EVERY_S
 PROBE_FAILURES = 2
 """Probes in a row that an engine may miss while it takes requests: a busy one may be late once."""
 FORGET_S = 60.0

@@ -47,6 +47,10 @@ DISTRUST_PAUSE_S = 30.0
 _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
+    # Who only listens never learns that a machine is gone without a word: an idle node says nothing either.
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 _log = logging.getLogger(__name__)

@@ -7,13 +7,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from kvfabric import handle as handles
-from kvfabric.daemon import grants
+from kvfabric.daemon import fetching, grants
 from kvfabric.daemon.node import Node
 from kvfabric.daemon.sessions import Process, Session, Sessions
 from kvfabric.failpoints import failpoint
@@ -258,12 +259,63 @@ def no_request() -> None:
     handles.open_handle = opened
 
 
+def _is_out() -> bool:
+    """Guards of a running fleet are taken out and put back: they are out while this file is there."""
+    return Path(os.environ["KVFABRIC_GUARDS_OUT"]).exists()
+
+
+def waits_for_peers() -> None:
+    """Guard that can be taken out: a peer that does not say at once what it has is not waited for."""
+    hold, answer_s = fetching.Fetches._hold, fetching.ANSWER_S
+
+    async def held(fetches: Any, *asked: Any) -> Any:
+        fetching.ANSWER_S = 60.0 if _is_out() else answer_s
+        return await hold(fetches, *asked)
+
+    fetching.Fetches._hold = held  # type: ignore[method-assign, assignment]
+
+
+def asks_the_dead() -> None:
+    """Guard that can be taken out: an engine that failed is asked no more, by this request nor by others."""
+    from kvfabric_router import proxy
+    from kvfabric_router.fleet import Fleet
+
+    exclude, attempts, number = Fleet._exclude, proxy.Proxy._attempts, proxy.MAX_ATTEMPTS
+
+    def excluded(fleet: Fleet, engine: Any) -> None:
+        if not _is_out():
+            exclude(fleet, engine)
+
+    async def attempted(*call: Any) -> Any:
+        proxy.MAX_ATTEMPTS = 1 if _is_out() else number
+        return await attempts(*call)
+
+    Fleet._exclude = excluded  # type: ignore[method-assign, assignment]
+    proxy.Proxy._attempts = attempted  # type: ignore[method-assign, assignment]
+
+
+def only_listens() -> None:
+    """Guard out: a router that hears nothing of a node does not ask whether it is there."""
+    from kvfabric_router import nodes
+
+    kept = [one for one in nodes._CHANNEL_OPTIONS if "keepalive" not in one[0]]
+    setattr(nodes, "_CHANNEL_OPTIONS", tuple(kept))  # noqa: B010
+
+
 _OF_DISKS = (volatile, torn, no_checksum, index_first, no_sync)
 _OF_DAEMONS = (no_exit_watch, time_frees, goes_on, forgets_nothing)
 _OF_TENANTS = (no_salt, no_lineage, no_pins)
 _OF_VERSIONS = (no_fence, no_lease, no_store_fence, no_confirmation, no_generation, clocks_jump)
 _OF_HANDLES = (no_signature, no_audience, no_expiry, no_request)
+_OF_FLEETS = (waits_for_peers, asks_the_dead, only_listens)
 CHANGES: dict[str, Callable[[], None]] = {
     change.__name__: change
-    for change in (*_OF_DISKS, *_OF_DAEMONS, *_OF_TENANTS, *_OF_VERSIONS, *_OF_HANDLES)
+    for change in (
+        *_OF_DISKS,
+        *_OF_DAEMONS,
+        *_OF_TENANTS,
+        *_OF_VERSIONS,
+        *_OF_HANDLES,
+        *_OF_FLEETS,
+    )
 }

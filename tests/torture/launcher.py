@@ -1,9 +1,11 @@
 """Starts `kvfabric node` processes fast: imports everything once, then forks one for each line it reads.
 
-    {"argv": ["node", ...], "failpoint": "name:n", "changes": [...], "log": "path"}   ->   {"pid": n}
+    {"argv": ["node", ...], "failpoint": "name:n", "changes": [...], "log": "path", "namespace": ""}
+        ->   {"pid": n}
     {"reap": pid}   ->   {"status": wait status}
 
-Routers likewise: what they import is imported when the first is asked for.
+Routers and engines likewise: what they import is imported when the first is asked for. `namespace`: of the
+network that the process is in.
 
 What a child runs is the command itself, `kvfabric.cli.main`, on a state directory like any other. A test
 process must not fork nodes of its own: it has threads.
@@ -16,6 +18,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,9 +27,14 @@ from typing import Any, Self
 class Launcher:
     """The process that forks nodes; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: variables of the processes, besides ours."""
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
         )
         self._asking = threading.Lock()
 
@@ -50,10 +58,17 @@ class Launcher:
         changes: tuple[str, ...],
         log: Path,
         verb: str = "node",
+        namespace: str = "",
     ) -> int:
         """The process id of a new node, or of another command."""
         argv = [verb, *argv]
-        document = {"argv": argv, "failpoint": failpoint, "changes": changes, "log": str(log)}
+        document = {
+            "argv": argv,
+            "failpoint": failpoint,
+            "changes": changes,
+            "log": str(log),
+            "namespace": namespace,
+        }
         pid: int = self._ask(document)["pid"]
         return pid
 
@@ -84,7 +99,10 @@ def _serve() -> None:
             answer = {"status": status}
         else:
             if request["argv"][0] == "router":
+                import kvfabric_router.app
                 import kvfabric_router.command  # noqa: F401
+            if request["argv"][0] == "engine":
+                import kvfabric_engine.reference.serve  # noqa: F401
             pid = os.fork()
             if not pid:
                 _become(request)
@@ -97,6 +115,7 @@ def _become(request: dict[str, Any]) -> None:
 
     from kvfabric.cli import main
     from kvfabric.failpoints import arm
+    from kvfabric.testing.netns import enter_for_good
 
     code = 70
     try:
@@ -104,6 +123,8 @@ def _become(request: dict[str, Any]) -> None:
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
+        if request["namespace"]:
+            enter_for_good(request["namespace"])
         for name in request["changes"]:
             CHANGES[name]()
         arm(request["failpoint"])

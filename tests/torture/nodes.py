@@ -19,6 +19,7 @@ class ForkedNode:
     """A context manager; it may be killed before the end, and hand over to another on its directory."""
 
     verb = "node"
+    has_state = True
     defaults: Mapping[str, object] = {
         "http": "127.0.0.1:0",
         "host_bytes": 8 << 20,
@@ -36,18 +37,25 @@ class ForkedNode:
         changes: tuple[str, ...] = (),
         failpoint: str = "",
         takeover: bool = False,
+        namespace: str = "",
         **options: object,
     ) -> None:
         """`options`: keys of NodeConfig. The host tier is 8 MiB, no SSD."""
         self.socket = directory / "node.sock"
         self._launcher = launcher
         self._log = directory / f"log.{os.urandom(4).hex()}"
-        argv = ["--state-dir", str(directory), *(["--takeover"] if takeover else [])]
+        argv = ["--state-dir", str(directory)] if self.has_state else []
+        argv += ["--takeover"] if takeover else []
         for name, value in ({**self.defaults} | options).items():
             argv += ["--" + name.replace("_", "-"), str(value)]
         directory.mkdir(exist_ok=True, mode=0o700)
         self.pid = launcher.start(
-            argv, failpoint=failpoint, changes=changes, log=self._log, verb=self.verb
+            argv,
+            failpoint=failpoint,
+            changes=changes,
+            log=self._log,
+            verb=self.verb,
+            namespace=namespace,
         )
         self._ended = False
 
@@ -108,6 +116,14 @@ class ForkedRouter(ForkedNode):
     def url(self) -> str:
         """Of its API, once it is ready."""
         return self.log.split("kvfabric router ready", 1)[1].split()[-1]
+
+
+class ForkedEngine(ForkedNode):
+    """A reference engine, likewise. `options`: keys of EngineConfig; `directory` has its log."""
+
+    verb = "engine"
+    has_state = False
+    defaults: Mapping[str, object] = {"listen": "127.0.0.1:0"}
 
 
 def arenas(*pids: int) -> set[int]:
