@@ -21,17 +21,17 @@ READY_S = 10.0
 class RedisServer:
     """A redis-server on a Unix socket, with what a directory needs; a context manager.
 
-    `settings`: further lines of its configuration. It may be killed, emptied and started again.
+    `settings`: further lines of its configuration; `namespace`: of the network that it is in. It may be
+    killed, emptied and started again.
     """
 
-    def __init__(self, directory: Path, *, namespace: str = "", **settings: object) -> None:
-        """`namespace`: of the network that it listens in, if it is told to by `bind` and `port`."""
+    def __init__(self, directory: Path, **settings: object) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.socket = directory / "redis.sock"
         self._command = ["redis-server", str(directory / "redis.conf")]
-        if namespace:
-            self._command = ["ip", "netns", "exec", namespace, *self._command]
+        if namespace := settings.pop("namespace", ""):
+            self._command = ["ip", "netns", "exec", str(namespace), *self._command]
         self._settings: dict[str, object] = {
             "port": 0,
             "unixsocket": self.socket,
