@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +36,7 @@ from kvfabric.store.misses import Misses
 from kvfabric.store.pins import Pins
 from kvfabric.store.policy import EvictionPolicy
 from kvfabric.store.quota import AHEAD_SHARE, TierAccounts
+from kvfabric.store.runs import EventSink, complete, runs
 from kvfabric.tiers.arena import PAGE_BYTES, Arena, Slots, slot_bytes
 from kvfabric.tiers.write_budget import TenantBudgets
 from kvfabric.types import TenantId, TierName
@@ -55,37 +55,6 @@ _ROWS_ROUND = 16
 _AHEAD_BLOCKS = 16
 """Evicted ahead before others run."""
 _NOBODY = -1
-
-SNAPSHOT_ROWS, SNAPSHOT_RUNS = 512, 64
-"""Of one step of a snapshot at most: in an index that has seen much, runs are short and many."""
-
-
-class EventSink(Protocol):
-    """Where residency is announced; `kvfabric.events.stream` is one. Prefixes are 8 bytes a key."""
-
-    def stored(
-        self,
-        tier: TierName,
-        namespace_tag: bytes,
-        parent: bytes,
-        keys: bytes,
-        *,
-        engine: bytes = b"",
-    ) -> None: ...
-
-    def removed(
-        self, tier: TierName, namespace_tag: bytes, keys: bytes, *, engine: bytes = b""
-    ) -> None: ...
-
-    def cleared(self, tier: TierName, *, engine: bytes = b"") -> None: ...
-
-
-class Run(NamedTuple):
-    """Consecutive blocks of a chain, as events carry them."""
-
-    namespace_tag: bytes
-    parent: bytes
-    keys: bytes
 
 
 class DetachedSlot(NamedTuple):
@@ -390,52 +359,14 @@ class Residency:
         return num_complete
 
     def _announce(self, rows: Rows) -> int:
-        complete = rows[self._complete(rows)]
-        self.num_host_blocks += len(complete)
-        for run in self.runs(complete):
+        whole = complete(self.index, rows)
+        self.num_host_blocks += len(whole)
+        for run in runs(self.index, whole):
             self._events.stored(TierName.HOST, run.namespace_tag, run.parent, run.keys)
-        self.pins.extend(complete)
-        if len(complete):
+        self.pins.extend(whole)
+        if len(whole):
             self.stored()
-        return len(complete)
-
-    def _complete(self, rows: Rows) -> npt.NDArray[np.bool_]:
-        index = self.index
-        complete: npt.NDArray[np.bool_] = (
-            index.host_parts.array[rows] == index.lineage_parts.array[index.lineage.array[rows]]
-        )
-        return complete
-
-    def runs(self, rows: Rows) -> Iterator[Run]:
-        """`rows` as runs of parent and children, in their order."""
-        index = self.index
-        for start, end in pairwise([*self._run_starts(rows).tolist(), len(rows)]):
-            first = int(rows[start])
-            parent = index.keys.array[index.parent.cell[first], 0].tobytes()
-            yield Run(
-                index.lineage_at(first).namespace_tag, parent, index.prefixes(rows[start:end])
-            )
-
-    def _run_starts(self, rows: Rows) -> npt.NDArray[np.intp]:
-        index, lineages = self.index, self.index.lineage.array[rows]
-        joined = (index.parent.array[rows[1:]] == rows[:-1]) & (lineages[1:] == lineages[:-1])
-        return np.flatnonzero(np.append(True, ~joined)) if len(rows) else np.empty(0, np.intp)
-
-    def host_runs(self, limit: int) -> Iterator[list[Run]]:
-        """All READY blocks of the host tier, from `limit` rows at a time or fewer; the caller may pause
-        between."""
-        start = 1
-        while start <= self.index.highest_row:
-            end = min(start + min(limit, SNAPSHOT_ROWS), self.index.highest_row + 1)
-            rows = np.arange(start, end, dtype=np.uint32)
-            present = rows[self.index.host_parts.array[rows] > 0]
-            present = present[self._complete(present)]
-            starts = self._run_starts(present)
-            if len(starts) > SNAPSHOT_RUNS:
-                present = present[: starts[SNAPSHOT_RUNS]]
-                end = int(present[-1]) + 1
-            yield list(self.runs(present))
-            start = end
+        return len(whole)
 
     def discard(self, row: int, *, wipe: bool = False) -> None:
         """Take a block out of the host tier, held or not: corrupt or withdrawn. Held slots drain; with
@@ -457,10 +388,10 @@ class Residency:
         """Take blocks of one tenant out of the host tier; returns the bytes they had. Their parents
         know already."""
         index = self.index
-        complete = rows[self._complete(rows)]
-        self.num_host_blocks -= len(complete)
-        for lineage in set(index.lineage.array[complete].tolist()):
-            prefixes = index.prefixes(complete[index.lineage.array[complete] == lineage])
+        whole = complete(index, rows)
+        self.num_host_blocks -= len(whole)
+        for lineage in set(index.lineage.array[whole].tolist()):
+            prefixes = index.prefixes(whole[index.lineage.array[whole] == lineage])
             tag = index.lineage_of(lineage).namespace_tag
             removal.prefixes.setdefault(tag, bytearray()).extend(prefixes)
         freed = 0
@@ -571,7 +502,7 @@ class Residency:
         index = self.index
         np.add.at(index.host_children.array, index.parent.array[rows], np.uint32(1))
         self.policy.restored(rows)
-        self.num_host_blocks += int(np.count_nonzero(self._complete(rows)))
+        self.num_host_blocks += len(complete(self.index, rows))
 
     def restore_detached(self, row: int, slot: DetachedSlot) -> None:
         """As `detached_slots` gave it; the row is held already."""
@@ -613,9 +544,7 @@ class Residency:
         assert detached == sum(account.detached for account in host.accounts)
         assert host.used <= host.capacity_bytes
         self.pins.check()
-        assert int(self._complete(live[index.lineage.array[live] != 0]).sum()) == (
-            self.num_host_blocks
-        )
+        assert len(complete(index, live[index.lineage.array[live] != 0])) == self.num_host_blocks
         assert ssd_blocks == self.num_ssd_blocks
         if self.arena is not None:
             in_use = self.arena.size_bytes - self.arena.free_bytes - self.arena.withheld_bytes

@@ -45,7 +45,8 @@ from kvfabric.store.pins import PinDeadlines
 from kvfabric.store.purging import Purger, is_made_of
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import Reader
-from kvfabric.store.residency import EventSink, Residency, Run
+from kvfabric.store.residency import Residency
+from kvfabric.store.runs import EventSink, Run, host_runs
 from kvfabric.store.sampling import Sampler
 from kvfabric.store.scrub import Scrubber, ScrubReport, scrub_ssd
 from kvfabric.store.ssd import SsdTraffic
@@ -460,7 +461,7 @@ class BlockStore:
     def resident_runs(self, tier: TierName, limit: int) -> Iterator[list[Run]]:
         """The READY blocks of the host tier, for a snapshot, `limit` rows a step. Other tiers are not
         streamed: none."""
-        return self._residency.host_runs(limit) if tier is TierName.HOST else iter(())
+        return host_runs(self._index, limit) if tier is TierName.HOST else iter(())
 
     async def seal(self) -> None:
         """Wait until everything accepted for SSD is sealed; gives up what a failing tier would not

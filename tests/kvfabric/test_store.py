@@ -14,7 +14,7 @@ from kvfabric.errors import LocalProtocolError, RemoteProtocolError
 from kvfabric.hashing import ROOT_PARENT
 from kvfabric.protocol.messages import Located
 from kvfabric.registry.state import RETIRED, RegistryState, TemplateVersion, Tenant
-from kvfabric.store import copying, reading, residency, writing
+from kvfabric.store import copying, reading, runs, writing
 from kvfabric.store.access import Access
 from kvfabric.store.index import packed_keys
 from kvfabric.store.store import BlockStore, RequestGrant, StoreLimits
@@ -495,13 +495,13 @@ async def test_room_is_made_ahead_of_what_is_reserved_next() -> None:
 async def test_a_snapshot_of_many_short_runs_comes_in_small_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(residency, "SNAPSHOT_RUNS", 2)
+    monkeypatch.setattr(runs, "SNAPSHOT_RUNS", 2)
     async with StoreRig() as rig:
         for seed in range(5):
             await rig.put(make_keys(2, seed=seed))
         steps = list(rig.store.resident_runs(TierName.HOST, 1000))
-        assert [len(runs) for runs in steps] == [2, 2, 1]
-        keys = b"".join(run.keys for runs in steps for run in runs)
+        assert [len(step) for step in steps] == [2, 2, 1]
+        keys = b"".join(run.keys for step in steps for run in step)
         assert {(TAG, keys[at : at + 8]) for at in range(0, len(keys), 8)} == rig.events.present
 
 
