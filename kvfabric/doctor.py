@@ -27,11 +27,13 @@ from typing import Any
 from kvfabric.cli import Command
 from kvfabric.config import NodeConfig, add_arguments, from_args, split_address
 from kvfabric.errors import KVFabricError
+from kvfabric.link_findings import Machine, device_findings, link_findings
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 MIN_PYTHON = (3, 11)
 MIN_DESCRIPTORS = 4096
 HTTP_DEADLINE_S = 3.0
+LINKS_DEADLINE_S = 60.0
 SCRUB_DEADLINE_S = 86_400.0
 MIN_CERTIFICATE_LIFE = datetime.timedelta(days=14)
 EXTRAS = {
@@ -305,11 +307,32 @@ def _tls(config: NodeConfig) -> Finding:
     return Finding("certificate", OK, text)
 
 
+def _links(config: NodeConfig) -> Iterator[Finding]:
+    """Blocks from and to other nodes: a running node measures."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    machine = Machine.here(-1 if soft in (resource.RLIM_INFINITY, -1) else soft)
+    found = [*device_findings(config.ucx_net_devices, machine)]
+    if _answers(config):
+        from kvfabric.daemon.admin_client import AdminClient
+        from kvfabric.protocol import kvfabric_pb2 as pb
+
+        try:
+            with AdminClient(config.admin_socket_path, deadline_s=LINKS_DEADLINE_S) as client:
+                measured = client.call(client.admin.MeasureLinks, pb.MeasureLinksRequest())
+            if measured.exchanges or config.ucx_net_devices:
+                found += link_findings(measured, machine)
+        except KVFabricError as exc:
+            yield Finding("links", WARN, f"not measured: {exc}", "see the admin socket")
+    yield from (Finding(*finding) for finding in found)
+
+
 def _fleet(config: NodeConfig) -> Iterator[Finding]:
     if config.directory:
         yield _directory(config)
     if config.directory and config.admin_socket_path.exists():
         yield _lease(config.admin_socket_path)
+    if config.directory:
+        yield from _links(config)
     if config.tls_dir:
         yield _tls(config)
     if config.insecure:

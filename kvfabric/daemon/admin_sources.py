@@ -57,6 +57,7 @@ class AdminSources:
     lookups: Lookups = field(default_factory=Lookups)
     handoffs: Handoffs = field(default_factory=Handoffs)
     sender: Sender | None = None
+    measure_links: Callable[[], Awaitable[pb.MeasuredLinks]] | None = None
     prefetches: Prefetches | None = None
     rates: Callable[[], list[pb.Rate]] = list
     place: Place = Place()

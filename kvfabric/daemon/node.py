@@ -347,6 +347,7 @@ class Node:
             lookups=self.lookups,
             handoffs=self.handoffs,
             sender=None if self.transfers is None else self.transfers.sender,
+            measure_links=None if self.transfers is None else self.transfers.measure,
             prefetches=self.prefetches,
             rates=self.meters.rates,
             place=Place(

@@ -121,6 +121,12 @@ class NodeAdmin(pb_grpc.NodeAdminServicer):
         self._started = clock()
 
     @unary
+    async def MeasureLinks(self, request: pb.MeasureLinksRequest, context: Any) -> pb.MeasuredLinks:
+        if self._sources.measure_links is None:
+            return pb.MeasuredLinks()
+        return await self._sources.measure_links()
+
+    @unary
     async def Scrub(self, request: pb.ScrubRequest, context: Any) -> pb.ScrubReport:
         if self._sources.scrub is None:
             raise NotFound("this node has no tiers to verify")

@@ -43,6 +43,7 @@ MAX_SENDING_BYTES = 1 << 30
 """Posted and not completed, for all peers; beyond it a peer is refused and computes."""
 BUFFER_BYTES = 256 << 20
 """For parts that are not neighbours in the arena and travel together."""
+MAX_TEST_BYTES = 16 << 20
 HOLD_S = 30.0
 SEND_S = 10.0
 """A peer takes what was posted for it within this, or its link is ended."""
@@ -216,6 +217,23 @@ class Sender(pb_grpc.NodeTransferServicer):
     async def Drop(self, request: pb.DropRequest, context: Any) -> pb.Dropped:
         self._drop(request.hold)
         return pb.Dropped()
+
+    @unary
+    async def SendTest(self, request: pb.SendTestRequest, context: Any) -> pb.TestSent:
+        """Raises Overloaded, RemoteProtocolError."""
+        num_bytes = len(request.tags) * request.num_bytes
+        if not 0 <= num_bytes <= MAX_TEST_BYTES:
+            raise RemoteProtocolError(f"a test is at most {MAX_TEST_BYTES} bytes")
+        if self._is_paused or self._sending_bytes >= MAX_SENDING_BYTES:
+            raise Overloaded("this node sends as much as it may")
+        link = await self._transport.link_to(request.address)
+        if num_bytes:
+            zeros = memoryview(bytes(request.num_bytes))
+            posted = link.send([Message(zeros, tag) for tag in request.tags])
+            timer = asyncio.get_running_loop().call_later(SEND_S, link.abort)
+            posted.when_quiet(timer.cancel)
+        said = await self._transport.describe(link) if request.describe else ""
+        return pb.TestSent(address=self._transport.address, link=said)
 
     # -- in between ----------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from kvfabric.daemon.fetching import Fetches
 from kvfabric.daemon.handlers import Services
+from kvfabric.daemon.link_check import measured_links
 from kvfabric.daemon.sending import Sender
+from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.tls import Security
 from kvfabric.transfer.ucx import Settings, Transport
 
@@ -53,6 +55,10 @@ class Transfers:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._stack.aclose()
+
+    async def measure(self) -> pb.MeasuredLinks:
+        """The ways to the other nodes, for `kvfabric doctor`."""
+        return await measured_links(self.transport, self._peers(), self._security)
 
     async def pause(self) -> None:
         """Nothing reads or writes the arena any more, until `resume`."""

@@ -840,3 +840,65 @@ class DropRequest(_message.Message):
 class Dropped(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class SendTestRequest(_message.Message):
+    __slots__ = ("address", "tags", "num_bytes", "describe")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DESCRIBE_FIELD_NUMBER: _ClassVar[int]
+    address: bytes
+    tags: _containers.RepeatedScalarFieldContainer[int]
+    num_bytes: int
+    describe: bool
+    def __init__(self, address: _Optional[bytes] = ..., tags: _Optional[_Iterable[int]] = ..., num_bytes: _Optional[int] = ..., describe: _Optional[bool] = ...) -> None: ...
+
+class TestSent(_message.Message):
+    __slots__ = ("address", "link")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    address: bytes
+    link: str
+    def __init__(self, address: _Optional[bytes] = ..., link: _Optional[str] = ...) -> None: ...
+
+class MeasureLinksRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MeasuredLinks(_message.Message):
+    __slots__ = ("exchanges", "net_devices", "library", "settings", "resources", "listening", "links", "wire")
+    EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    NET_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    LIBRARY_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    RESOURCES_FIELD_NUMBER: _ClassVar[int]
+    LISTENING_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    exchanges: bool
+    net_devices: str
+    library: str
+    settings: _containers.RepeatedScalarFieldContainer[str]
+    resources: _containers.RepeatedScalarFieldContainer[str]
+    listening: _containers.RepeatedScalarFieldContainer[str]
+    links: _containers.RepeatedCompositeFieldContainer[MeasuredLink]
+    wire: str
+    def __init__(self, exchanges: _Optional[bool] = ..., net_devices: _Optional[str] = ..., library: _Optional[str] = ..., settings: _Optional[_Iterable[str]] = ..., resources: _Optional[_Iterable[str]] = ..., listening: _Optional[_Iterable[str]] = ..., links: _Optional[_Iterable[_Union[MeasuredLink, _Mapping]]] = ..., wire: _Optional[str] = ...) -> None: ...
+
+class MeasuredLink(_message.Message):
+    __slots__ = ("node_id", "call_s", "round_trip_s", "bytes_per_s", "lanes", "protocols", "failure")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    CALL_S_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOLS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    call_s: float
+    round_trip_s: float
+    bytes_per_s: float
+    lanes: _containers.RepeatedScalarFieldContainer[str]
+    protocols: _containers.RepeatedScalarFieldContainer[str]
+    failure: str
+    def __init__(self, node_id: _Optional[str] = ..., call_s: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., lanes: _Optional[_Iterable[str]] = ..., protocols: _Optional[_Iterable[str]] = ..., failure: _Optional[str] = ...) -> None: ...

@@ -1067,6 +1067,11 @@ class NodeTransferStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.DropRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Dropped.FromString,
                 _registered_method=True)
+        self.SendTest = channel.unary_unary(
+                '/kvfabric.v1.NodeTransfer/SendTest',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SendTestRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.TestSent.FromString,
+                _registered_method=True)
 
 
 class NodeTransferServicer:
@@ -1102,6 +1107,13 @@ class NodeTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendTest(self, request, context):
+        """Post messages of zeros to the asker's worker, for a measurement.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1124,6 +1136,11 @@ def add_NodeTransferServicer_to_server(servicer, server):
                     servicer.Drop,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.DropRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.Dropped.SerializeToString,
+            ),
+            'SendTest': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendTest,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.SendTestRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.TestSent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1245,6 +1262,33 @@ class NodeTransfer:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def SendTest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeTransfer/SendTest',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.SendTestRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.TestSent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class NodeAdminStub:
     """For administrators.
@@ -1266,6 +1310,11 @@ class NodeAdminStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubReport.FromString,
                 _registered_method=True)
+        self.MeasureLinks = channel.unary_unary(
+                '/kvfabric.v1.NodeAdmin/MeasureLinks',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.MeasureLinksRequest.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.MeasuredLinks.FromString,
+                _registered_method=True)
 
 
 class NodeAdminServicer:
@@ -1286,6 +1335,13 @@ class NodeAdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureLinks(self, request, context):
+        """Tries the ways to the other nodes of the fleet, one after the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1298,6 +1354,11 @@ def add_NodeAdminServicer_to_server(servicer, server):
                     servicer.Scrub,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubReport.SerializeToString,
+            ),
+            'MeasureLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureLinks,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.MeasureLinksRequest.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.MeasuredLinks.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1355,6 +1416,33 @@ class NodeAdmin:
             '/kvfabric.v1.NodeAdmin/Scrub',
             kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.ScrubReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.NodeAdmin/MeasureLinks',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.MeasureLinksRequest.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.MeasuredLinks.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,7 +30,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvfabric.errors import ClosedError, ConfigError, ConnectError
-from kvfabric.transfer.ucp import describe_link, map_memory, unmap_memory
+from kvfabric.transfer.ucp import (
+    Information,
+    describe_link,
+    information,
+    listening_sockets,
+    map_memory,
+    unmap_memory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +50,8 @@ _SETTINGS = {
     "TCP_RX_SEG_SIZE": "512k",
     "RNDV_THRESH": "64k",
 }
+_GIVEN = {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
+"""By the user: importing ucxx sets variables of its own, meant for other work than this."""
 _ROUNDS = 64
 """Of UCX's progress between two looks at what completed: while bytes come in, it always has more to do."""
 _STOP_S = 10.0
@@ -163,12 +172,20 @@ class Transport:
         return self._progress.address
 
     @property
+    def settings(self) -> Settings:
+        return self._progress.settings
+
+    @property
     def is_sealed(self) -> bool:
         return self._progress.settings.is_sealed
 
     @property
     def num_in_flight(self) -> int:
         return self._progress.num_in_flight
+
+    @property
+    def information(self) -> Information:
+        return self._progress.information
 
     async def describe(self, link: Link) -> str:
         """What UCX uses for a link: transports, devices, protocols by size of what was sent so far."""
@@ -254,6 +271,7 @@ class _Progress:
         self._next_link = 1
         self._running: list[_Post] = []
         self.address = b""
+        self.information = Information()
 
     @classmethod
     def start(cls, settings: Settings, memory: memoryview | None) -> _Progress:
@@ -320,8 +338,7 @@ class _Progress:
             self._close()
 
     def _open(self) -> None:
-        # Before the import: ucxx then sets variables of its own, meant for other work than this.
-        options = self.settings.options(dict(os.environ))
+        options = self.settings.options(_GIVEN)
         os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
         try:
             api = importlib.import_module("ucxx._lib.libucxx")
@@ -339,6 +356,7 @@ class _Progress:
             IndexError,
             RuntimeError,
         )
+        before = listening_sockets()
         try:
             self._context = api.UCXContext(options, (api.Feature.TAG, api.Feature.WAKEUP))
             self._worker = api.UCXWorker(
@@ -354,6 +372,7 @@ class _Progress:
                 f"UCX does not start on ucx.net_devices = {devices!r}: {exc}"
             ) from exc
         self.address = self._worker.address.tobytes()
+        self.information = information(self._context.info, options | _GIVEN, before)
         self._poller = select.epoll()
         self._poller.register(self._worker.epoll_file_descriptor, select.EPOLLIN)
         self._poller.register(self._wake, select.EPOLLIN)
