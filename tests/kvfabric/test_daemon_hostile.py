@@ -327,6 +327,29 @@ def test_full_disk_is_in_nobodys_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deadline_s", [1e-6, 5.0], ids=["too late", "in time"])
+def test_a_disk_that_takes_longer_than_it_may_is_left_alone(
+    tmp_path: Path, deadline_s: float
+) -> None:
+    """Visibly; memory serves on."""
+    with NodeProcess(tmp_path, ssd_bytes=64 << 20, ssd_deadline_s=deadline_s, **HTTP) as node:
+        engine = TinyEngine.connect(node.socket)
+        keys = engine.open("r", "prompt", 6)
+        assert engine.store("r", keys) == 6
+        assert len(engine.load("r", keys)) == 6  # the second use admits them to SSD
+        up = 'tier_up_info{tier="ssd"}'
+        if deadline_s < 1:
+            until(lambda: node.metrics()[up] == 0)
+            until(lambda: bool(log_lines(node, "a write is not done after 1e-06 s")))
+        else:
+            until(lambda: node.metrics()["ssd_writes_total"] >= 6)
+            assert node.metrics()[up] == 1
+        found = engine.load("r", keys)
+        assert (len(found), wrong_blocks(keys, found)) == (6, 0)
+        engine.client.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["stopped", "running"])
 def test_unreadable_ssd_file_is_a_miss(tmp_path: Path, when: str) -> None:
     """A segment that cannot be read gives no wrong byte and stops nobody: its blocks are computed and
