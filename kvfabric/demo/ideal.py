@@ -52,3 +52,10 @@ def reusable_tokens(requests: Iterable[SliceRequest]) -> list[int]:
         * seen.setdefault(request.tenant, PrefixSet()).add(full_blocks(prompt(request.blocks)))
         for request in requests
     ]
+
+
+def shared_tokens(requests: Sequence[SliceRequest]) -> list[int]:
+    """For each request: prompt tokens that another one of its tenant has too, whichever comes first; under
+    load a router may let a later one pass."""
+    backwards = reusable_tokens(reversed(requests))[::-1]
+    return [max(pair) for pair in zip(reusable_tokens(requests), backwards, strict=True)]

@@ -84,7 +84,9 @@ class Story(Telling):
         self._check(step, checks.loads_equal_stores("loaded parts", self._fleet.audit_lines()))
         self._check(
             step,
-            checks.no_more_than_ideal("own prefixes only", self._through_fabric, self._ideal),
+            checks.no_more_than_ideal(
+                "own prefixes only", self._through_fabric, ideal.shared_tokens(self._requests)
+            ),
         )
 
     async def _start_baseline(self) -> float:

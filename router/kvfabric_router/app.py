@@ -316,7 +316,7 @@ async def _listening(router: Router) -> AsyncIterator[str]:
         return
     async with front.serving(router.application()) as runner:
         try:
-            await web.TCPSite(runner, host, port).start()
+            await web.TCPSite(runner, host, port, backlog=front.BACKLOG).start()
         except OSError as exc:
             raise ConfigError(
                 f"router.listen: cannot listen on {host}:{port}: {exc.strerror}"

@@ -17,6 +17,9 @@ from kvfabric_router.openapi import TTFT_OBJECTIVE
 STOP_S = 30.0
 """How long answers in progress may take to end when the router stops."""
 
+BACKLOG = 1024
+"""Connections that wait to be accepted: as many clients may come at once."""
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _log = logging.getLogger(__name__)

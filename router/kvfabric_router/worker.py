@@ -28,7 +28,6 @@ from kvfabric_router.worker_desk import WorkerCall, WorkerDesk
 KNOCK_BYTES = 64 << 10
 """A body larger than that is read only when its sender is known and may ask."""
 _PASSED_ON = ("Content-Type", "Allow", "Retry-After", "WWW-Authenticate")
-_BACK = 1024
 
 
 class Worker:
@@ -124,7 +123,7 @@ async def run(
         told = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         worker = Worker(desk, Proxy(desk, http=http, timeout_s=timeout_s), told)
         runner = await stack.enter_async_context(front.serving(worker.application()))
-        await web.SockSite(runner, listener, backlog=_BACK).start()
+        await web.SockSite(runner, listener, backlog=front.BACKLOG).start()
         group = await stack.enter_async_context(asyncio.TaskGroup())
         collecting = group.create_task(garbage.collect(lambda: asyncio.sleep(0)))
         stack.enter_context(garbage.own_schedule())

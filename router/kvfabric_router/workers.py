@@ -27,7 +27,6 @@ from kvfabric_router.worker_link import WorkerLink
 
 PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
 """Before a worker that ended is started anew; longer each time if it never got ready."""
-_BACKLOG = 1024
 _STOP_S = front.STOP_S + 5.0
 
 _log = logging.getLogger(__name__)
@@ -158,6 +157,6 @@ async def _stop(process: subprocess.Popen[bytes]) -> None:
 def _listener(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=front.BACKLOG)
     except OSError as exc:
         raise ConfigError(f"router.listen: cannot listen on {host}:{port}: {exc.strerror}") from exc

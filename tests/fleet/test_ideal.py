@@ -53,6 +53,15 @@ def test_tenants_share_nothing() -> None:
     assert ideal.reusable_tokens(requests) == [0, 0, whole, whole]
 
 
+def test_whoever_comes_first_leaves_it_to_the_other() -> None:
+    """In whatever order they are answered; of another tenant's nothing."""
+    requests = [SliceRequest(0, group, blocks) for group, blocks in ((0, (0, 1)), (1, (0, 1)))]
+    requests.append(SliceRequest(0, 0, (0, 1, 2)))
+    first, other, second = ideal.shared_tokens(requests)
+    assert first == second == 16 * (len(prompt((0, 1))) // 16) > 0
+    assert other == 0
+
+
 def test_the_slice_leaves_room_for_reuse() -> None:
     """What the demo is gated on: two thirds of the prompt tokens of the slice."""
     requests = load()
