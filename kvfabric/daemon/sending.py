@@ -67,9 +67,21 @@ class _Hold:
 
 
 class Sender(pb_grpc.NodeTransferServicer):
-    """An async context manager: leaving ends what is being sent and releases all holds."""
+    """An async context manager: leaving ends what is being sent and releases all holds.
 
-    def __init__(self, services: Services, transport: Transport) -> None:
+    `hold_s`: a hold that nobody drops ends by itself; `send_s`: how long a peer may take for what was posted.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        transport: Transport,
+        *,
+        hold_s: float = HOLD_S,
+        send_s: float = SEND_S,
+    ) -> None:
+        self._hold_s = hold_s
+        self._send_s = send_s
         self.counts: Counter[str] = Counter()
         self._services = services
         self._transport = transport
@@ -175,7 +187,7 @@ class Sender(pb_grpc.NodeTransferServicer):
         session = SessionId(number)
         services.store.open_session(session, layout)
         services.store.open_request(session, _REQUEST, given.grant)
-        expiry = asyncio.get_running_loop().call_later(HOLD_S, self._drop, number)
+        expiry = asyncio.get_running_loop().call_later(self._hold_s, self._drop, number)
         self._holds[number] = _Hold(session, request.keys, link, expiry)
         self._idle.clear()
         return number, opened
@@ -318,7 +330,7 @@ class Sender(pb_grpc.NodeTransferServicer):
         posted = hold.link.send(messages)
         hold.posted.append(posted)
         self._sending_bytes += num_bytes
-        timer = asyncio.get_running_loop().call_later(SEND_S, self._too_late, hold)
+        timer = asyncio.get_running_loop().call_later(self._send_s, self._too_late, hold)
 
         def ended() -> None:
             timer.cancel()

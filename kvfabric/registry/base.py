@@ -70,6 +70,9 @@ class Registry(ABC):
     state forbids; then nothing changed.
     """
 
+    wall_clock: Callable[[], float] = staticmethod(time.time)
+    """Unix seconds."""
+
     @abstractmethod
     async def __aenter__(self) -> Self: ...
 
@@ -190,7 +193,7 @@ class Registry(ABC):
         self, name: str, *, grace_s: float, requested_by: str = ""
     ) -> tuple[str, Change]:
         """A fresh key, which is shown this once; those there are end in `grace_s` seconds."""
-        api_key, now = changes.mint_api_key(), time.time()
+        api_key, now = changes.mint_api_key(), self.wall_clock()
         return await self.commit(
             lambda state: changes.rotate_api_keys(state, name, api_key, now=now, grace_s=grace_s),
             requested_by,
@@ -248,7 +251,7 @@ class Registry(ABC):
     ) -> TemplateVersion:
         """Keep this version's blocks in every host tier for `ttl_s` seconds, within pin budgets. `version`
         empty: the one that serves."""
-        now = time.time()
+        now = self.wall_clock()
         return (
             await self.commit(
                 lambda state: changes.pin_template(state, name, version, now=now, ttl_s=ttl_s),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,18 @@ def _receipt_key(receipt_id: str, key: str | None = None) -> bytes:
     return first if key is None else first + hashlib.sha256(key.encode()).digest()
 
 
-class Database:
-    """See the module."""
+def open_environment(directory: Path) -> Any:
+    """The LMDB file in `directory`, which is made. Raises OSError, lmdb.Error."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return lmdb.open(str(directory), map_size=_MAP_BYTES, max_dbs=8, mode=0o600, lock=True)
 
-    def __init__(self, directory: Path) -> None:
+
+class Database:
+    """See the module. `open_env`: an LMDB environment in a directory."""
+
+    def __init__(self, directory: Path, open_env: Callable[[Path], Any] = open_environment) -> None:
         self._directory = directory
+        self._open_env = open_env
         self._env: Any = None
         self._tables: dict[str, Any] = {}
 
@@ -71,10 +78,7 @@ class Database:
         Raises ConfigError if it is not ours or damaged, Conflict if the audit log does not hold.
         """
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._env = lmdb.open(
-                str(self._directory), map_size=_MAP_BYTES, max_dbs=8, mode=0o600, lock=True
-            )
+            self._env = self._open_env(self._directory)
             for name in (*_TABLES, _RECEIPTS):
                 self._tables[name] = self._env.open_db(name.encode())
         except (OSError, lmdb.Error) as exc:

@@ -29,7 +29,7 @@ class EmbeddedRegistry(Registry):
 
     def __init__(self, directory: Path, *, wall_clock: Callable[[], float] = time.time) -> None:
         self._database = Database(directory)
-        self._wall_clock = wall_clock
+        self.wall_clock = wall_clock
         self._pool: ThreadPoolExecutor | None = None
         self._state = RegistryState()
         self._head = audit.FIRST_HEAD
@@ -124,7 +124,7 @@ class EmbeddedRegistry(Registry):
     def _record(self, draft: Draft[Any], requested_by: str) -> AuditRecord:
         return AuditRecord(
             sequence=self._sequence + 1,
-            at=self._wall_clock(),
+            at=self.wall_clock(),
             who=requested_by,
             action=draft.action,
             scope=draft.scope,

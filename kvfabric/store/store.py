@@ -120,10 +120,11 @@ class BlockStore:
 
     `registry` returns None while the node holds no epoch lease: then everything misses. `ssd`, if it is
     there from the start, is entered before and left after the store, which becomes its owner. `clock` is
-    monotonic; `wall_clock` says, in Unix seconds, when a pin that the store hears of is to end.
+    monotonic; `wall_clock` says, in Unix seconds, when a pin that the store hears of is to end. `pool`: where
+    copies run, the store's to close.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that it stands on
         self,
         *,
         limits: StoreLimits,
@@ -132,6 +133,7 @@ class BlockStore:
         events: EventSink,
         ssd: Tier | None,
         wall_clock: Callable[[], float] = time.time,
+        pool: IoPool | None = None,
     ) -> None:
         self.limits = limits
         self._registry = registry
@@ -168,7 +170,7 @@ class BlockStore:
             now=self._now,
             on_state=self._configure,
         )
-        self._pool = IoPool(limits.copy_threads, "kvfabric-copy")
+        self._pool = pool or IoPool(limits.copy_threads, "kvfabric-copy")
         self.turns = Turns()
         self._writer = Writer(
             self._residency,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -30,8 +30,9 @@ class IoPool:
     """A bounded pool. A caller that is cancelled gets CancelledError only after its work ended, so
     that it can free the buffers it lent."""
 
-    def __init__(self, threads: int, name: str) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    def __init__(self, threads: int, name: str, *, executor: Executor | None = None) -> None:
+        """`executor`, if there is one, is the pool's own from now on, in place of threads."""
+        self._executor = executor or ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     async def run(self, work: Callable[[], T]) -> T:
         submitted = self._executor.submit(work)

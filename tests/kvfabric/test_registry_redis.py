@@ -20,6 +20,7 @@ from kvfabric.registry.base import Registry
 from kvfabric.registry.embedded import EmbeddedRegistry
 from kvfabric.registry.redis import registry as registry_module
 from kvfabric.registry.redis.address import DirectoryAddress, Link, parse
+from kvfabric.registry.redis.outside import Outside
 from kvfabric.registry.redis.registry import Holder, RedisRegistry
 from kvfabric.registry.state import TierQuota
 from kvfabric.testing.redis import RedisSentinel, RedisServer
@@ -51,7 +52,7 @@ class TestRedisRegistry(SharedRegistryTests):
             home / f"copy-{name}",
             holder=Holder("node", name),
             lease_s=0.1,
-            wall_clock=lambda: 1000.0,
+            outside=Outside(wall_clock=lambda: 1000.0),
         )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +24,8 @@ from kvfabric.errors import ConfigError, Conflict, ConnectError, KVFabricError, 
 from kvfabric.registry import audit, merge, rows
 from kvfabric.registry.audit import AuditRecord
 from kvfabric.registry.changes import Draft, initial_state
-from kvfabric.registry.database import FLEET, Database, Entry
+from kvfabric.registry.database import FLEET, Entry
+from kvfabric.registry.redis.outside import REAL, Outside
 from kvfabric.registry.redis.store import Position, Snapshot, Store
 from kvfabric.registry.state import RegistryState
 
@@ -59,9 +59,15 @@ class RegistryCopy:
     """
 
     def __init__(
-        self, home: Path, options: CopyOptions, *, lease_s: float, published: Callable[[], None]
+        self,
+        home: Path,
+        options: CopyOptions,
+        *,
+        lease_s: float,
+        published: Callable[[], None],
+        outside: Outside = REAL,
     ) -> None:
-        self.database = Database(home)
+        self.database = outside.database(home)
         self.state = RegistryState()
         self.lease_s = lease_s
         self.trusted = NEVER
@@ -74,7 +80,7 @@ class RegistryCopy:
         self._head = audit.FIRST_HEAD
         self._sequence = 0
         self._empty_since: float | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvfabric-registry")
+        self._pool = outside.thread()
 
     def __repr__(self) -> str:
         return f"<RegistryCopy {self.database!r} at version {self.state.version}>"

@@ -16,7 +16,6 @@ import contextlib
 import logging
 import random
 import secrets
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -38,9 +37,10 @@ from kvfabric.registry.audit import AuditRecord
 from kvfabric.registry.base import Change, Registry, RegistryStatus
 from kvfabric.registry.changes import Draft, check_forward
 from kvfabric.registry.holders import GRACE_S, Ack
-from kvfabric.registry.lease import EpochLease, boottime
+from kvfabric.registry.lease import EpochLease
 from kvfabric.registry.redis.address import DirectoryAddress
 from kvfabric.registry.redis.copy import TRIES, CopyOptions, RegistryCopy
+from kvfabric.registry.redis.outside import REAL, Outside
 from kvfabric.registry.redis.store import HolderRow, Store
 from kvfabric.registry.state import RegistryState
 
@@ -89,7 +89,7 @@ class RedisRegistry(Registry):
     """See the module.
 
     `home`: directory of the durable copy. `lease_s` is that of a registry which is made here; otherwise the
-    registry's own counts. A router never makes one. `clock`: CLOCK_BOOTTIME; `wall_clock`: Unix seconds.
+    registry's own counts. A router never makes one.
     """
 
     grace_s = GRACE_S
@@ -102,22 +102,25 @@ class RedisRegistry(Registry):
         *,
         holder: Holder,
         lease_s: float = 2.0,
-        clock: Callable[[], float] = boottime,
-        wall_clock: Callable[[], float] = time.time,
+        outside: Outside = REAL,
     ) -> None:
         self._address = address
+        self._outside = outside
+        self.wall_clock = outside.wall_clock
         self._holder = holder
         self.holder_id = f"{holder.name}.{secrets.token_hex(4)}"
-        self._clock = clock
+        self._clock = outside.clock
         options = CopyOptions(
             fabric=address.fabric,
             creates=holder.kind == "node",
             who=self.holder_id,
-            clock=clock,
-            wall_clock=wall_clock,
+            clock=outside.clock,
+            wall_clock=outside.wall_clock,
         )
-        self._copy = RegistryCopy(home, options, lease_s=lease_s, published=self._published)
-        self.lease = EpochLease(clock)
+        self._copy = RegistryCopy(
+            home, options, lease_s=lease_s, published=self._published, outside=outside
+        )
+        self.lease = EpochLease(self._clock)
         self._store: Store | None = None
         self._news, self._wake, self._heard = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._answered = asyncio.Event()
@@ -145,7 +148,7 @@ class RedisRegistry(Registry):
         await self._copy.open()
         self.lease = EpochLease(self._clock, store_id=self._copy.trusted)
         try:
-            self._store = Store(self._address, lease_s=self._copy.lease_s)
+            self._store = Store(self._address, lease_s=self._copy.lease_s, outside=self._outside)
         except BaseException:
             self._copy.close()
             raise

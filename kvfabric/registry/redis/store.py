@@ -39,6 +39,7 @@ from kvfabric.errors import (
 from kvfabric.registry import rows
 from kvfabric.registry.database import Entry
 from kvfabric.registry.redis.address import DirectoryAddress, Link
+from kvfabric.registry.redis.outside import REAL, Outside
 from kvfabric.registry.state import RegistryState
 
 ACL_RULES = (
@@ -97,13 +98,15 @@ class HolderRow:
 class Store:
     """One process's access. Every method raises KVFabricErrors: see `translated`."""
 
-    def __init__(self, address: DirectoryAddress, *, lease_s: float) -> None:
+    def __init__(
+        self, address: DirectoryAddress, *, lease_s: float, outside: Outside = REAL
+    ) -> None:
         """An answer to a renewal that comes after `lease_s` is of no use; others may take longer."""
         self._address = address
         self._timeout_s = max(lease_s, MIN_TIMEOUT_S)
-        self._lease_link = Link(address, timeout_s=lease_s)
-        self._work_link = Link(address, timeout_s=self._timeout_s)
-        self._news_link = Link(address, timeout_s=self._timeout_s)
+        self._lease_link = outside.link(address, lease_s)
+        self._work_link = outside.link(address, self._timeout_s)
+        self._news_link = outside.link(address, self._timeout_s)
         self._lease_lock, self._work_lock = asyncio.Lock(), asyncio.Lock()
 
     def __repr__(self) -> str:
