@@ -124,6 +124,10 @@ class SimulatedEngine:
         if self.session is not None and self._life is not None and self._life.process.is_alive:
             self.node.disconnected(self.session, exited=False)
 
+    @property
+    def is_copying(self) -> bool:
+        return self.process.is_alive and bool(self._copying)
+
     # ------------------------------------------------------------------ connection
 
     async def _stay_connected(self) -> None:

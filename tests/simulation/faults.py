@@ -16,6 +16,7 @@ from kvfabric.registry.state import RETIRED, RegistryState, TierQuota
 from kvfabric.testing.simulation.loop import Process
 from kvfabric.tiers.arena import PAGE_BYTES
 from kvfabric.types import model_scope, tenant_scope
+from tests.simulation.engine import SimulatedEngine
 from tests.simulation.node import MODEL
 from tests.simulation.world import TEMPLATES, TENANTS, World, template_version
 
@@ -103,13 +104,18 @@ class Faults:
     # ------------------------------------------------------------------ processes
 
     def _crash_node(self) -> None:
-        node = self.rng.choice(self.world.nodes)
+        node = self._busy_engine().node
         if node.process is not None and node.process.is_alive:
             node.kill()
             self._later(self.rng.choice((0.02, 0.5)), node.start)
 
+    def _busy_engine(self) -> SimulatedEngine:
+        """One that copies right now, if there is one: faults come when they hurt."""
+        busy = [engine for engine in self.world.engines if engine.is_copying]
+        return self.rng.choice(busy or self.world.engines)
+
     def _crash_engine(self) -> None:
-        engine = self.rng.choice(self.world.engines)
+        engine = self._busy_engine()
         if engine.process.is_alive:
             engine.kill()
             self._later(0.4, engine.start)
@@ -135,7 +141,7 @@ class Faults:
         self._pause(self.rng.choice(self.world.nodes).process)
 
     def _pause_engine(self) -> None:
-        self._pause(self.rng.choice(self.world.engines).process)
+        self._pause(self._busy_engine().process)
 
     def _pause_router(self) -> None:
         self._pause(self.rng.choice(self.world.routers).process)
@@ -144,7 +150,7 @@ class Faults:
         self._pause(self.world.redis_process)
 
     def _disconnect(self) -> None:
-        self.rng.choice(self.world.engines).disconnect()
+        self._busy_engine().disconnect()
 
     def _jump(self) -> None:
         process = self.rng.choice(self._processes())
@@ -193,6 +199,7 @@ class Faults:
         self.world.network.chaos.break_call = 0.03
         self.world.fabric.chaos.slow = 0.2
         self.world.fabric.chaos.lost = 0.1
+        self.world.fabric.chaos.abort_s = self.rng.choice((0.02, 0.5))
         self._later(2.0, self._not_slow)
 
     def _not_slow(self) -> None:

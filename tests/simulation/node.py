@@ -208,6 +208,7 @@ class SimulatedNode:
                     one.name: one.address for one in registry.holders if one.kind == "node"
                 },
                 fetch_s=FETCH_S,
+                pack_below=plan.pack_below,
             )
             fetches.network = world.network
             services.fetches = await stack.enter_async_context(fetches)

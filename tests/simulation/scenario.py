@@ -86,7 +86,11 @@ async def _scenario(world: World) -> None:
     faults.stop()
     await asyncio.wait([faulty])
     world.ledger.note("calm", "faults end")
-    await asyncio.sleep(CALM_S)
+    await asyncio.sleep(CALM_S / 2)
+    for node in world.nodes:
+        if node.life is not None:
+            node.life.events.alarm(0)  # a batch: what was lost before it shows
+    await asyncio.sleep(CALM_S / 2)
     watch.cancel()
     _check_end(world)
 

@@ -55,6 +55,7 @@ class Plan:
     operations: frozenset[str] = frozenset()
     operation_every_s: float = 1.0
     policy: str = "cost"
+    pack_below: int = 0
     lease_s: float = 1.2
     history_bytes: int = 4096
     max_blocks: int = 512
@@ -111,9 +112,10 @@ def draw_plan(rng: random.Random) -> Plan:
         fault_every_s=rng.choice((0.3, 0.7, 1.5)),
         operations=frozenset(kind for kind in OPERATIONS if rng.random() < 0.35),
         operation_every_s=rng.choice((0.15, 0.4, 1.0)),
-        policy=rng.choice(("cost", "cost", "round_robin")),
+        policy=rng.choice(("cost", "round_robin")),
         lease_s=rng.choice((0.25, 1.2)),
-        copy_s=rng.choice((0.004, 0.02, 0.05)),
+        copy_s=rng.choice((0.004, 0.03, 0.12)),
+        pack_below=rng.choice((0, 0, 1 << 18)),
     )
 
 
