@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kvfabric.client.link import wire_layout
-from kvfabric.daemon.admin_sources import AdminSources, Runs
+from kvfabric.daemon.admin_sources import AdminSources, Place, Runs
 from kvfabric.daemon.fetching import Fetches
 from kvfabric.daemon.handlers import (
     CONCURRENT,
@@ -27,6 +27,7 @@ from kvfabric.daemon.handlers import (
     asks_peers,
     match_with_peers,
 )
+from kvfabric.daemon.meters import Meters
 from kvfabric.daemon.node_services import NodeEvents
 from kvfabric.daemon.sending import Sender
 from kvfabric.daemon.sessions import Session
@@ -41,6 +42,7 @@ from kvfabric.registry.redis.address import parse
 from kvfabric.registry.redis.outside import Outside
 from kvfabric.registry.redis.registry import Holder, RedisRegistry
 from kvfabric.registry.state import PURGED
+from kvfabric.store.meter import Meter
 from kvfabric.store.store import BlockStore, StoreLimits
 from kvfabric.testing.simulation.loop import Process
 from kvfabric.testing.simulation.network import Network
@@ -117,6 +119,7 @@ class Life:
     services: Services
     sender: Sender
     fetches: Fetches
+    meters: Meters
     connections: dict[SessionId, Connection] = field(default_factory=dict)
     sessions: dict[SessionId, Session] = field(default_factory=dict)
 
@@ -187,6 +190,7 @@ class SimulatedNode:
             )
             await stack.enter_async_context(store)
             store.attach_arena(arena)
+            meters = Meters(Meter(process.clock), process.clock)
             services = Services(
                 store=store,
                 keyring=world.keyring,
@@ -194,6 +198,7 @@ class SimulatedNode:
                 events=events,
                 require_handle=True,
                 wall_clock=process.wall_clock,
+                meters=meters,
             )
             transport: Any = SimulatedTransport(world.fabric, process)
             security = Security("node", None, True)
@@ -207,12 +212,14 @@ class SimulatedNode:
                 peers=lambda: {
                     one.name: one.address for one in registry.holders if one.kind == "node"
                 },
+                meter=meters.peer,
                 fetch_s=FETCH_S,
-                pack_below=plan.pack_below,
             )
             fetches.network = world.network
             services.fetches = await stack.enter_async_context(fetches)
-            self.life = Life(process, arena, registry, store, events, services, sender, fetches)
+            self.life = Life(
+                process, arena, registry, store, events, services, sender, fetches, meters
+            )
             self._listen(self.life)
             world.ledger.note(self.name, f"life {self.num_lives} serves")
             await self._withdraw(self.life)
@@ -230,6 +237,8 @@ class SimulatedNode:
             status=lambda _: pb.NodeStatus(),
             resident=lambda tier: cast(Runs, store.resident_runs(tier, 64)),
             turn=turn,
+            rates=life.meters.rates,
+            place=Place(exchanges=True),
             models=_NoModels(),  # type: ignore[arg-type]
         )
         server = Server()

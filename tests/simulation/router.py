@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,15 @@ from kvfabric_router.fleet import Fleet, ProbeReport
 from kvfabric_router.flight import Sent
 from kvfabric_router.identity import Addressee, ModelIdentity, PromptKeys, RequestIdentity
 from kvfabric_router.nodes import NodeLink
-from kvfabric_router.policy import Candidate, Ranked, Reuse, choose, reuse_of, sources_of
+from kvfabric_router.policy import (
+    Candidate,
+    Ranked,
+    Reuse,
+    choose,
+    reuse_of,
+    sources_of,
+    with_peers,
+)
 from kvfabric_router.prompt import NO_LIMIT, Recognised
 from kvfabric_router.rates import Work
 
@@ -196,10 +204,13 @@ class SimulatedRouter:
             )
             for engine in engines
         ]
+        candidates = [self._with_peers(one, present) for one in candidates]
         best = choose(world.plan.policy, candidates, draw)[0]
         engine, handle = best.candidate.engine, ""
         if identity is not None and keys is not None and engine.session:
-            sources = sources_of(engine, present, best.candidate.reuse, block_tokens=BLOCK_TOKENS)
+            links = self.fleet.topology.links_of(engine.node_id)
+            reuse = best.candidate.reuse
+            sources = sources_of(present, links, reuse, block_tokens=BLOCK_TOKENS)
             handle = identity.mint(
                 model,
                 to=Addressee(SessionId(engine.session), sources),
@@ -217,6 +228,11 @@ class SimulatedRouter:
         asked = Asked(request_id, prompt.tenant, tokens, handle)
         sent = Sent(best.candidate.work, best.terms.own_work, keys.keys if keys and handle else ())
         return best, asked, sent
+
+    def _with_peers(self, candidate: Candidate, present: Mapping[Holder, Present]) -> Candidate:
+        links = self.fleet.topology.links_of(candidate.engine.node_id)
+        reuse = with_peers(candidate, present, links, block_tokens=BLOCK_TOKENS)
+        return Candidate(candidate.engine, candidate.prompt_tokens, reuse)
 
     def _present(self, keys: PromptKeys) -> dict[Holder, Present]:
         public, own = keys.keys[: keys.public_blocks], keys.keys[keys.public_blocks :]

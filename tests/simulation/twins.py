@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from kvfabric.daemon import fetching, sending
+from kvfabric.daemon import arriving, fetching, sending
 from kvfabric.events.index import NodeFeed
 from kvfabric.registry.redis.copy import RegistryCopy
 from kvfabric.registry.redis.registry import RedisRegistry
@@ -109,7 +109,7 @@ def _no_gaps() -> Any:
 
 
 def _nothing_verified() -> Any:
-    return patch.object(fetching, "_verified", lambda _parts, checksums: checksums)
+    return patch.object(arriving, "verified", lambda _parts, checksums: checksums)
 
 
 def _slots_given_back_early() -> Any:

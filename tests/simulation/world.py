@@ -55,7 +55,6 @@ class Plan:
     operations: frozenset[str] = frozenset()
     operation_every_s: float = 1.0
     policy: str = "cost"
-    pack_below: int = 0
     lease_s: float = 1.2
     history_bytes: int = 4096
     max_blocks: int = 512
@@ -115,7 +114,6 @@ def draw_plan(rng: random.Random) -> Plan:
         policy=rng.choice(("cost", "round_robin")),
         lease_s=rng.choice((0.25, 1.2)),
         copy_s=rng.choice((0.004, 0.03, 0.12)),
-        pack_below=rng.choice((0, 0, 1 << 18)),
     )
 
 

@@ -83,6 +83,8 @@ class Fabric:
 class SimulatedTransport:
     """In place of `transfer.ucx.Transport`."""
 
+    is_sealed = False
+
     def __init__(self, fabric: Fabric, process: Process) -> None:
         self.fabric = fabric
         self.process = process
