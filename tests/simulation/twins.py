@@ -138,8 +138,8 @@ def _no_lineages() -> Any:
 
     readable = Reader._readable
 
-    def any_lineage(self: Reader, rows: Any, _: Any, session: Any, grant: Any) -> Any:
-        return readable(self, rows, Whatever(), session, grant)  # type: ignore[arg-type]
+    def any_lineage(self: Reader, rows: Any, _: Any, *rest: Any, **more: Any) -> Any:
+        return readable(self, rows, Whatever(), *rest, **more)  # type: ignore[arg-type]
 
     return patch.object(Reader, "_readable", any_lineage)
 
