@@ -27,8 +27,8 @@ from tests.simulation.world import (
     genesis,
 )
 
-WARM_S = 0.7
-CALM_S = 4.5
+WARM_S = 0.5
+CALM_S = 3.6
 """After the last fault: leases, reservations, epoch leases and streams have all come to their ends."""
 CHECK_S = 0.5
 

@@ -100,12 +100,12 @@ def draw_plan(rng: random.Random) -> Plan:
     num_parts = rng.choice((1, 1, 2))
     return Plan(
         num_nodes=num_nodes,
-        num_routers=rng.choice((1, 1, 2)),
+        num_routers=rng.choice((1, 1, 1, 2)),
         engines_per_node=rng.choice((1, 2)) if num_nodes < 3 else 1,
         num_parts=num_parts,
         num_slots=rng.choice((14, 20, 40)) * num_parts,
         hbm_blocks=rng.choice((0, 0, 6, 16)),
-        num_requests=rng.randrange(16, 48),
+        num_requests=rng.randrange(12, 36),
         request_every_s=rng.choice((0.03, 0.08, 0.15)),
         kinds=frozenset(kind for kind in FAULTS if rng.random() < share),
         fault_every_s=rng.choice((0.3, 0.7, 1.5)),
