@@ -159,15 +159,9 @@ def _purge_misses() -> Any:
 
 TWINS = (
     Twin("leases free memory", _leases_free_memory, "slot"),
-    Twin("no generations", _no_generations, "wrong bytes"),
     Twin("no fence", _no_fence, "under"),
     Twin("no epoch lease", _no_epoch_lease, "under"),
     Twin("success at once", _success_at_once, "under"),
-    Twin("nobody gives back", _nobody_gives_back, "goes back"),
-    Twin("no gaps", _no_gaps, "believes"),
-    Twin("nothing verified", _nothing_verified, "wrong bytes"),
-    Twin("slots given back early", _slots_given_back_early, "slot"),
-    Twin("sends hold nothing", _sends_hold_nothing, "slot"),
     Twin("no lineages", _no_lineages, "another tenant"),
     Twin("no floors", _no_floors, "floor"),
     Twin("reservations stay", _reservations_stay, "keeps"),
