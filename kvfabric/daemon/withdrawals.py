@@ -510,12 +510,10 @@ def _read_models(path: Path) -> set[_Model]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Blocking: the file has these bytes, or those before."""
+    """Blocking: the file has these bytes, or those before. Raises OSError."""
     new = path.with_suffix(".new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)  # all of it: a disk that becomes full takes a part first
+        file.flush()
+        os.fsync(file.fileno())
     new.rename(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvfabric.daemon import withdrawals as module
 from kvfabric.daemon.admin_client import AdminClient
 from kvfabric.daemon.sessions import Session, Sessions
 from kvfabric.daemon.withdrawals import NodeParts, Withdrawals
@@ -355,3 +358,19 @@ def test_changes_that_came_together_are_one_for_each_scope() -> None:
     found = {one.receipt_id: one for one in withdrawals(before, after)}
     assert set(found) == {"template:t@2", "model:m@1"}
     assert found["template:t@2"].incarnations == {Incarnation(b"b" * 16)}
+
+
+def test_a_disk_that_takes_a_part_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """A write that ends short is no write: what is under way would be forgotten at the next start."""
+    file = tmp_path / "withdrawals"
+    module._replace(file, b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            module._replace(file, bytes(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert file.read_bytes() == b"before"
