@@ -5,7 +5,7 @@
 Blocks come as nodes tell of them: prompts of 256 blocks, each held by one of 8 engines. Asked is who holds a
 prompt that one engine has wholly, at 1 and 10 million blocks (`--quick`: 100 thousand and 1 million). The raw
 limit is 256 look-ups in a dict of the same keys, which has no holders in it. The peer is
-`dynamo.llm.RadixTree` of ai-dynamo-runtime, in-process, at the smaller size: it is filled by JSON events.
+`dynamo.llm.RadixTree` of ai-dynamo-runtime, in-process, at both sizes: it is filled by JSON events.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import harness
@@ -99,26 +100,37 @@ def measure_dict(num_blocks: int) -> float:
     return median_us(lambda n: [key in table for key in keys[n]], num_prompts)
 
 
-def measure_peer(num_blocks: int) -> dict[str, float]:
-    """Empty where the peer is not installed."""
+def measure_peer(sizes: Sequence[int]) -> list[dict[str, float]]:
+    """At each size, the smallest first. Empty where the peer is not installed."""
     try:
         dynamo = importlib.import_module("dynamo.llm")
     except ImportError:
         print("dynamo.llm is not there (make .venv-routers): without the peer", flush=True)
-        return {}
-    num_prompts = num_blocks // PROMPT_BLOCKS
+        return []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tree = dynamo.RadixTree()
-    for number in range(num_prompts):
-        tree.apply_event(number % NUM_ENGINES, _event(number))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    hashes = asked(lambda n: np.frombuffer(prompt(n), "<u8").tolist(), num_prompts)
-    found: Sequence[int] = list(tree.find_matches(next(iter(hashes.values()))).scores.values())
-    assert found == [PROMPT_BLOCKS]
-    return {
-        "match_us": median_us(lambda n: tree.find_matches(hashes[n]), num_prompts),
-        "bytes_per_block": grown / (num_prompts * PROMPT_BLOCKS),
-    }
+    tree, rows, filled_to = dynamo.RadixTree(), [], 0
+    for size in sizes:
+        num_prompts = size // PROMPT_BLOCKS
+        for number in range(filled_to, num_prompts):
+            tree.apply_event(number % NUM_ENGINES, _event(number))
+        filled_to = num_prompts
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        hashes = asked(lambda n: np.frombuffer(prompt(n), "<u8").tolist(), num_prompts)
+        found: Sequence[int] = list(tree.find_matches(next(iter(hashes.values()))).scores.values())
+        assert found == [PROMPT_BLOCKS]
+        match_us = median_us(partial(_find, tree, hashes), num_prompts)
+        rows.append(
+            {
+                "num_blocks": num_prompts * PROMPT_BLOCKS,
+                "match_us": match_us,
+                "bytes_per_block": grown / (num_prompts * PROMPT_BLOCKS),
+            }
+        )
+    return rows
+
+
+def _find(tree: Any, hashes: dict[int, Any], number: int) -> object:
+    return tree.find_matches(hashes[number])
 
 
 def _event(number: int) -> bytes:
@@ -132,20 +144,28 @@ def main() -> None:
     args = harness.parse_arguments(__doc__ or "")
     small, large = (100_000, 1_000_000) if args.quick else (1_000_000, 10_000_000)
     # The peer first: its memory is the growth of the process.
-    peer = measure_peer(small)
+    peer = measure_peer((small, large))
     ours, ours_large = measure_ours(small), measure_ours(large)
-    limit_us = measure_dict(small)
+    limit_us, limit_large_us = measure_dict(small), measure_dict(large)
     figures = {
         "match_us": ours["match_us"],
         "match_us_at_ten_times": ours_large["match_us"],
         "match_at_ten_times_over_once": ours_large["match_us"] / ours["match_us"],
         "match_over_dict": ours["match_us"] / limit_us,
+        "match_over_dict_at_ten_times": ours_large["match_us"] / limit_large_us,
         "index_bytes_per_block": max(ours["bytes_per_block"], ours_large["bytes_per_block"]),
     }
     if peer:
-        figures["match_over_radix_tree"] = ours["match_us"] / peer["match_us"]
-        figures["bytes_over_radix_tree"] = ours["bytes_per_block"] / peer["bytes_per_block"]
-    rows = {"ours": ours, "ours_large": ours_large, "radix_tree": peer, "dict_us": limit_us}
+        for name, own, other in (("", ours, peer[0]), ("_at_ten_times", ours_large, peer[1])):
+            figures[f"match_over_radix_tree{name}"] = own["match_us"] / other["match_us"]
+            figures[f"bytes_over_radix_tree{name}"] = (
+                own["bytes_per_block"] / other["bytes_per_block"]
+            )
+    rows = {
+        "ours": [ours, ours_large],
+        "radix_tree": peer,
+        "dict_us": [limit_us, limit_large_us],
+    }
     print(json.dumps(rows), flush=True)
     harness.report("index", args, figures, rows)
 
