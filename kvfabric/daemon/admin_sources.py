@@ -26,12 +26,14 @@ Runs = Iterator[list[tuple[bytes, bytes, bytes]]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a node is, for whoever asks what is near: see `NodeDescription`."""
+    """Where a node is and how much it holds, for whoever asks: see `NodeDescription`."""
 
     machine: bytes = b""
     rack: str = ""
     zone: str = ""
     exchanges: bool = False
+    host_bytes: int = 0
+    ssd_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -355,6 +355,8 @@ class Node:
                 self.config.rack,
                 self.config.zone,
                 exchanges=self.transfers is not None,
+                host_bytes=self.config.host_bytes,
+                ssd_bytes=self.config.ssd_bytes,
             ),
         )
         return AdminServer(

@@ -38,6 +38,8 @@ class NodeEvents(pb_grpc.NodeEventsServicer):
             rack=place.rack,
             zone=place.zone,
             exchanges=place.exchanges,
+            host_bytes=place.host_bytes,
+            ssd_bytes=place.ssd_bytes,
         )
 
     @unary

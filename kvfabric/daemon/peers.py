@@ -26,6 +26,7 @@ _ALLOWED = {
         "/kvfabric.v1.NodeHints/",
         "/kvfabric.v1.RegistryService/Watch",
         "/kvfabric.v1.RegistryService/RenewLease",
+        "/kvfabric.v1.RegistryService/ShareLoad",
         _SECRETS,
     ),
     "node": ("/kvfabric.v1.NodeEvents/", "/kvfabric.v1.NodeTransfer/", _SECRETS),

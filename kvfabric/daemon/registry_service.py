@@ -24,6 +24,7 @@ from kvfabric.registry.base import Change
 from kvfabric.registry.changes import TenantChange, mint_tenant_id, tenant_named
 from kvfabric.registry.holders import Ack, Holders
 from kvfabric.registry.receipts import MADE, AckRow, ChangeRow, assemble
+from kvfabric.registry.router_load import RouterLoads
 from kvfabric.registry.state import TierQuota
 from kvfabric.registry.wire import (
     limits_from_pb,
@@ -57,6 +58,7 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
         self._clock = clock
         self._heard = asyncio.Event()
         self._keyring_lock = asyncio.Lock()
+        self._loads = RouterLoads(clock)
 
     @stream
     async def Watch(
@@ -82,6 +84,10 @@ class RegistryService(pb_grpc.RegistryServiceServicer):
         heard, self._heard = self._heard, asyncio.Event()
         heard.set()
         return pb.EpochLease(registry_id=state.registry_id, ttl_s=ttl_s, version=state.version)
+
+    @unary
+    async def ShareLoad(self, request: pb.RouterLoad, context: Any) -> pb.RouterLoads:
+        return pb.RouterLoads(rows=self._loads.exchange(request.router, request.row))
 
     @unary
     async def CreateTenant(self, request: pb.CreateTenantRequest, context: Any) -> pb.TenantCreated:

@@ -34,7 +34,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeDescription(_message.Message):
-    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves", "models", "takes_hints", "rates", "machine", "rack", "zone", "exchanges")
+    __slots__ = ("node_id", "boot_id", "version", "sequence", "engines", "clock", "stale_serves", "models", "takes_hints", "rates", "machine", "rack", "zone", "exchanges", "host_bytes", "ssd_bytes")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,8 @@ class NodeDescription(_message.Message):
     RACK_FIELD_NUMBER: _ClassVar[int]
     ZONE_FIELD_NUMBER: _ClassVar[int]
     EXCHANGES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SSD_BYTES_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     boot_id: bytes
     version: str
@@ -63,7 +65,9 @@ class NodeDescription(_message.Message):
     rack: str
     zone: str
     exchanges: bool
-    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., takes_hints: _Optional[bool] = ..., rates: _Optional[_Iterable[_Union[Rate, _Mapping]]] = ..., machine: _Optional[bytes] = ..., rack: _Optional[str] = ..., zone: _Optional[str] = ..., exchanges: _Optional[bool] = ...) -> None: ...
+    host_bytes: int
+    ssd_bytes: int
+    def __init__(self, node_id: _Optional[str] = ..., boot_id: _Optional[bytes] = ..., version: _Optional[str] = ..., sequence: _Optional[int] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., clock: _Optional[float] = ..., stale_serves: _Optional[int] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., takes_hints: _Optional[bool] = ..., rates: _Optional[_Iterable[_Union[Rate, _Mapping]]] = ..., machine: _Optional[bytes] = ..., rack: _Optional[str] = ..., zone: _Optional[str] = ..., exchanges: _Optional[bool] = ..., host_bytes: _Optional[int] = ..., ssd_bytes: _Optional[int] = ...) -> None: ...
 
 class Rate(_message.Message):
     __slots__ = ("tier", "peer", "bytes_per_s", "num_sights")
@@ -370,6 +374,20 @@ class RenewLeaseRequest(_message.Message):
     holder_kind: str
     applied_version: int
     def __init__(self, holder_id: _Optional[str] = ..., holder_kind: _Optional[str] = ..., applied_version: _Optional[int] = ...) -> None: ...
+
+class RouterLoad(_message.Message):
+    __slots__ = ("router", "row")
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    router: str
+    row: bytes
+    def __init__(self, router: _Optional[str] = ..., row: _Optional[bytes] = ...) -> None: ...
+
+class RouterLoads(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, rows: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class EpochLease(_message.Message):
     __slots__ = ("registry_id", "ttl_s", "version")

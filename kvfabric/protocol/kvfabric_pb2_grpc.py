@@ -374,6 +374,11 @@ class RegistryServiceStub:
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RenewLeaseRequest.SerializeToString,
                 response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.EpochLease.FromString,
                 _registered_method=True)
+        self.ShareLoad = channel.unary_unary(
+                '/kvfabric.v1.RegistryService/ShareLoad',
+                request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RouterLoad.SerializeToString,
+                response_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RouterLoads.FromString,
+                _registered_method=True)
         self.CreateTenant = channel.unary_unary(
                 '/kvfabric.v1.RegistryService/CreateTenant',
                 request_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.CreateTenantRequest.SerializeToString,
@@ -454,6 +459,13 @@ class RegistryServiceServicer:
 
     def RenewLease(self, request, context):
         """Renews the epoch lease of a holder that has applied `applied_version`, and acknowledges it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ShareLoad(self, request, context):
+        """What a router has at engines, for the other routers of this node; answered with what they told last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -553,6 +565,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.RenewLease,
                     request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RenewLeaseRequest.FromString,
                     response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.EpochLease.SerializeToString,
+            ),
+            'ShareLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShareLoad,
+                    request_deserializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RouterLoad.FromString,
+                    response_serializer=kvfabric_dot_protocol_dot_kvfabric__pb2.RouterLoads.SerializeToString,
             ),
             'CreateTenant': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateTenant,
@@ -675,6 +692,33 @@ class RegistryService:
             '/kvfabric.v1.RegistryService/RenewLease',
             kvfabric_dot_protocol_dot_kvfabric__pb2.RenewLeaseRequest.SerializeToString,
             kvfabric_dot_protocol_dot_kvfabric__pb2.EpochLease.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShareLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvfabric.v1.RegistryService/ShareLoad',
+            kvfabric_dot_protocol_dot_kvfabric__pb2.RouterLoad.SerializeToString,
+            kvfabric_dot_protocol_dot_kvfabric__pb2.RouterLoads.FromString,
             options,
             channel_credentials,
             insecure,

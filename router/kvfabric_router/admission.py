@@ -76,6 +76,7 @@ class Admission(Generic[B]):
         self._timer: asyncio.TimerHandle | None = None
         self._is_scheduled = False
         fleet.room = self._schedule
+        fleet.demand = self._queue.demand
 
     @property
     def num_held(self) -> int:

@@ -36,6 +36,7 @@ from kvfabric_router.explain import explain
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.journal import Journal
 from kvfabric_router.links import Links
+from kvfabric_router.load_sharing import share_load
 from kvfabric_router.local_desk import LocalDesk
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
@@ -227,6 +228,8 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
         )
     planner = Planner(config, fleet=fleet, index=index, registry=registry, metrics=metrics)
     planner.journal = journal
+    if journal is not None:
+        journal.capacities = fleet.topology.capacities
 
     security = security_of(config)
 
@@ -281,6 +284,7 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
                 )
                 found = functools.partial(directory.node_targets, registry)
                 work.append(directory.follow(registry, router.registry))
+                work.append(share_load(router.fleet, registry.exchange_load))
                 keys = directory.fleet_keys(registry, router.planner.keyring, security_of(config))
                 work.append(keys.run())
             work.append(router.links.run(found))

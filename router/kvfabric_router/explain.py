@@ -95,6 +95,7 @@ def _candidate(ranked: Ranked, why_not: str | None) -> dict[str, Any]:
             **{term: round(getattr(ranked.terms, term), 3) for term in _TERMS},
             "total": round(ranked.terms.total, 3),
         },
+        "background_ms": round(engine.background_ms, 3),
         "fetch_ms": {
             tier: round(ms, 3) for tier, ms in engine.rates.fetch_by_tier(candidate.work).items()
         },

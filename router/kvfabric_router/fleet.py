@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from kvfabric.types import NodeId
 from kvfabric_router.diagnosis import EngineSight
 from kvfabric_router.flight import Activity, Flight, Sent
+from kvfabric_router.hold import Demand
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.policy import EngineView, FleetView
 from kvfabric_router.predicted import Predicted
 from kvfabric_router.rates import UNKNOWN, UNMEASURED, NodeRates, Rates, fetch_prior, typical
+from kvfabric_router.shared_load import EngineLoad, SharedLoad
 from kvfabric_router.tokenizers import UNKNOWN as UNKNOWN_TOKENIZER
 from kvfabric_router.tokenizers import TokenCounts, Tokenizers
 from kvfabric_router.topology import Topology
@@ -160,10 +162,13 @@ class Fleet:
         self._leaning_until = 0.0
         self.predicted = Predicted(clock=clock)
         self.topology = Topology()
+        self.shared = SharedLoad(clock, self._sent_since)
         self.distrusted: dict[NodeId, asyncio.Event] = {}
         """Set when what a node told is wrong about an engine of it, again and again: learn it anew."""
         self.room: Callable[[], None] = lambda: None
         """Called when an engine may have room for another request."""
+        self.demand: Callable[[str], Demand] = lambda _endpoint: Demand()
+        """Who waits at this router for an engine."""
         self.probe_due = asyncio.Event()
         """Set when an engine should be probed earlier than planned."""
 
@@ -308,7 +313,33 @@ class Fleet:
         """The engines that take requests now."""
         taking = [engine for engine in self._engines.values() if engine.takes_requests]
         self._lean(taking)
-        return FleetView(tuple([engine.view(self._tokenizers) for engine in taking]))
+        seen = self.shared.seen
+        return FleetView(tuple([seen(engine.view(self._tokenizers)) for engine in taking]))
+
+    def loads(self) -> list[EngineLoad]:
+        """What this router has at each engine, and what waits here for it."""
+        found = []
+        for engine in self._engines.values():
+            activity, held = engine.activity, self.demand(engine.endpoint)
+            waiting = activity.waiting()
+            found.append(
+                EngineLoad(
+                    endpoint=engine.endpoint,
+                    waiting_ms=activity.waiting_ms(waiting),
+                    num_waiting=len(waiting),
+                    num_decoding=len(activity.flights) - len(waiting),
+                    held_ms=held.ms,
+                    num_held=held.num,
+                )
+            )
+        return found
+
+    def _sent_since(self, endpoint: str, at: float) -> tuple[int, float]:
+        engine = self._engines.get(endpoint)
+        if engine is None:
+            return 0, 0.0
+        late = [flight for flight in engine.activity.waiting() if flight.sent_at > at]
+        return len(late), sum(flight.work_ms for flight in late)
 
     def _lean(self, taking: list[_Engine]) -> None:
         """What is known of all engines, for those of which less is. Now and then: it changes slowly."""

@@ -30,6 +30,7 @@ LOOKED_AT = 64
 8, all may want engines that have none, while another runs dry."""
 MAX_HELD = 2048
 _SURE_MS = 1.0  # past the moment, not before it
+_LOOK_MS = 20.0
 QUANTUM_TOKENS = 8192
 
 T = TypeVar("T")
@@ -159,20 +160,30 @@ def has_room(engine: EngineView) -> bool:
     """Whether it should get another request now: before it runs dry, and hardly earlier.
 
     One that is computed and one that is next, whatever was predicted of them: a prediction that is too long
-    must not leave an engine idle, which would confirm it.
+    must not leave an engine idle, which would confirm it. Nor must what other replicas may have there.
     """
-    return engine.num_waiting < 2 or engine.waiting_ms < HORIZON_MS
+    return (
+        engine.num_waiting - engine.vague_waiting < 2
+        or engine.waiting_ms - engine.vague_ms < HORIZON_MS
+    )
 
 
 def room_in_ms(engines: Sequence[EngineView]) -> float:
     """When the first of them will have room, if none sends news before; 0: one has."""
-    return max(
-        min(
-            (0.0 if has_room(e) else e.waiting_ms - HORIZON_MS + _SURE_MS for e in engines),
-            default=HORIZON_MS,
-        ),
-        0.0,
-    )
+    return min((_room_in_ms(engine) for engine in engines), default=HORIZON_MS)
+
+
+def _room_in_ms(engine: EngineView) -> float:
+    if has_room(engine):
+        return 0.0
+    left = max(engine.waiting_ms - engine.vague_ms - HORIZON_MS + _SURE_MS, 0.0)
+    # What others have there is not seen to shrink: look again, but not all the time.
+    return max(left, _LOOK_MS) if engine.background_ms else left
+
+
+def _with_held(engine: EngineView, num: int, ms: float) -> EngineView:
+    """With those that wait for it here, beside those that are known to wait at other replicas."""
+    return replace(engine, num_held=engine.num_held + num, held_ms=engine.held_ms + ms)
 
 
 def newcomers_view(queue: HoldQueue[T]) -> DemandOf:
@@ -182,7 +193,7 @@ def newcomers_view(queue: HoldQueue[T]) -> DemandOf:
         demand = queue.demand(engine.endpoint)
         if not demand.num:
             return engine
-        return replace(engine, num_held=demand.num, held_ms=demand.ms)
+        return _with_held(engine, demand.num, demand.ms)
 
     return seen
 
@@ -200,7 +211,7 @@ def next_to_go(
 
         def seen(engine: EngineView, mine: str = held.endpoint) -> EngineView:
             num = queue.demand(engine.endpoint).num - (engine.endpoint == mine)
-            return replace(engine, num_held=num, held_ms=ahead.get(engine.endpoint, 0.0))
+            return _with_held(engine, num, ahead.get(engine.endpoint, 0.0))
 
         best = rank(held, seen)
         if best is None:

@@ -20,13 +20,14 @@ import os
 import secrets
 import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
 from kvfabric.errors import ConfigError, NotFound
+from kvfabric.types import NodeId
 from kvfabric_router.decision import Decision, Outcome
 from kvfabric_router.policy import Candidate
 
@@ -39,9 +40,17 @@ _KEY_FILE = "journal.key"
 _log = logging.getLogger(__name__)
 
 
+class Capacity(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of a node's tiers."""
+
+    host: int
+    ssd: int
+
+
 class Chosen(msgspec.Struct, frozen=True, kw_only=True, tag="chosen"):
     """`candidates` as the policy saw them, best first; `draw` makes it choose the same again. `blocks`: ids
-    of the prompt's reusable blocks, 8 bytes each, of `block_tokens` tokens. `at`: Unix seconds.
+    of the prompt's reusable blocks, 8 bytes each, of `block_tokens` tokens. `at`: Unix seconds. `capacity` of
+    the candidates' nodes, as far as they told.
     """
 
     id: str
@@ -55,6 +64,7 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True, tag="chosen"):
     candidates: tuple[Candidate, ...]
     blocks: bytes
     block_tokens: int
+    capacity: dict[str, Capacity] = {}
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True, tag="answered"):
@@ -79,6 +89,8 @@ class Journal:
         self._state_dir = state_dir
         self._max_bytes = max_bytes
         self._dropped = dropped
+        self.capacities: Callable[[Iterable[NodeId]], dict[str, Capacity]] = lambda _nodes: {}
+        """What nodes hold at most; of those that told."""
         self._key = b""
         self._lines: list[bytes] = []
         self._buffered = 0
@@ -129,6 +141,11 @@ class Journal:
                 candidates=tuple(_bare(ranked.candidate) for ranked in decision.ranked),
                 blocks=blocks,
                 block_tokens=block_tokens,
+                capacity=self.capacities(
+                    ranked.candidate.engine.node_id
+                    for ranked in decision.ranked
+                    if ranked.candidate.engine.node_id
+                ),
             )
         )
 

@@ -14,8 +14,9 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -32,6 +33,7 @@ from kvfabric_router import hints
 from kvfabric_router.fleet import Fleet, SessionReport
 from kvfabric_router.hints import Hint
 from kvfabric_router.identity import ModelIdentity
+from kvfabric_router.load_sharing import share_load
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.registry_view import RegistryView
 from kvfabric_router.topology import Place
@@ -163,7 +165,12 @@ class NodeLink:
         feed = NodeFeed(self._index, self._node_id)
         self._fleet.announce(self._node_id, map(session_report, description.engines))
         place = Place(
-            description.machine, description.rack, description.zone, description.exchanges
+            machine=description.machine,
+            rack=description.rack,
+            zone=description.zone,
+            exchanges=description.exchanges,
+            host_bytes=description.host_bytes,
+            ssd_bytes=description.ssd_bytes,
         )
         self._fleet.topology.placed(self._node_id, place)
         self._fleet.topology.measured(self._node_id, description.rates)
@@ -182,6 +189,7 @@ class NodeLink:
                     registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
                     group.create_task(self._watch_registry(registry, self._registry))
                     group.create_task(self._renew(registry, self._registry))
+                    group.create_task(share_load(self._fleet, partial(_exchange, registry)))
         finally:
             feed.lost()
             self._fleet.node_lost(self._node_id)
@@ -331,6 +339,11 @@ class NodeLink:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_EVERY_S):
                     await view.changed.wait()
+
+
+async def _exchange(stub: Any, replica: str, row: bytes) -> Iterable[bytes]:
+    told = await stub.ShareLoad(pb.RouterLoad(router=replica, row=row))
+    return list(told.rows)
 
 
 def _reason(group: BaseExceptionGroup[BaseException]) -> str:

@@ -45,6 +45,9 @@ class EngineView(msgspec.Struct, frozen=True, gc=False):
     not say what its KV depends on; `tokenizer` as the engine names it, empty if it does not.
     `waiting_ms`: predicted work there before a newcomer's; `num_waiting` requests without a first byte yet,
     `num_decoding` with one. `held_ms` and `num_held`: the same of requests at the router that wait for it.
+    `background_ms`: how much of `waiting_ms` other replicas of the router have there, as far as is known;
+    numbers count theirs too, and are no whole ones then. `vague_ms` and `vague_waiting`: how much of them
+    is not known of this engine, but the mean of all.
     """
 
     endpoint: str
@@ -58,13 +61,16 @@ class EngineView(msgspec.Struct, frozen=True, gc=False):
     max_model_tokens: int = 0
     rates: Rates = UNKNOWN
     waiting_ms: float = 0.0
-    num_waiting: int = 0
-    num_decoding: int = 0
+    num_waiting: float = 0.0
+    num_decoding: float = 0.0
     held_ms: float = 0.0
-    num_held: int = 0
+    num_held: float = 0.0
+    background_ms: float = 0.0
+    vague_ms: float = 0.0
+    vague_waiting: float = 0.0
 
     @property
-    def queue(self) -> int:
+    def queue(self) -> float:
         """Requests that wait for it."""
         return self.num_waiting + self.num_held
 

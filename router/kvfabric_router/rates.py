@@ -77,7 +77,7 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
         context = work.reused + n / 2
         return n * (self.token_ms + self.context_ms * context)
 
-    def decode_ms(self, work: Work, num_decoding: int) -> float:
+    def decode_ms(self, work: Work, num_decoding: float) -> float:
         """What running answers take from the steps of this request's prefill."""
         return self.answer_ms * work.computed * num_decoding
 

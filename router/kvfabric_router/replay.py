@@ -3,17 +3,19 @@ the same requests. Pure.
 
 `check` asks the policy the recorded question: same snapshot, same draw. `Model.run` serves the recorded
 requests in their order on simulated engines: first come, first served, at the rates that the router had
-learned when each was sent; HBM an LRU of blocks for each engine, host memory one for each node. Their sizes
-are not recorded: `fitted` takes those with which the model reuses what was reused. SSD is not modelled, nor
-is waiting at the router: compare the model with itself, and its first row with what happened.
+learned when each was sent; HBM an LRU of blocks for each engine, host memory one for each node, as large as
+the node said. The size of HBM, and of host memory where no node told, is not recorded: `fitted` takes that
+with which the model reuses what was reused. SSD and peers are not modelled, nor is waiting at the router:
+compare the model with itself, and its first row with what happened.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from types import MappingProxyType
 
 from msgspec import structs
 
@@ -151,10 +153,20 @@ class _Engine:
 
 
 class Model:
-    """See the module. `policy_name`: empty for the recorded one; `without`: engine ids that are not there."""
+    """See the module. `policy_name`: empty for the recorded one; `without`: engine ids that are not there;
+    `hosts`: blocks of the host memory of each node, in place of what `sizes` says of all.
+    """
 
-    def __init__(self, sizes: Sizes, *, policy_name: str = "", without: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        policy_name: str = "",
+        without: Sequence[str] = (),
+        hosts: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._sizes = sizes
+        self._sizes_of_hosts = hosts
         self._policy = policy_name
         self._without = frozenset(without)
         self._engines: dict[str, _Engine] = {}
@@ -199,8 +211,8 @@ class Model:
 
     def _engine(self, view: EngineView) -> _Engine:
         if view.endpoint not in self._engines:
-            size = self._sizes.host if view.node_id else 0
             node = view.node_id or view.endpoint
+            size = self._sizes_of_hosts.get(node, self._sizes.host) if view.node_id else 0
             host = self._hosts.setdefault(node, _Lru(size))
             self._engines[view.endpoint] = _Engine(_Lru(self._sizes.hbm), host)
         return self._engines[view.endpoint]
@@ -209,6 +221,18 @@ class Model:
 def _blocks(packed: bytes) -> list[bytes]:
     size = BLOCK_ID_BYTES
     return [packed[start : start + size] for start in range(0, len(packed), size)]
+
+
+def recorded_hosts(found: Sequence[Exchange], times: float = 1.0) -> dict[str, int]:
+    """Blocks that `times` the host memory of each node holds, by what it said last; of those that did."""
+    hosts: dict[str, int] = {}
+    for one in found:
+        for candidate in one.chosen.candidates:
+            engine, node = candidate.engine, candidate.engine.node_id
+            capacity = one.chosen.capacity.get(node) if node else None
+            if node and capacity is not None and engine.block_bytes:
+                hosts[node] = int(times * capacity.host / engine.block_bytes)
+    return hosts
 
 
 def fitted(found: Sequence[Exchange]) -> Sizes:

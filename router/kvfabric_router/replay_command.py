@@ -38,14 +38,19 @@ def _run(args: argparse.Namespace) -> int:
     _check_engines(args.without, found)
     checked = replay.check(found)
     rows: list[Row] = []
-    sizes = None
+    sizes, hosts = None, {}
     if args.policy or args.host_times is not None or args.without:
         sizes = replay.fitted(found)
-        other = Sizes(sizes.hbm, int(sizes.host * times))
-        wanted = Model(other, policy_name=args.policy or "", without=args.without)
+        hosts = replay.recorded_hosts(found)
+        wanted = Model(
+            Sizes(sizes.hbm, int(sizes.host * times)),
+            policy_name=args.policy or "",
+            without=args.without,
+            hosts=replay.recorded_hosts(found, times),
+        )
         tried = (
             replay.happened(found),
-            Model(sizes).run("model, as it was", found),
+            Model(sizes, hosts=hosts).run("model, as it was", found),
             wanted.run("model, what if", found),
         )
         rows = [row for row in tried if row is not None]
@@ -58,12 +63,16 @@ def _run(args: argparse.Namespace) -> int:
                     "different": checked.different,
                     "damaged_lines": reading.num_damaged,
                     "sizes_blocks": sizes and dataclasses.asdict(sizes),
+                    "recorded_host_blocks": hosts,
                     "rows": [dataclasses.asdict(row) for row in rows],
                 }
             )
         )
     else:
-        print("\n".join(_lines(checked, reading.num_damaged, sizes, rows)), file=sys.stdout)
+        print(
+            "\n".join(_lines(checked, reading.num_damaged, _sizes_told(sizes, hosts), rows)),
+            file=sys.stdout,
+        )
     return 1 if checked.different else 0
 
 
@@ -74,14 +83,21 @@ def _check_engines(without: list[str], found: list[Exchange]) -> None:
             raise ConfigError(f"--without {engine}: the journal knows {', '.join(sorted(known))}")
 
 
-def _lines(checked: Checked, num_damaged: int, sizes: Sizes | None, rows: list[Row]) -> list[str]:
+def _sizes_told(sizes: Sizes | None, hosts: dict[str, int]) -> list[str]:
+    if sizes is None:
+        return []
+    told = [f"recorded: {blocks} blocks of host memory at {node}" for node, blocks in hosts.items()]
+    fitted = f"fitted: {sizes.hbm} blocks of HBM an engine"
+    return [*told, fitted if hosts else f"{fitted}, {sizes.host} of host memory"]
+
+
+def _lines(checked: Checked, num_damaged: int, sizes: list[str], rows: list[Row]) -> list[str]:
     same = checked.num - len(checked.different)
     found = [f"{same} of {checked.num} choices come out as they were"]
     if num_damaged:
         found.append(f"{num_damaged} damaged lines left out")
     found += [f"  other: {one}" for one in checked.different[:10]]
-    if sizes is not None:
-        found.append(f"fitted: {sizes.hbm} blocks of HBM an engine, {sizes.host} of host memory")
+    found += sizes
     if rows:
         found.append(f"{'':20}{'requests':>9}{'TTFT mean':>12}{'p95 ms':>10}{'reused':>9}")
     found += [

@@ -15,6 +15,7 @@ from statistics import median
 
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.types import NodeId, TierName
+from kvfabric_router.journal import Capacity
 from kvfabric_router.policy import PeerLink
 from kvfabric_router.rates import UNMEASURED, NodeRates
 
@@ -41,12 +42,15 @@ DEFAULTS: Mapping[LinkClass, float] = {
 @dataclass(frozen=True, slots=True)
 class Place:
     """`machine` is one id for all nodes of a machine. An empty `rack` is no other's; nodes without a `zone`
-    are in one. `exchanges`: it fetches blocks from others and gives them."""
+    are in one. `exchanges`: it fetches blocks from others and gives them. `host_bytes`, `ssd_bytes`: of its
+    tiers."""
 
     machine: bytes = b""
     rack: str = ""
     zone: str = ""
     exchanges: bool = False
+    host_bytes: int = 0
+    ssd_bytes: int = 0
 
 
 def class_of(one: Place, other: Place) -> LinkClass:
@@ -106,6 +110,15 @@ class Topology:
                 found.setdefault(class_of(self._places[node], self._places[peer]), []).append(rate)
         self._classes = {name: median(rates) for name, rates in found.items()}
         self._links = {}
+
+    def capacities(self, nodes: Iterable[NodeId]) -> dict[str, Capacity]:
+        """Of those that said how much they hold, by node."""
+        found = {node: self._places[node] for node in nodes if node in self._places}
+        return {
+            node: Capacity(place.host_bytes, place.ssd_bytes)
+            for node, place in found.items()
+            if place.host_bytes
+        }
 
     def rates_of(self, node: NodeId | None) -> NodeRates:
         return self._tiers.get(node, UNMEASURED) if node else UNMEASURED

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from kvfabric_router import policy, replay
 from kvfabric_router.decision import Decision, Outcome
-from kvfabric_router.journal import Chosen, Journal, Reading, files_of
+from kvfabric_router.journal import Capacity, Chosen, Journal, Reading, files_of
 from kvfabric_router.policy import Candidate, EngineView, Reuse
 from kvfabric_router.rates import Rates, Work
 from kvfabric_router.replay import Exchange, Model, Sizes
@@ -235,3 +235,46 @@ def test_sizes_are_found_again() -> None:
         work = Work(129 - reuse.tokens, hbm=reuse.hbm_tokens, host=reuse.host_tokens)
         found.append(Exchange(one.chosen, Outcome(129, work, 14.0)))
     assert replay.fitted(found) == Sizes(hbm=32, host=256)
+
+
+def told_of(found: list[Exchange], blocks: int) -> list[Exchange]:
+    """The same history, recorded beside a node that said that it holds so many blocks of 4 KiB."""
+    told = []
+    for one in found:
+        candidates = tuple(
+            msgspec.structs.replace(c, engine=msgspec.structs.replace(c.engine, block_bytes=4096))
+            for c in one.chosen.candidates
+        )
+        chosen = msgspec.structs.replace(
+            one.chosen, candidates=candidates, capacity={"n": Capacity(blocks * 4096, 0)}
+        )
+        told.append(dataclasses.replace(one, chosen=chosen))
+    return told
+
+
+def test_twice_the_host_memory_is_twice_what_the_nodes_said() -> None:
+    """Prompts come round after 160 blocks: 128 do not keep them, 256 do."""
+    found = told_of(history(20, 10), 128)
+    assert replay.recorded_hosts(found) == {"n": 128}
+    assert replay.recorded_hosts(found, 2.0) == {"n": 256}
+    rows = [
+        Model(Sizes(hbm=16, host=0), hosts=replay.recorded_hosts(found, times)).run("", found)
+        for times in (1.0, 2.0)
+    ]
+    assert rows[0] is not None
+    assert rows[1] is not None
+    assert rows[0].reused_share < 0.5 < rows[1].reused_share
+    # The twin: without what they said it is guessed by what was reused, and here nothing was.
+    silent = history(20, 10)
+    assert replay.recorded_hosts(silent) == {}
+    assert 2 * replay.fitted(silent).host < 160
+
+
+async def test_what_a_node_holds_is_recorded_beside_the_choice(tmp_path: Path) -> None:
+    journal = journal_at(tmp_path)
+    journal.capacities = lambda nodes: {node: Capacity(1 << 30, 4 << 30) for node in set(nodes)}
+    async with journal.writing():
+        journal.chosen("req-1", "m", decision(1), b"x" * 64, 16)
+    (record,) = Reading(tmp_path / "j")
+    assert isinstance(record, Chosen)
+    assert record.capacity == {"n": Capacity(1 << 30, 4 << 30)}

@@ -309,7 +309,7 @@ async def left_after_disconnects(directory: Path) -> int:
             with contextlib.suppress(TimeoutError):
                 await until(lambda: client.router.fleet.num_flights == 0, within_s=1)
             views = client.router.fleet.view().engines
-            return sum(one.num_waiting + one.num_decoding for one in views)
+            return round(sum(one.num_waiting + one.num_decoding for one in views))
 
 
 async def test_four_hundred_disconnects_leave_nothing_in_the_account(tmp_path: Path) -> None:

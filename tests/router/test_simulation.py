@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import traffic
-from kvfabric_router import policy
+from kvfabric_router import policy, shared_load
 from kvfabric_router.policy import Candidate, Ranked
-from router_offline import Simulation
+from router_offline import Options, Simulation
 from simulated import EngineModel
 
 pytestmark = pytest.mark.slow
@@ -23,12 +24,12 @@ def trace() -> list[traffic.Request]:
 
 
 def figures(
-    trace: Sequence[traffic.Request], name: str = "cost", *, load: float = 1.0, error: float = 0.0
+    trace: Sequence[traffic.Request], name: str = "cost", *, load: float = 1.0, **options: Any
 ) -> dict[str, float]:
     offered = traffic.offer(
         trace, count=len(trace), seed=0, seeds=1, tokens_per_s=load * ALL_TOKENS_PER_S
     )
-    return Simulation(offered, name, rate_error=error).run(len(trace) // 4)
+    return Simulation(offered, name, Options(**options)).run(len(trace) // 4)
 
 
 def test_it_reuses_more_and_answers_sooner_than_taking_turns(
@@ -42,7 +43,7 @@ def test_it_reuses_more_and_answers_sooner_than_taking_turns(
 
 
 def test_rates_that_are_a_third_off_do_little_harm(trace: list[traffic.Request]) -> None:
-    exact, wrong = figures(trace, load=1.3), figures(trace, load=1.3, error=0.3)
+    exact, wrong = figures(trace, load=1.3), figures(trace, load=1.3, rate_error=0.3)
     assert wrong["ttft_ms_mean"] < 1.4 * exact["ttft_ms_mean"]
 
 
@@ -58,3 +59,27 @@ def test_the_longest_prefix_alone_would_send_all_to_one_engine(
 
     monkeypatch.setattr(policy, "by_cost", longest)
     assert figures(trace[:200])["imbalance"] > 3.0
+
+
+def test_replicas_that_share_their_load_answer_sooner_even_if_it_is_old(
+    trace: list[traffic.Request],
+) -> None:
+    """Four of them, at the engines' real speed."""
+
+    def mean(**options: Any) -> float:
+        return figures(trace, compression=1.0, **options)["ttft_ms_mean"]
+
+    alone = mean(replicas=4)
+    assert mean(replicas=4, share_s=0.05) < 0.95 * alone
+    assert mean(replicas=4, share_s=2.0) < 1.05 * alone
+
+
+def test_believing_old_load_is_worse_than_sharing_none(
+    trace: list[traffic.Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: nothing told fades, and nothing that was not told is concluded."""
+    alone = figures(trace, compression=1.0, replicas=4)["ttft_ms_mean"]
+    monkeypatch.setattr(shared_load, "FADE_S", 1e9)
+    monkeypatch.setattr(shared_load, "MIRROR", 0.0)
+    old = figures(trace, compression=1.0, replicas=4, share_s=2.0)["ttft_ms_mean"]
+    assert old > 1.05 * alone

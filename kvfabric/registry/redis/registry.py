@@ -42,6 +42,7 @@ from kvfabric.registry.redis.address import DirectoryAddress
 from kvfabric.registry.redis.copy import TRIES, CopyOptions, RegistryCopy
 from kvfabric.registry.redis.outside import REAL, Outside
 from kvfabric.registry.redis.store import HolderRow, Store
+from kvfabric.registry.router_load import check_row
 from kvfabric.registry.state import RegistryState
 
 Result = TypeVar("Result")
@@ -305,6 +306,11 @@ class RedisRegistry(Registry):
 
     async def receipt_rows(self, receipt_id: str) -> dict[str, bytes]:
         return await self._there.receipt_rows(receipt_id)
+
+    async def exchange_load(self, router: str, row: bytes) -> list[bytes]:
+        """Tell the other routers, and hear what they told last. Raises KVFabricError: then nobody heard."""
+        check_row(router, row)
+        return await self._there.exchange_load(router, row)
 
     @property
     def tracks_holders(self) -> bool:

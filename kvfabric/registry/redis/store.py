@@ -40,6 +40,7 @@ from kvfabric.registry import rows
 from kvfabric.registry.database import Entry
 from kvfabric.registry.redis.address import DirectoryAddress, Link
 from kvfabric.registry.redis.outside import REAL, Outside
+from kvfabric.registry.router_load import KEPT_S
 from kvfabric.registry.state import RegistryState
 
 ACL_RULES = (
@@ -250,6 +251,27 @@ class Store:
         async with self._work_lock, translated():
             found = await self._work_link.client.hgetall(self._key(f"receipt:{receipt_id}"))
         return {bytes(key).decode(): bytes(row) for key, row in found.items()}
+
+    async def exchange_load(self, router: str, row: bytes) -> list[bytes]:
+        """As `RouterLoads.exchange`, for all routers of the directory."""
+        names, own = self._key("loads"), self._key(f"load:{router}")
+        async with self._work_lock, self._pipeline(self._work_link) as pipe:
+            pipe.set(own, row, px=int(KEPT_S * 1e3))
+            pipe.sadd(names, router)
+            pipe.smembers(names)
+            *_, known = await pipe.execute()
+            others = sorted(
+                bytes(name).decode() for name in known if bytes(name) != router.encode()
+            )
+            if not others:
+                return []
+            pipe.mget([self._key(f"load:{name}") for name in others])
+            (found,) = await pipe.execute()
+            silent = [name for name, kept in zip(others, found, strict=True) if kept is None]
+            if silent:
+                pipe.srem(names, *silent)
+                await pipe.execute()
+        return [bytes(kept) for kept in found if kept is not None]
 
     async def durability(self) -> str:
         """What keeps this Redis from holding on to a change; empty if nothing does, as far as it says."""
