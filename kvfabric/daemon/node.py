@@ -457,6 +457,8 @@ class Node:
 
     def _attach(self, arena: Arena) -> None:
         self.store.attach_arena(arena)
+        if self.transfers is not None:
+            self.transfers.transport.register(self.store.arena_memory())
         self.engines.drop_without_arena()
 
     async def _await_arena(self) -> None:

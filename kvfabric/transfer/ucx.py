@@ -155,6 +155,10 @@ class Transport:
         before the end. Raises ConfigError: no ucxx, or UCX does not start with these settings."""
         return cls(await asyncio.to_thread(_Progress.start, settings, memory))
 
+    def register(self, memory: memoryview) -> None:
+        """As `memory` of `start`, for what comes later. What UCX does not register goes slower."""
+        self._progress.submit(_Register(memory))
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -231,6 +235,11 @@ class _Describe:
 
 
 @dataclass(frozen=True, slots=True)
+class _Register:
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
 class _Abort:
     link: int
 
@@ -247,7 +256,7 @@ class _Post:
     """Of those that ended, in order."""
 
 
-_Command = _Connect | _Describe | _Abort | _Post
+_Command = _Connect | _Describe | _Register | _Abort | _Post
 
 
 class _Progress:
@@ -288,7 +297,7 @@ class _Progress:
     def submit(self, command: _Command) -> None:
         with self._lock:
             if self._is_closed:
-                if isinstance(command, _Abort):
+                if isinstance(command, _Abort | _Register):
                     return
                 raise ClosedError("the transport was closed")
             self._commands.append(command)
@@ -414,8 +423,16 @@ class _Progress:
                 case _Describe():
                     link = self._links.get(command.link)
                     command.done.set_result("" if link is None else describe_link(link.handle))
+                case _Register():
+                    self._register(command.memory)
                 case _Abort():
                     self._end_link(command.link)
+
+    def _register(self, memory: memoryview) -> None:
+        try:
+            self._mapped = map_memory(self._context.handle, memory)
+        except ConfigError as exc:
+            log.warning("%s", exc)
 
     def _connect(self, command: _Connect) -> None:
         try:

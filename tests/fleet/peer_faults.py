@@ -5,14 +5,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import bisect
+import itertools
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfabric.daemon import arriving, fetching, handoffs
+from kvfabric.daemon import arriving, handoffs, sending
+from kvfabric.daemon.fetching import Fetches
 from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.sending import Sender
+from kvfabric.errors import PeerClosed
 from kvfabric.store.copying import checksum
 from kvfabric.transfer import sealing
 from kvfabric.transfer.ucx import Link, Message, Posted
@@ -56,6 +65,56 @@ def sends_something_else() -> None:
     Link.send = changed  # type: ignore[method-assign]
 
 
+def dies_on_the_way() -> None:
+    """Once so many tenths of a vector, counted in bytes, have gone out: the file `fault`."""
+    send = Link.send
+
+    def dying(self: Link, messages: Sequence[Message]) -> Posted:
+        if not _fault():
+            return send(self, messages)
+        sizes = [len(message.buffer) for message in messages]
+        limit = sum(sizes) * int(_fault()) // 10
+        before = bisect.bisect(list(itertools.accumulate(sizes)), limit)
+        posted = [send(self, [message]) for message in messages]
+        threading.Thread(target=_die_after, args=(posted[:before],), daemon=True).start()
+        return posted[-1]
+
+    Link.send = dying  # type: ignore[method-assign]
+
+
+def _die_after(posted: Sequence[Posted]) -> None:
+    while not all(one.quiet for one in posted):
+        time.sleep(0.0001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+LATE_S = 4.0
+
+
+def sends_late() -> None:
+    """By `LATE_S`, whoever has given it up by then; where the file `fault` is."""
+    send = Link.send
+
+    def late(self: Link, messages: Sequence[Message]) -> Posted:
+        if not _fault():
+            return send(self, messages)
+        promised = Posted(len(messages))
+        after = asyncio.get_running_loop().call_later
+        after(LATE_S, lambda: _follow(send(self, messages), promised))
+        return promised
+
+    Link.send = late  # type: ignore[method-assign]
+
+
+def _follow(sent: Posted, promised: Posted) -> None:
+    sent._ended.add_done_callback(lambda ended: promised._ended.set_result(ended.result()))
+
+
+def gives_up_sooner() -> None:
+    """Not a guard: how long a peer may take what it asked for, as a test can wait for it."""
+    sending.SEND_S, sending.HOLD_S = 1.0, 3.0
+
+
 def _fault() -> str:
     directory = Path(sys.argv[sys.argv.index("--state-dir") + 1])
     file = directory / "fault"
@@ -92,6 +151,32 @@ def believes_what_comes() -> None:
     arriving.verified = lambda parts, checksums: b"".join(map(checksum, parts))
 
 
+def takes_what_is_there() -> None:
+    """Guards out: neither that messages failed is looked at, nor what arrived of the others."""
+
+    async def arrived(_: Fetches, peer: Any, messages: list[Message]) -> None:
+        await peer.link.receive(messages).outcome()
+
+    Fetches._arrived = arrived  # type: ignore[method-assign, assignment]
+    believes_what_comes()
+
+
+def lets_go_at_once() -> None:
+    """Guard out: slots are free when nobody waits for them any more, whatever UCX may still write there."""
+
+    async def arrived(_: Fetches, peer: Any, messages: list[Message]) -> None:
+        errors = [error for error in await peer.link.receive(messages).outcome() if error]
+        if errors:
+            raise PeerClosed(errors[0])
+
+    Fetches._arrived = arrived  # type: ignore[method-assign, assignment]
+
+
+def never_gives_up() -> None:
+    """Guard out: what a peer sends is waited for without a deadline."""
+    Fetches.__init__.__kwdefaults__["fetch_s"] = 1e6  # type: ignore[index]
+
+
 def takes_any_seal() -> None:
     """Guard out: whether a sealed message is what was sealed."""
     sealing._check_tag = lambda *_: None
@@ -99,7 +184,7 @@ def takes_any_seal() -> None:
 
 def waits_less() -> None:
     """Not a guard: a deadline that a test can wait for."""
-    fetching.Fetches.__init__.__kwdefaults__["fetch_s"] = 0.5  # type: ignore[index]
+    Fetches.__init__.__kwdefaults__["fetch_s"] = 0.5  # type: ignore[index]
 
 
 def waits_for_ever() -> None:

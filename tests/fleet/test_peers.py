@@ -103,8 +103,7 @@ def nodes_on(
                     ucx_net_devices="lo",
                     http="127.0.0.1:0",
                     epoch_lease_s=1.0,
-                    host_bytes=512 << 20,
-                    **options,
+                    **{"host_bytes": 512 << 20, **options},
                 )
             )
             for name, changes in (("a", sender), ("b", receiver))
