@@ -92,7 +92,7 @@ def pytest_terminal_summary(
 
 # --- the order: with several worker processes, none is left with a long file at the end ---
 
-_LONG_FIRST = ("torture", "fleet", "engine")
+_LONG_FIRST = ("torture", "fleet", "simulation", "engine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
