@@ -1,4 +1,4 @@
-"""The units under a real service manager: a user's systemd in mount and cgroup namespaces of its own."""
+"""The units under a real service manager: a user's systemd, with mounts and a cgroup of its own."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ MANAGER = Path("/lib/systemd/systemd")
 PATIENCE_S = 30.0
 
 
+def _cgroups() -> Path | None:
+    """Where the unified hierarchy is mounted."""
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    return next((Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"), None)
+
+
 def _can_be_had() -> bool:
-    if not MANAGER.exists() or not shutil.which("systemctl"):
+    if not MANAGER.exists() or not shutil.which("systemctl") or _cgroups() is None:
         return False
     tried = subprocess.run(["unshare", "--mount", "--cgroup", "true"], check=False)
     return tried.returncode == 0
@@ -54,27 +60,32 @@ class Systemd:
 
 @contextmanager
 def systemd(directory: Path) -> Iterator[Systemd]:
-    """It reads units from `directory`/units. Its /run is its own, so that it believes in being booted."""
+    """It reads units from `directory`/units. Its /run is its own, so that it believes in being booted, and so
+    is its root of cgroups, because it moves whatever it finds there."""
     runtime = directory / "run"
     runtime.mkdir(mode=0o700)
+    mounted = _cgroups()
+    assert mounted is not None
+    cgroup = mounted / f"kvfabric-test-{os.getpid()}-{directory.name}"
+    cgroup.mkdir()
     script = textwrap.dedent(
         f"""
+        mount -t cgroup2 cgroup2 /sys/fs/cgroup || exit 1
         mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system || exit 1
         exec {MANAGER} --user --unit=basic.target --log-level=warning --log-target=console
         """
     )
+    join = f'echo $$ > {cgroup}/cgroup.procs && exec unshare --mount --cgroup sh -c "$0"'
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(directory),
         "XDG_RUNTIME_DIR": str(runtime),
         "SYSTEMD_UNIT_PATH": f"{directory}/units:/usr/lib/systemd/user",
     }
+    before = Path("/proc/self/cgroup").read_text()
     with open(directory / "manager.log", "wb") as log:
         process = subprocess.Popen(
-            ["unshare", "--mount", "--cgroup", "sh", "-c", script],
-            env=environment,
-            stdout=log,
-            stderr=log,
+            ["sh", "-c", join, script], env=environment, stdout=log, stderr=log
         )
     manager = Systemd(runtime, process)
     try:
@@ -83,6 +94,9 @@ def systemd(directory: Path) -> Iterator[Systemd]:
     finally:
         manager.call("exit", "--no-block")
         process.wait(PATIENCE_S)
+        for folder, _, _ in os.walk(cgroup, topdown=False):
+            os.rmdir(folder)
+    assert Path("/proc/self/cgroup").read_text() == before, "the machine's own are as they were"
 
 
 def _install(directory: Path) -> None:
