@@ -30,7 +30,7 @@ LOOKED_AT = 64
 8, all may want engines that have none, while another runs dry."""
 MAX_HELD = 2048
 _SURE_MS = 1.0  # past the moment, not before it
-_LOOK_MS = 20.0
+_LOOK_MS = 100.0
 QUANTUM_TOKENS = 8192
 
 T = TypeVar("T")

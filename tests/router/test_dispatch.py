@@ -12,6 +12,7 @@ from kvfabric_router.fleet import SessionReport
 from kvfabric_router.identity import ModelIdentity, RequestIdentity
 from kvfabric_router.prompt import TemplateIndex
 from kvfabric_router.tokenizers import ByteTokenizer
+from kvfabric_router.topology import Place
 
 from kvfabric import tokenizer
 from kvfabric.errors import BadHandle
@@ -312,8 +313,11 @@ def announce(client: Client, pair: list[StandInEngine]) -> None:
     client.router.fleet.announce(NODE, reports)
 
 
-def hold(client: Client, keyring: Keyring, who: str, engine: StandInEngine, blocks: int) -> None:
-    """An event: `engine` has the first blocks of the prompt of tenant `who` in its HBM."""
+def hold(
+    client: Client, keyring: Keyring, who: str, engine: StandInEngine | NodeId, blocks: int
+) -> None:
+    """An event: `engine`, or another node, has the first blocks of the prompt of tenant `who`, in its HBM or
+    in its host memory."""
     token_ids = tokenizer.encode(PROMPT)
     state = client.router.registry.state or RegistryState()
     keys = RequestIdentity(
@@ -323,14 +327,63 @@ def hold(client: Client, keyring: Keyring, who: str, engine: StandInEngine, bloc
         token_ids=token_ids,
         recognised=TemplateIndex(state, ByteTokenizer()).recognise(token_ids),
     ).keys(MODEL)
+    is_node = isinstance(engine, str)
     run = pb.Run(
         kind=pb.STORED,
-        tier=pb.HBM,
+        tier=pb.HOST if is_node else pb.HBM,
         namespace_tag=keys.tenant_tag,
         keys=b"".join(key[:8] for key in keys.keys[:blocks]),
-        engine=engine.session,
+        engine=b"" if isinstance(engine, str) else engine.session,
     )
-    client.router.index.apply(NODE, pb.EventBatch(runs=[run]))
+    node = engine if isinstance(engine, str) else NODE
+    client.router.index.apply(node, pb.EventBatch(runs=[run]))
+
+
+async def peers_of(
+    tmp_path: Path, pair: list[StandInEngine], keyring: Keyring, bytes_per_s: float
+) -> tuple[Any, tuple[str, ...]]:
+    """(the chosen candidate as explained, whom the handle names) where another node has 6 blocks of the
+    prompt and the link to it is as fast as that."""
+    other = NodeId("other")
+    async with served(tmp_path, pair) as client:
+        announce(client, pair)
+        topology = client.router.fleet.topology
+        for node in (NODE, other):
+            topology.placed(node, Place(node.encode(), "r", "z", exchanges=True))
+        rate = pb.Rate(tier="peer", peer=other, bytes_per_s=bytes_per_s, num_sights=9)
+        topology.measured(NODE, [rate])
+        hold(client, keyring, "t-1", other, 6)
+        _, _, headers = await client.post(ASK, key=KEYS["t-1"])
+        _, told, _ = await client.get(f"/v1/explain/{headers['X-Request-Id']}", KEYS["t-1"])
+        chosen = pair[int(headers["x-kvfabric-engine"][1:])]
+        return told["candidates"][0], opened(keyring, chosen).sources
+
+
+async def test_blocks_of_a_peer_count_and_are_asked_for(
+    tmp_path: Path, pair: list[StandInEngine], keyring: Keyring
+) -> None:
+    told, sources = await peers_of(tmp_path, pair, keyring, 4e9)
+    assert sources == ("other",)
+    assert told["reuse_tokens"]["peer"] == 6 * BLOCK_TOKENS
+    assert told["peer"] == {
+        "node": "other",
+        "link": "rack",
+        "bytes_per_s": 4_000_000_000,
+        "basis": "link",
+    }
+    per_token = 4096 / BLOCK_TOKENS / 4e6
+    assert told["fetch_ms"]["peer"] >= round(6 * BLOCK_TOKENS * per_token, 3)
+    assert told["cost_ms"]["fetch"] == pytest.approx(sum(told["fetch_ms"].values()), abs=0.002)
+
+
+async def test_a_peer_over_a_slow_link_is_not_asked(
+    tmp_path: Path, pair: list[StandInEngine], keyring: Keyring
+) -> None:
+    """At a kilobyte a second everything is computed sooner."""
+    told, sources = await peers_of(tmp_path, pair, keyring, 1e3)
+    assert sources == ()
+    assert told["reuse_tokens"]["peer"] == 0
+    assert told["peer"] is None
 
 
 async def test_a_request_goes_where_its_prompt_is(
