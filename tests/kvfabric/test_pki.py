@@ -234,17 +234,17 @@ def test_who_may_ask_what_of_a_node(node: NodeProcess, authority: Path, tmp_path
 
 def test_roles() -> None:
     watch, change = "/kvfabric.v1.RegistryService/Watch", "/kvfabric.v1.RegistryService/Invalidate"
-    events = "/kvfabric.v1.NodeEvents/Watch"
+    events, hints = "/kvfabric.v1.NodeEvents/Watch", "/kvfabric.v1.NodeHints/Prefetch"
+    load = "/kvfabric.v1.RegistryService/ShareLoad"
     allowed = {
         (role, method)
         for role in pki.ROLES
-        for method in (watch, change, events)
+        for method in (watch, change, events, hints, load)
         if is_allowed(Identity(role, "x"), method)
     }
     assert allowed == {
-        *(("admin", method) for method in (watch, change, events)),
-        ("router", watch),
-        ("router", events),
+        *(("admin", method) for method in (watch, change, events, hints, load)),
+        *(("router", method) for method in (watch, events, hints, load)),
         ("node", events),
     }
     assert not is_allowed(None, events)
