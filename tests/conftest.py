@@ -20,6 +20,7 @@ _LEAK_GRACE_S = 2.0
 
 _skipped = pytest.StashKey[dict[str, str]]()
 _before = pytest.StashKey[Counter[str]]()
+_held = pytest.StashKey[contextlib.ExitStack | None]()
 
 
 # --- what CI may skip: only what tests/SKIPS lists, with its reason ---
@@ -49,6 +50,7 @@ def unlisted_skips(skipped: dict[str, str]) -> dict[str, str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_skipped] = {}
+    config.stash[_held] = None
     config.pluginmanager.register(_SkipsSeen(config))
 
 
@@ -118,17 +120,32 @@ def _locked(path: Path, kind: int) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
     if not hasattr(item.config, "workerinput"):
         return (yield)  # one process runs everything
     machine, gate = Path(__file__), SKIPS  # any two files will do
-    if item.get_closest_marker("alone"):
-        with _locked(gate, fcntl.LOCK_EX), _locked(machine, fcntl.LOCK_EX):
+    if _is_alone(item):
+        held = item.config.stash[_held]
+        if held is None:
+            held = item.config.stash[_held] = contextlib.ExitStack()
+            held.enter_context(_locked(gate, fcntl.LOCK_EX))
+            held.enter_context(_locked(machine, fcntl.LOCK_EX))
+        try:
             return (yield)
+        finally:
+            if not _is_alone(nextitem):  # else the others would be let in for one test each
+                item.config.stash[_held] = None
+                held.close()
     with _locked(gate, fcntl.LOCK_SH):
         pass  # who wants the machine for itself goes first
     with _locked(machine, fcntl.LOCK_SH):
         return (yield)
+
+
+def _is_alone(item: pytest.Item | None) -> bool:
+    return item is not None and item.get_closest_marker("alone") is not None
 
 
 # --- what a module may leave behind: no descriptor, no thread ---

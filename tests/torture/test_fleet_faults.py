@@ -25,7 +25,7 @@ from tests.torture.fleet_faults import HOWS, KINDS, SLOW, Became, Fault, repair,
 from tests.torture.fleet_lab import NODES, NUM_NODES, NUM_ROUTERS, Lab, Load, Prompts, prompts
 from tests.torture.scale import FULL, at_most, count, record
 
-pytestmark = [pytest.mark.slow, pytest.mark.fleet]
+pytestmark = [pytest.mark.slow, pytest.mark.fleet, pytest.mark.alone]
 
 ROUNDS = count(1, 5, "KVFABRIC_TORTURE_FLEET")
 NUM_PROMPTS, NUM_COLD = count(25, 80), 25
