@@ -97,7 +97,7 @@ class Admission(Generic[B]):
             return self._begin(call, self._planner.plan(self._planner.rank(call)))
         ranking = self._planner.rank(call, newcomers_view(self._queue))
         self._refuse_late(ranking)
-        if not self._queue and has_room(ranking.best.candidate.engine):
+        if not self._queue and has_room(ranking.best.candidate.computing.engine):
             return self._begin(call, self._planner.plan(ranking))
         return await self._held(ranking)
 
@@ -107,8 +107,8 @@ class Admission(Generic[B]):
             tenant=ranking.call.tenant.tenant_id,
             since=self._clock(),
             item=_Waiting(ranking.call, future, ranking),
-            endpoint=ranking.best.candidate.engine.endpoint,
-            tokens=ranking.best.candidate.work.computed,
+            endpoint=ranking.best.candidate.computing.engine.endpoint,
+            tokens=ranking.best.candidate.computing.work.computed,
             service_ms=ranking.best.terms.own_work,
         )
         gone = self._queue.add(held)

@@ -21,6 +21,7 @@ MAX_BODY_BYTES = 32 << 20
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's own default for completions; only used to tell a request that cannot fit."""
 
+_MAX_TOKENS = ("max_completion_tokens", "max_tokens")
 _RESERVED = frozenset(
     {
         "cache_salt",
@@ -124,6 +125,26 @@ class ModelRequest:
     @property
     def usage_wanted(self) -> bool:
         return self.stream_options.get("include_usage") is True
+
+    @property
+    def path(self) -> str:
+        return CHAT_COMPLETIONS if self.is_chat else COMPLETIONS
+
+    @property
+    def wants_one_answer(self) -> bool:
+        return all(_value(self.fields, name) in (None, 1) for name in ("n", "best_of"))
+
+    def one_token(self) -> dict[str, Any]:
+        """In place of the client's fields: the prompt computed, and a stream of one token to tell of it."""
+        asked: dict[str, Any] = {name: 1 for name in _MAX_TOKENS if name in self.fields}
+        if "min_tokens" in self.fields:
+            asked["min_tokens"] = 0
+        return {
+            "max_tokens": 1,
+            **asked,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
 
     def with_fields(self, fields: Mapping[str, Any]) -> bytes:
         """The body to send on: `fields` in place of the client's or beside them.
@@ -247,7 +268,7 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
 
 
 def _max_tokens(given: _Fields, path: str) -> int:
-    for name in ("max_completion_tokens", "max_tokens"):
+    for name in _MAX_TOKENS:
         value = _integer(_value(given, name))
         if value is None:
             continue

@@ -32,6 +32,7 @@ from kvfabric.tls import Security
 from kvfabric_router import api, diagnosis, front
 from kvfabric_router.api import ApiError
 from kvfabric_router.dispatch import Call, Planner
+from kvfabric_router.engine_http import client
 from kvfabric_router.explain import explain
 from kvfabric_router.fleet import Fleet
 from kvfabric_router.journal import Journal
@@ -41,8 +42,9 @@ from kvfabric_router.local_desk import LocalDesk
 from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.nodes import NodeLink
 from kvfabric_router.openapi import document
+from kvfabric_router.prefilling import Edge
 from kvfabric_router.probes import Prober
-from kvfabric_router.proxy import REQUEST_ID, Proxy, client
+from kvfabric_router.proxy import REQUEST_ID, Proxy
 from kvfabric_router.registry_view import RegistryView
 from kvfabric_router.request_rate import RequestRates
 from kvfabric_router.tokenizers import Tokenizers
@@ -244,7 +246,8 @@ def _build(config: RouterConfig, http: aiohttp.ClientSession) -> Router:
         )
 
     links = Links(link, config.node_targets)
-    desk = LocalDesk(planner, fleet, registry, metrics, links.hint)
+    edge = Edge(http, fleet, registry, metrics, links.end_handoff)
+    desk = LocalDesk(planner, fleet, registry, metrics, links.hint, edge=edge)
     proxy = Proxy(desk, http=http, timeout_s=config.request_timeout_s)
     rates = RequestRates(time.monotonic)
     router = Router(

@@ -51,13 +51,13 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def selected_tokens(self) -> int:
-        """Reuse that was predicted of the chosen engine."""
-        return self.ranked[0].candidate.reuse.tokens
+        """Reuse that was predicted of the engine that computes the prompt."""
+        return self.ranked[0].candidate.computing.reuse.tokens
 
     @property
     def reachable_tokens(self) -> int:
         """Reuse at the engine that has most of the prompt."""
-        return max(ranked.candidate.reuse.tokens for ranked in self.ranked)
+        return max(ranked.candidate.computing.reuse.tokens for ranked in self.ranked)
 
     @property
     def regret_tokens(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import random
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,10 @@ from msgspec.structs import replace
 from kvfabric.config import RouterConfig
 from kvfabric.errors import KVFabricError
 from kvfabric.events.index import FleetIndex, Holder, Present
-from kvfabric.handle import PARAMS_FIELD
+from kvfabric.handle import PARAMS_FIELD, Handoff
 from kvfabric.registry.state import Tenant
 from kvfabric.types import BlockKey, MissReason, TenantId
-from kvfabric_router import policy
+from kvfabric_router import pairing, policy
 from kvfabric_router.api import ApiError, ModelRequest
 from kvfabric_router.decision import Decision, Outcome
 from kvfabric_router.drift import Drift, DriftWatch, Seen
@@ -41,6 +42,7 @@ from kvfabric_router.metrics import RouterMetrics
 from kvfabric_router.missed import why_missed
 from kvfabric_router.policy import Candidate, EngineView, FleetView, Ranked, Reuse
 from kvfabric_router.predicted import Predicted
+from kvfabric_router.prefilling import Errand
 from kvfabric_router.prompt import NO_LIMIT
 from kvfabric_router.registry_view import RegistryView
 from kvfabric_router.tokenizers import BYTES_PER_TOKEN, Tokens
@@ -92,6 +94,7 @@ class Ranking:
 class Plan:
     """What to send where, now. `fields`: what the body gets in place of the client's or beside them.
 
+    `errand`: what goes to the engine that computes the prompt, if another one does.
     `version` is that of the registry state that it was made by; `keys` those blocks of the prompt that the
     engine will have for the next request that starts like this one.
     """
@@ -102,6 +105,7 @@ class Plan:
     keys: Sequence[BlockKey] = ()
     is_streamed: bool = True
     is_exact: bool = True
+    errand: Errand | None = None
 
     @property
     def has_handle(self) -> bool:
@@ -119,12 +123,14 @@ class Plan:
     def sent(self) -> Sent:
         """What the fleet's account needs to know of it."""
         chosen = self.decision.ranked[0]
+        is_handed = self.errand is not None
         return Sent(
             chosen.candidate.work,
-            chosen.terms.own_work,
+            pairing.tail_ms(chosen.candidate) if is_handed else chosen.terms.own_work,
             self.keys,
             self.is_streamed,
             self.is_exact,
+            is_handed,
         )
 
 
@@ -154,6 +160,7 @@ class Planner:
         weighs = config.fabric or config.policy != "cost"
         self._policy = config.policy if weighs else "round_robin"
         self._drifts = DriftWatch()
+        self.lags = pairing.Lags()
         self.journal: Journal | None = None
         self._decisions: OrderedDict[str, Decision] = OrderedDict()
 
@@ -214,7 +221,11 @@ class Planner:
         now = time.monotonic()
         if call.matches is None or now - call.matches.made_at > REUSE_FRESH_S:
             call.matches = _Matches(self._index, self._fleet.predicted, now)
-        candidates = [self._candidate(call, engine) for engine in engines]
+        candidates = pairing.candidates(
+            [self._candidate(call, engine) for engine in engines],
+            functools.partial(self._handed_tokens, call),
+            self.lags,
+        )
         draw = self._draw(call)
         ranked = policy.choose(self._policy, candidates, draw)
         self._metrics.decision.observe(time.perf_counter() - began)
@@ -223,7 +234,8 @@ class Planner:
     def plan(self, ranking: Ranking) -> Plan:
         """What the best engine of a ranking made just now needs."""
         call, ranked, identities = ranking.call, ranking.ranked, ranking.identities
-        fields, reason = self._fields(call, ranked[0].candidate, identities)
+        handoff = _handoff_of(ranked[0])
+        fields, reason = self._fields(call, ranked[0].candidate, identities, handoff)
         alone = reason or call.no_store or call.no_read
         keys = None if alone else identities.keys(ranked[0].candidate.engine)
         plan = Plan(
@@ -233,6 +245,7 @@ class Planner:
             keys.keys if keys is not None and not call.tenant.opted_out else (),
             call.request.stream,
             keys is None or keys.is_exact,
+            self._errand(ranking, handoff) if handoff is not None and not reason else None,
         )
         self._remember(call.request_id, plan.decision)
         if self.journal is not None:
@@ -339,7 +352,11 @@ class Planner:
     # ------------------------------------------------------------------ what it gets
 
     def _fields(
-        self, call: Call, chosen: Candidate, identities: Identities
+        self,
+        call: Call,
+        chosen: Candidate,
+        identities: Identities,
+        handoff: Handoff | None = None,
     ) -> tuple[dict[str, Any], str]:
         """What the engine gets in place of the client's fields or beside them, and why it reuses nothing."""
         engine = chosen.engine
@@ -359,7 +376,7 @@ class Planner:
         fields["cache_salt"] = one_time_salt() if alone else keys.salt
         if engine.session:
             try:
-                handle = self._mint(call, chosen, identities)
+                handle = self._mint(call, chosen, identities, handoff)
             except KVFabricError as exc:
                 _log.warning("request %s: no handle: %s", call.request_id, exc)
                 return {**fields, "cache_salt": one_time_salt()}, "no_handle"
@@ -376,7 +393,13 @@ class Planner:
         tokens = self._tokens(call, engine.tokenizer)
         return {} if tokens is None else {"prompt": list(tokens)}
 
-    def _mint(self, call: Call, chosen: Candidate, identities: Identities) -> str:
+    def _mint(
+        self,
+        call: Call,
+        chosen: Candidate,
+        identities: Identities,
+        handoff: Handoff | None = None,
+    ) -> str:
         engine = chosen.engine
         identity, model = identities.of(engine.tokenizer), engine.model
         keys = identities.keys(engine)
@@ -392,11 +415,47 @@ class Planner:
         )
         return identity.mint(
             model,
-            to=Addressee(engine.session, sources),
-            request_id=call.request_id,
+            to=Addressee(engine.session, sources, handoff),
+            request_id=_request_id(call, handoff),
             expires_at=int(time.time() + self._config.handle_ttl_s),
             no_store=call.no_store,
             no_read=call.no_read,
+        )
+
+    # ------------------------------------------------------------------ what another computes
+
+    def _handed_tokens(self, call: Call, first: Candidate, second: Candidate) -> int:
+        """Of the prompt's blocks, if `first` may compute them for `second`."""
+        assert call.identities is not None
+        one, other = first.engine, second.engine
+        if one.model != other.model or None in (one.node_id, other.node_id):
+            return 0
+        if not (one.session and other.session) or not call.request.wants_one_answer:
+            return 0
+        if call.no_store or call.no_read or call.tenant.opted_out:
+            return 0
+        keys = call.identities.keys(other)
+        return len(keys.keys) * keys.block_tokens if keys is not None and keys.is_exact else 0
+
+    def _errand(self, ranking: Ranking, handoff: Handoff) -> Errand | None:
+        """What the engine gets that computes the prompt: one token is asked of it."""
+        call, best, identities = ranking.call, ranking.best, ranking.identities
+        first, second = best.candidate.computing, best.candidate.engine
+        mine = replace(handoff, wait_ms=0)
+        fields, reason = self._fields(call, first, identities, mine)
+        keys = identities.keys(first.engine)
+        if reason or keys is None or second.node_id is None:
+            return None  # the other waits a moment in vain
+        fields |= call.request.one_token()
+        return Errand(
+            name=handoff.name,
+            to=second.node_id,
+            engine=first.engine,
+            path=call.request.path,
+            body=call.request.with_fields(fields),
+            request_id=_request_id(call, mine),
+            sent=Sent(first.work, best.terms.own_work, keys.keys),
+            version=identities.state.version if identities.state else 0,
         )
 
     # ------------------------------------------------------------------ what is told of it
@@ -458,7 +517,7 @@ class Planner:
         decision = plan.decision
         if decision.reason:
             self._metrics.one_time_salts.labels(reason=decision.reason).inc()
-        mine, reuse = self._metrics.of(decision.tenant), plan.choice.reuse
+        mine, reuse = self._metrics.of(decision.tenant), plan.choice.computing.reuse
         mine.predicted["hbm"].inc(reuse.hbm_tokens)
         mine.predicted["host"].inc(reuse.host_tokens)
         mine.predicted["ssd"].inc(reuse.ssd_tokens)
@@ -472,6 +531,20 @@ class Planner:
         if identity is not None:
             for segment in identity.recognised.segments:
                 self._metrics.templates.labels(template=segment.template, result="used").inc()
+
+
+def _handoff_of(best: Ranked) -> Handoff | None:
+    """As the engine that waits is told of it."""
+    first = best.candidate.prefill
+    if first is None or first.engine.node_id is None:
+        return None
+    return Handoff(secrets.token_hex(8), first.engine.node_id, pairing.wait_ms(best.terms))
+
+
+def _request_id(call: Call, handoff: Handoff | None) -> str:
+    """Of two engines' requests each has its own: their nodes may be one."""
+    computes = handoff is not None and not handoff.wait_ms
+    return f"{call.request_id}-prefill" if computes else call.request_id
 
 
 def _guess_tokens(request: ModelRequest) -> int:

@@ -11,9 +11,9 @@ from kvfabric.types import MissReason
 from kvfabric_router.decision import Decision
 from kvfabric_router.missed import why_missed
 from kvfabric_router.nodes import Told
-from kvfabric_router.policy import TIE_SHARE, CostTerms, Ranked
+from kvfabric_router.policy import TIE_SHARE, Candidate, CostTerms, Ranked
 
-_TERMS = ("wait", "fetch", "prefill", "decode", "others")
+_TERMS = ("wait", "fetch", "prefill", "decode", "others", "handoff", "stall")
 _LEAST_MS = 0.0005
 
 
@@ -25,6 +25,7 @@ def explain(request_id: str, decision: Decision, told: Told | None) -> dict[str,
         "request_id": request_id,
         "made_at": round(decision.made_at, 3),
         "engine": chosen.candidate.engine.engine_id,
+        "prefill_engine": _prefill_engine(chosen.candidate),
         "policy": decision.policy,
         "waited_ms": round(decision.waited_ms, 3),
         "reason": decision.reason,
@@ -82,6 +83,7 @@ def _candidate(ranked: Ranked, why_not: str | None) -> dict[str, Any]:
     candidate, engine = ranked.candidate, ranked.candidate.engine
     return {
         "engine": engine.engine_id,
+        "prefill_engine": _prefill_engine(candidate),
         "why_not": why_not,
         "prompt_tokens": candidate.prompt_tokens,
         "reuse_tokens": {
@@ -107,6 +109,11 @@ def _candidate(ranked: Ranked, why_not: str | None) -> dict[str, Any]:
             "basis": candidate.reuse.link.basis,
         },
     }
+
+
+def _prefill_engine(candidate: Candidate) -> str | None:
+    """Who computes the prompt, if another does."""
+    return candidate.prefill.engine.engine_id if candidate.prefill is not None else None
 
 
 def _why_not(decision: Decision, other: Ranked) -> str:

@@ -48,6 +48,7 @@ class SessionReport:
     model_name: str
     model: ModelIdentity
     block_bytes: int
+    serves: str = "both"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ class _Engine:
             waiting_ms=activity.waiting_ms(waiting),
             num_waiting=len(waiting),
             num_decoding=len(activity.flights) - len(waiting),
+            serves=announced.serves if announced else "both",
         )
 
 

@@ -86,7 +86,8 @@ class Activity:
 @dataclass(frozen=True, slots=True)
 class Sent:
     """What is known of a request when it is sent. `work_ms`: predicted until its first token, once it is
-    its turn; `is_streamed`: that token will be seen; `is_exact`: nodes tell of `keys`.
+    its turn; `is_streamed`: that token will be seen; `is_exact`: nodes tell of `keys`; `is_handed`: another
+    engine computes the prompt, so what this one takes until then says nothing of it.
     """
 
     work: Work
@@ -94,6 +95,7 @@ class Sent:
     keys: Sequence[BlockKey] = ()
     is_streamed: bool = True
     is_exact: bool = True
+    is_handed: bool = False
 
 
 class Flight:
@@ -125,7 +127,7 @@ class Flight:
 
     def is_waiting(self, now: float) -> bool:
         """Whether its prompt is still to be computed. Of an answer in one piece that can only be guessed."""
-        if self.first_byte_at is not None:
+        if self.first_byte_at is not None or self._sent.is_handed:
             return False
         return self._sent.is_streamed or now < self._prefilled_at
 
@@ -196,7 +198,7 @@ class Flight:
             self._teach(self._seen(actual))
             took_ms = (self._last_event_at - self.first_byte_at) * 1e3
             self._activity.learner.saw_answer(completion_tokens - 1, took_ms)
-        if actual is not None:
+        if actual is not None and not self._sent.is_handed:
             promised, found = self._sent.work, actual.hbm + actual.host + actual.ssd
             if self._activity.trust.saw(promised.hbm + promised.host + promised.ssd, found):
                 self._wrong()
@@ -206,6 +208,6 @@ class Flight:
         return replace(actual, peer_ms=self._sent.work.peer_ms) if actual else self._sent.work
 
     def _teach(self, work: Work) -> None:
-        if work.computed >= _LEAST_TOKENS:
+        if work.computed >= _LEAST_TOKENS and not self._sent.is_handed:
             learner = self._activity.learner
             learner.saw_prefill(work, self._num_decoding, self._prefill_ms, was_idle=self._was_idle)

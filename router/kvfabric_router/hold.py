@@ -216,8 +216,8 @@ def next_to_go(
         best = rank(held, seen)
         if best is None:
             continue
-        engine = best.candidate.engine
-        work = best.candidate.work.computed
+        engine = best.candidate.computing.engine
+        work = best.candidate.computing.work.computed
         queue.turn_to(held, engine.endpoint, tokens=work, service_ms=best.terms.own_work)
         if has_room(engine):
             return held

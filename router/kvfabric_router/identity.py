@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from kvfabric import hashing
 from kvfabric.errors import LocalProtocolError
-from kvfabric.handle import FORMAT_VERSION, Handle, from_segments, mint
+from kvfabric.handle import FORMAT_VERSION, Handle, Handoff, from_segments, mint
 from kvfabric.keyring import Keyring
 from kvfabric.registry.state import RegistryState, Tenant, namespace_of, scopes_of
 from kvfabric.types import PUBLIC_TENANT, BlockKey, NodeId, TenantId, tenant_scope
@@ -58,10 +58,12 @@ def one_time_salt() -> str:
 
 
 class Addressee(NamedTuple):
-    """For whom a handle is. `sources`: other nodes that probably hold more of the prompt than theirs."""
+    """For whom a handle is. `sources`: other nodes that probably hold more of the prompt than theirs.
+    `handoff`: what its engine has a part in."""
 
     session: bytes
     sources: tuple[NodeId, ...] = ()
+    handoff: Handoff | None = None
 
 
 class RequestIdentity:
@@ -178,6 +180,7 @@ class RequestIdentity:
                 sources=sources,
                 no_store=no_store or self._tenant.opted_out,
                 no_read=no_read or self._tenant.opted_out,
+                handoff=to.handoff,
             )
             try:
                 return mint(handle, key)

@@ -53,6 +53,13 @@ class Links:
                 link.hint(hint)
                 return
 
+    async def end_handoff(self, node: NodeId, name: str, tenant: TenantId) -> None:
+        """Have a node's engine wait no more for a prompt that nobody computes, if there is a link to it."""
+        for link, _ in self._links.values():
+            if link.node_id == node:
+                await link.end_handoff(name, tenant)
+                return
+
     async def lookup(self, node: NodeId | None, request_id: str, tenant: TenantId) -> Told | None:
         """What a node answered to the lookup of a tenant's request; None if nobody can tell."""
         for link, _ in self._links.values():

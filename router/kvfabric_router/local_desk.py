@@ -18,6 +18,7 @@ from kvfabric_router.fleet import Fleet, ProbeReport
 from kvfabric_router.flight import Flight
 from kvfabric_router.hints import Hint, hint_of
 from kvfabric_router.metrics import RouterMetrics
+from kvfabric_router.prefilling import Edge, Prefilling
 from kvfabric_router.registry_view import RegistryView
 
 _log = logging.getLogger(__name__)
@@ -33,9 +34,13 @@ class LocalDesk:
         registry: RegistryView,
         metrics: RouterMetrics,
         hint: Callable[[Hint], None] = lambda _hint: None,
+        *,
+        edge: Edge,
     ) -> None:
         self.fleet = fleet
         self.hint = hint
+        self.edge = edge
+        self.lags = planner.lags
         self.registry = registry
         self.metrics = metrics
         self.admission = Admission[LocalAttempt](
@@ -65,6 +70,8 @@ class LocalAttempt:
         self.flight: Flight = desk.fleet.flight(plan.engine.endpoint, plan.sent)
         self._sending = desk.registry.sending(plan.version)
         self._sent: Callable[[], None] = lambda: None
+        self._prefilling: Prefilling | None = None
+        self._handed_ms: float | None = None
 
     @property
     def body(self) -> bytes:
@@ -77,6 +84,8 @@ class LocalAttempt:
         self._sent = self._sending.__enter__()
         if (hint := hint_of(self.plan)) is not None:
             self._desk.hint(hint)
+        if (errand := self.plan.errand) is not None:
+            self._prefilling = Prefilling(self._desk.edge, errand, self._call)
         return self
 
     def abandon(self) -> None:
@@ -91,6 +100,8 @@ class LocalAttempt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._prefilling is not None:
+            self._prefilling.stop()
         self._sending.__exit__(None, None, None)
         self.flight.__exit__(kind, error, trace)
 
@@ -104,6 +115,12 @@ class LocalAttempt:
         self._metrics.first_byte.observe(after_s)
 
     def piece(self) -> None:
+        if self._prefilling is not None and self.flight.first_byte_at is None:
+            computed_at = self._prefilling.computed_at
+            if computed_at is None:
+                self._prefilling.stop()  # it was waited for long enough
+            else:
+                self._handed_ms = (time.monotonic() - computed_at) * 1e3
         self.flight.stream_event()
 
     def answered(self, usage: Usage | None, ttft_ms: float | None) -> None:
@@ -111,6 +128,9 @@ class LocalAttempt:
         self.flight.answered(usage.work if usage else None, completion_tokens=tokens)
         if usage is None:
             return
+        handed = self.plan.choice.handed_tokens
+        if self._handed_ms is not None and usage.hbm_tokens + usage.host_tokens >= handed:
+            self._desk.lags.saw(self.plan.choice, self._handed_ms)
         self._desk.admission.outcome(
             self._call,
             Outcome(usage.prompt_tokens, usage.work, ttft_ms, usage.miss, usage.completion_tokens),

@@ -82,6 +82,11 @@ class RouterMetrics:
             "template_requests", "Requests that use a registered template.", "template", "result"
         )
         self.index_gaps = self._counter("index_snapshots", "Snapshots of nodes.", "result")
+        self.handoffs = self._counter(
+            "handoffs",
+            "Prompts sent to one engine for another to answer: computed, failed, or stopped before that.",
+            "result",
+        )
         self.hints = self._counter(
             "prefetch_hints", "Hints to nodes: begun, refused, dropped or failed.", "result"
         )

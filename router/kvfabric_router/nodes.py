@@ -73,6 +73,7 @@ def session_report(engine: pb.Engine) -> SessionReport:
             adapter_revision=engine.adapter_revision,
         ),
         block_bytes=engine.block_bytes,
+        serves=engine.serves or "both",
     )
 
 
@@ -218,6 +219,16 @@ class NodeLink:
             found.num_peer,
             MissReason(found.reason),
         )
+
+    async def end_handoff(self, name: str, tenant: TenantId) -> None:
+        """A node that does not hear it lets its engine wait until the deadline."""
+        if not self.connected:
+            return
+        request = pb.EndHandoffRequest(name=name, tenant_id=tenant)
+        try:
+            await self._events.EndHandoff(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as exc:
+            _log.info("node %s: a hand-off goes on: %s", self.target, exc.code().name)
 
     # ------------------------------------------------------------------ hints
 

@@ -7,6 +7,8 @@ Cost of a candidate, in milliseconds:
     prefill   computing the tokens that are cached nowhere near
     decode    what the answers in progress there take from the steps of that prefill
     others    what it costs those who wait for this engine: its uncached work, for each of them
+    handoff   of a prompt that another engine computes: until its blocks are here (`pairing`)
+    stall     where that is a choice: what it takes from the answers in progress
 
 Without the last term a busy fleet gives its reuse away: each request takes the emptiest engine and makes
 all later ones on it wait longer than the reuse it gave up would have cost. Those behind it are as many as
@@ -29,6 +31,7 @@ from msgspec.structs import replace
 
 from kvfabric.events.index import Holder, Present
 from kvfabric.types import NodeId, TierName
+from kvfabric_router import pairing
 from kvfabric_router.identity import ModelIdentity
 from kvfabric_router.rates import UNKNOWN, Rates, Work
 
@@ -43,6 +46,7 @@ class EngineView(msgspec.Struct, frozen=True, gc=False):
 
     `session` is empty if no node vouches for it: it gets no handle. `model` is None if the engine does
     not say what its KV depends on; `tokenizer` as the engine names it, empty if it does not.
+    `serves`: prompts that others answer (`prefill`), answers to such prompts (`decode`), or both.
     `waiting_ms`: predicted work there before a newcomer's; `num_waiting` requests without a first byte yet,
     `num_decoding` with one. `held_ms` and `num_held`: the same of requests at the router that wait for it.
     `background_ms`: how much of `waiting_ms` other replicas of the router have there, as far as is known;
@@ -68,6 +72,7 @@ class EngineView(msgspec.Struct, frozen=True, gc=False):
     background_ms: float = 0.0
     vague_ms: float = 0.0
     vague_waiting: float = 0.0
+    serves: str = "both"
 
     @property
     def queue(self) -> float:
@@ -117,13 +122,28 @@ class Reuse(msgspec.Struct, frozen=True, gc=False):
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
+    """`prefill`: who computes the prompt for it, if another does; then it hands over the first
+    `handed_tokens`, at `link_ms` for each, `lag` times what is predicted.
+    """
+
     engine: EngineView
     prompt_tokens: int
     reuse: Reuse = Reuse()
+    prefill: Candidate | None = None
+    handed_tokens: int = 0
+    link_ms: float = 0.0
+    lag: float = 1.0
+
+    @property
+    def computing(self) -> Candidate:
+        """Who computes the prompt, and has it wait for that."""
+        return self.prefill or self
 
     @property
     def work(self) -> Work:
         """An engine computes at least the last token."""
+        if self.prefill is not None:
+            return pairing.work_after(self)
         reuse = self.reuse
         return Work(
             computed=max(self.prompt_tokens - reuse.tokens, 1),
@@ -143,20 +163,22 @@ class CostTerms(msgspec.Struct, frozen=True, gc=False):
     prefill: float = 0.0
     decode: float = 0.0
     others: float = 0.0
+    handoff: float = 0.0
+    stall: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.wait + self.fetch + self.prefill + self.decode + self.others
+        return self.first_token + self.others + self.stall
 
     @property
     def own_work(self) -> float:
-        """What the engine has to do for this request before its first token."""
+        """What the engine that computes the prompt has to do for this request."""
         return self.fetch + self.prefill + self.decode
 
     @property
     def first_token(self) -> float:
         """When its first token is expected."""
-        return self.wait + self.own_work
+        return self.wait + self.own_work + self.handoff
 
 
 class Ranked(msgspec.Struct, frozen=True, gc=False):
@@ -191,13 +213,26 @@ def costs(candidates: Sequence[Candidate]) -> list[Ranked]:
     """Each candidate with its cost, in the order given."""
     if not candidates:
         return []
-    mean_queue = sum([c.engine.queue for c in candidates]) / len(candidates)
-    works = [c.work for c in candidates]
+    alone = [c.engine.queue for c in candidates if c.prefill is None]
+    mean_queue = sum(alone) / len(alone) if alone else 0.0
+    works = [c.computing.work for c in candidates]
     least = min(works, key=lambda work: work.computed)
-    return [
-        Ranked(c, _terms(c.engine, work, mean_queue, least))
+    found = [
+        Ranked(c, _terms(c.computing.engine, work, mean_queue, least))
         for c, work in zip(candidates, works, strict=True)
     ]
+    if all(c.prefill is None for c in candidates):
+        return found
+    return [Ranked(r.candidate, _apart(r.candidate, r.terms)) for r in found]
+
+
+def _apart(candidate: Candidate, terms: CostTerms) -> CostTerms:
+    """Where prompts may be computed elsewhere: what that costs, and what it costs not to."""
+    stall = pairing.stall_ms(candidate)
+    if candidate.prefill is None:
+        return replace(terms, stall=stall)
+    handoff = pairing.handoff_ms(candidate, terms.wait + terms.own_work)
+    return replace(terms, stall=stall, handoff=handoff)
 
 
 def choose(policy: str, candidates: Sequence[Candidate], draw: int) -> tuple[Ranked, ...]:

@@ -8,9 +8,7 @@ request at its engine at once (the server cancels the handler's task, which clos
 from __future__ import annotations
 
 import asyncio
-import io
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -30,6 +28,7 @@ from kvfabric_router.api import (
     parse_usage,
 )
 from kvfabric_router.desk import Asked, Attempt, Desk, Fault
+from kvfabric_router.engine_http import FAULTS, MISDIRECTED, STREAM, Body, is_stream, words_of
 from kvfabric_router.fleet import ProbeReport
 from kvfabric_router.probes import read_report
 
@@ -38,27 +37,10 @@ REQUEST_ID, ENGINE_ID = "X-Request-Id", "x-kvfabric-engine"
 _ELSEWHERE = frozenset({502, 503, 504})
 """Answers of an engine that another one may not give."""
 _BUSY = frozenset({429, 503})
-_MISDIRECTED = 421
-_STREAM = "text/event-stream"
 _PASSED_ON = ("Retry-After",)
-_FAULTS = (TimeoutError, aiohttp.ClientError, OSError)
-"""What a wait for an engine ends with if the engine, or the way there, is broken."""
-
 _KEPT_URLS = 1024
 
 C = TypeVar("C", bound=Asked)
-
-
-def client() -> aiohttp.ClientSession:
-    """For requests to engines: as many connections as there are answers, no cookies kept between them, no
-    time limit but on connecting.
-    """
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=2.0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent"),
-    )
 
 
 class _Failed(TransferError):
@@ -159,7 +141,7 @@ class _At(Generic[C]):
         """Raises _Failed."""
         answer, piece = await self._begin()
         try:
-            if _is_stream(answer):
+            if is_stream(answer):
                 response = await self._stream(answer, piece)
             else:
                 response = self._whole(answer, piece)
@@ -177,14 +159,14 @@ class _At(Generic[C]):
         try:
             async with self._attempt.unless_lost():
                 answer = await self._ask()
-                if _is_stream(answer):
+                if is_stream(answer):
                     return answer, await answer.content.readany()
                 return answer, await answer.read()
         except BaseException as exc:
             if answer is not None:
                 answer.close()
-            if isinstance(exc, _FAULTS):
-                raise _Failed(Fault.LOST, _what(exc)) from exc
+            if isinstance(exc, FAULTS):
+                raise _Failed(Fault.LOST, words_of(exc)) from exc
             raise
 
     async def _ask(self) -> aiohttp.ClientResponse:
@@ -193,7 +175,7 @@ class _At(Generic[C]):
         if attempt.has_handle:
             headers[SESSION_HEADER] = attempt.session.hex()
         url = self._proxy.url(attempt.endpoint, self._exchange.request.path)
-        data = _Body(attempt.body, attempt.sent)
+        data = Body(attempt.body, attempt.sent)
         return await self._proxy.http.post(url, data=data, headers=headers)
 
     # ------------------------------------------------------------------ towards the client
@@ -209,7 +191,7 @@ class _At(Generic[C]):
     def _whole(self, answer: aiohttp.ClientResponse, raw: bytes) -> web.Response:
         headers = self._headers(answer)
         decoded = decode_answer(raw)
-        moved = read_report(decoded) if answer.status == _MISDIRECTED else None
+        moved = read_report(decoded) if answer.status == MISDIRECTED else None
         if moved is not None and moved.session != self._attempt.session:
             why = f"its session is {moved.session.hex()} now"
             raise _Failed(Fault.SESSION, why, report=moved)
@@ -233,7 +215,7 @@ class _At(Generic[C]):
         if not piece:
             raise _Failed(Fault.LOST, "it ended the stream before the first byte")
         self._observe_first_byte()
-        headers = {"Content-Type": _STREAM, "Cache-Control": "no-cache", **self._headers(answer)}
+        headers = {"Content-Type": STREAM, "Cache-Control": "no-cache", **self._headers(answer)}
         response = _EventStream(headers=headers)
         self._exchange.stream = response
         await response.prepare(self._exchange.request)
@@ -247,8 +229,8 @@ class _At(Generic[C]):
                 await response.write(self._usage_taken(events))
             try:
                 piece = await answer.content.readany()
-            except _FAULTS as exc:
-                finished, why = False, _what(exc)
+            except FAULTS as exc:
+                finished, why = False, words_of(exc)
                 break
         if not finished:
             self._attempt.failed(Fault.BROKE_OFF, why)
@@ -287,24 +269,6 @@ class _EventStream(web.StreamResponse):
     _send_headers_immediately = False
 
 
-class _Body(aiohttp.BytesIOPayload):
-    """A request's body, sent in pieces because prompts are long; `sent` is called when it is on its way."""
-
-    def __init__(self, data: bytes, sent: Callable[[], None]) -> None:
-        super().__init__(io.BytesIO(data), content_type="application/json")
-        self._sent = sent
-
-    async def write_with_length(
-        self, writer: aiohttp.abc.AbstractStreamWriter, content_length: int | None
-    ) -> None:
-        await super().write_with_length(writer, content_length)
-        self._sent()
-
-
-def _is_stream(answer: aiohttp.ClientResponse) -> bool:
-    return answer.status == 200 and answer.content_type == _STREAM
-
-
 def _words(answer: object) -> str:
     """What an error that has not the OpenAI shape says: SGLang's `message`, FastAPI's `detail`."""
     said = [answer.get(name) for name in ("message", "detail")] if isinstance(answer, dict) else []
@@ -314,13 +278,6 @@ def _words(answer: object) -> str:
 def _is_end(events: bytes) -> bool:
     """Whether the end of the stream is among `events`; an answer may hold its text too."""
     return b"[DONE]" in events and b"[DONE]" in events_of(events)
-
-
-def _what(fault: BaseException) -> str:
-    """What a fault of a wait for the engine means."""
-    if isinstance(fault, TimeoutError):
-        return "it stopped answering"
-    return str(fault) or type(fault).__name__
 
 
 async def _break_off(exchange: _Exchange) -> web.StreamResponse:

@@ -22,7 +22,8 @@ from kvfabric import garbage
 from kvfabric.keyring import hide_memory
 from kvfabric_router import api, front
 from kvfabric_router.api import ApiError
-from kvfabric_router.proxy import REQUEST_ID, Proxy, client
+from kvfabric_router.engine_http import client
+from kvfabric_router.proxy import REQUEST_ID, Proxy
 from kvfabric_router.worker_desk import WorkerCall, WorkerDesk
 
 KNOCK_BYTES = 64 << 10
