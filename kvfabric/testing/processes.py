@@ -38,7 +38,8 @@ class NodeProcess:
         self._python = python
         defaults = {"http": "", "host_bytes": 64 << 20, "ssd_bytes": 0, "max_blocks": 16384}
         self.options: dict[str, object] = defaults | options
-        self._flags = ["--takeover"] if self.options.pop("takeover", False) else []
+        self._flags = ["--state-dir", str(state_dir)]
+        self._flags += ["--takeover"] if self.options.pop("takeover", False) else []
         failpoint = str(self.options.pop("failpoint", ""))
         self._environment = os.environ | ({VARIABLE: failpoint} if failpoint else {})
         self._process: subprocess.Popen[str] | None = None
@@ -69,8 +70,7 @@ class NodeProcess:
 
     def start(self) -> Self:
         """Start and wait until it is ready. Raises RuntimeError with its last words if it is not."""
-        command = [self._python, "-m", "kvfabric", self.verb, "--state-dir", str(self.state_dir)]
-        command += self._flags
+        command = [self._python, "-m", "kvfabric", self.verb, *self._flags]
         for name, value in self.options.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         self._process = subprocess.Popen(
@@ -149,6 +149,25 @@ class RouterProcess(NodeProcess):
     def __init__(self, state_dir: Path, **options: object) -> None:
         super().__init__(state_dir)
         self.options = {"listen": "127.0.0.1:0"} | options
+
+    @property
+    def url(self) -> str:
+        return next(line for line in reversed(self.log) if " router ready" in line).split()[-1]
+
+
+class ReferenceProcess(NodeProcess):
+    """A `kvfabric engine`, likewise. `options`: keys of EngineConfig; any free port unless they say."""
+
+    verb = "engine"
+
+    def __init__(self, directory: Path, **options: object) -> None:
+        super().__init__(directory)
+        self._flags = []
+        self.options = {"listen": "127.0.0.1:0"} | options
+
+    @property
+    def url(self) -> str:
+        return next(line for line in self.log if " engine ready" in line).split()[-1]
 
 
 @contextlib.contextmanager
