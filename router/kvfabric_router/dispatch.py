@@ -221,11 +221,11 @@ class Planner:
         now = time.monotonic()
         if call.matches is None or now - call.matches.made_at > REUSE_FRESH_S:
             call.matches = _Matches(self._index, self._fleet.predicted, now)
-        candidates = pairing.candidates(
-            [self._candidate(call, engine) for engine in engines],
-            functools.partial(self._handed_tokens, call),
-            self.lags,
-        )
+        alone = [self._candidate(call, engine) for engine in engines]
+        if self._policy == "cost":
+            candidates = pairing.candidates(alone, functools.partial(self._way, call), self.lags)
+        else:
+            candidates = pairing.answering(alone)
         draw = self._draw(call)
         ranked = policy.choose(self._policy, candidates, draw)
         self._metrics.decision.observe(time.perf_counter() - began)
@@ -424,18 +424,25 @@ class Planner:
 
     # ------------------------------------------------------------------ what another computes
 
-    def _handed_tokens(self, call: Call, first: Candidate, second: Candidate) -> int:
-        """Of the prompt's blocks, if `first` may compute them for `second`."""
+    def _way(self, call: Call, one: EngineView, other: EngineView) -> pairing.Way | None:
+        """Of the prompt's blocks, if `one` may compute them for `other`."""
         assert call.identities is not None
-        one, other = first.engine, second.engine
-        if one.model != other.model or None in (one.node_id, other.node_id):
-            return 0
+        if one.model != other.model or one.node_id is None or other.node_id is None:
+            return None
         if not (one.session and other.session) or not call.request.wants_one_answer:
-            return 0
+            return None
         if call.no_store or call.no_read or call.tenant.opted_out:
-            return 0
+            return None
         keys = call.identities.keys(other)
-        return len(keys.keys) * keys.block_tokens if keys is not None and keys.is_exact else 0
+        if keys is None or not keys.is_exact:
+            return None
+        link_ms = 0.0
+        if one.node_id != other.node_id:
+            link = self._fleet.topology.links_of(other.node_id).get(one.node_id)
+            if link is None:
+                return None
+            link_ms = other.block_bytes / keys.block_tokens / link.bytes_per_ms
+        return pairing.Way(len(keys.keys) * keys.block_tokens, link_ms)
 
     def _errand(self, ranking: Ranking, handoff: Handoff) -> Errand | None:
         """What the engine gets that computes the prompt: one token is asked of it."""

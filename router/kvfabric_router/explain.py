@@ -81,17 +81,18 @@ def _first_missing(decision: Decision, miss: MissReason) -> int | None:
 
 def _candidate(ranked: Ranked, why_not: str | None) -> dict[str, Any]:
     candidate, engine = ranked.candidate, ranked.candidate.engine
+    reuse = candidate.computing.reuse
     return {
         "engine": engine.engine_id,
         "prefill_engine": _prefill_engine(candidate),
         "why_not": why_not,
         "prompt_tokens": candidate.prompt_tokens,
         "reuse_tokens": {
-            "hbm": candidate.reuse.hbm_tokens,
-            "host": candidate.reuse.host_tokens,
-            "ssd": candidate.reuse.ssd_tokens,
-            "peer": candidate.reuse.peer_tokens,
-            "is_approximate": candidate.reuse.is_approximate,
+            "hbm": reuse.hbm_tokens,
+            "host": reuse.host_tokens,
+            "ssd": reuse.ssd_tokens,
+            "peer": reuse.peer_tokens,
+            "is_approximate": reuse.is_approximate,
         },
         "cost_ms": {
             **{term: round(getattr(ranked.terms, term), 3) for term in _TERMS},
@@ -101,12 +102,12 @@ def _candidate(ranked: Ranked, why_not: str | None) -> dict[str, Any]:
         "fetch_ms": {
             tier: round(ms, 3) for tier, ms in engine.rates.fetch_by_tier(candidate.work).items()
         },
-        "peer": candidate.reuse.link
+        "peer": reuse.link
         and {
-            "node": candidate.reuse.peer,
-            "link": candidate.reuse.link.kind,
-            "bytes_per_s": round(candidate.reuse.link.bytes_per_ms * 1e3),
-            "basis": candidate.reuse.link.basis,
+            "node": reuse.peer,
+            "link": reuse.link.kind,
+            "bytes_per_s": round(reuse.link.bytes_per_ms * 1e3),
+            "basis": reuse.link.basis,
         },
     }
 

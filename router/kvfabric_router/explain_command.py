@@ -76,6 +76,8 @@ def lines(told: dict[str, Any]) -> list[str]:
 
 def _outcome(told: dict[str, Any]) -> list[str]:
     found = [f"request {told['request_id']} went to {told['engine']} (policy {told['policy']})"]
+    if told["prefill_engine"]:
+        found.append(f"  its prompt was computed at {told['prefill_engine']}, and came in blocks")
     actual = told["actual"]
     if actual is None:
         found.append("  not answered, or the engine told no usage")
@@ -115,7 +117,9 @@ _BASES = {"link": "measured", "class": "as others of its kind", "default": "a gu
 
 
 def _candidates(told: dict[str, Any]) -> list[str]:
-    terms = ("wait", "fetch", "prefill", "decode", "others", "total")
+    terms = ["wait", "fetch", "prefill", "decode", "others", "total"]
+    if any(one["prefill_engine"] for one in told["candidates"]):
+        terms[-1:-1] = ["handoff", "stall"]
     found = [
         f"{'engine':20}{'hbm':>8}{'host':>8}{'ssd':>8}{'peer':>8}"
         + "".join(f"{term:>10}" for term in terms)
@@ -126,6 +130,8 @@ def _candidates(told: dict[str, Any]) -> list[str]:
             f"{one['engine']:20}{reuse['hbm']:>8}{reuse['host']:>8}{reuse['ssd']:>8}{reuse['peer']:>8}"
             + "".join(f"{cost[term]:>10.1f}" for term in terms)
         )
+        if first := one["prefill_engine"]:
+            found.append(f"    its prompt computed at {first}, where the reuse is")
         if peer := one["peer"]:
             rate = f"{peer['bytes_per_s'] / 1e6:.0f} MB/s ({_BASES[peer['basis']]})"
             found.append(f"    from node {peer['node']} over a {peer['link']} link, {rate}")

@@ -33,10 +33,10 @@ class Hint:
 
 
 def hint_of(plan: Plan) -> Hint | None:
-    """None if HBM and the host tier have all of the prompt, as far as is known. What a node has on SSD or at
-    its peers only it can tell."""
+    """None if HBM and the host tier have all of the prompt, as far as is known, or another engine computes
+    it. What a node has on SSD or at its peers only it can tell."""
     engine, reuse = plan.engine, plan.choice.reuse
-    if not plan.keys or not plan.has_handle or not plan.is_exact:
+    if not plan.keys or not plan.has_handle or not plan.is_exact or plan.errand is not None:
         return None
     if engine.node_id is None or engine.model is None:
         return None

@@ -252,7 +252,11 @@ def _fitting(lines: list[bytes], room: int) -> tuple[int, int]:
 
 def _bare(candidate: Candidate) -> Candidate:
     """Without what the policy does not look at."""
-    return replace(candidate, engine=replace(candidate.engine, session=b"", model=None))
+    return replace(
+        candidate,
+        engine=replace(candidate.engine, session=b"", model=None),
+        prefill=_bare(candidate.prefill) if candidate.prefill is not None else None,
+    )
 
 
 def _read_key(state_dir: Path) -> bytes:

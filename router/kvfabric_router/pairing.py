@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from heapq import nsmallest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
@@ -28,8 +28,6 @@ from kvfabric_router.rates import Work
 if TYPE_CHECKING:
     from kvfabric_router.policy import Candidate, CostTerms, EngineView
 
-LINK_BYTES_PER_MS = 1e6
-"""Between two nodes: 10 Gb/s less what it costs to use them. What it really takes, `Lags` learn."""
 MESSAGES_MS = 10.0
 CHUNK_TOKENS = 1024
 """Engines hand over at least this often."""
@@ -60,40 +58,49 @@ class Lags:
         self._factors[key] = known + _LEARN * (seen - known)
 
 
-CanHandOver = Callable[["Candidate", "Candidate"], int]
-"""Tokens of the prompt's blocks that the first can compute for the second; 0 if it cannot."""
+class Way(NamedTuple):
+    """The prompt's blocks from one engine to another: tokens, and milliseconds for each between the nodes."""
+
+    num_tokens: int
+    link_ms: float
 
 
-def candidates(
-    alone: Sequence[Candidate], can_hand_over: CanHandOver, lags: Lags
-) -> list[Candidate]:
-    """`alone` without engines for prompts, as far as there are others, and the pairs to consider."""
-    answering = [c for c in alone if c.engine.serves != "prefill"]
-    if not answering or all(c.engine.serves == "both" for c in alone):
-        return list(alone)
+WayOf = Callable[["EngineView", "EngineView"], Way | None]
+"""None if the first cannot compute the prompt for the second."""
+
+
+def candidates(alone: Sequence[Candidate], way_of: WayOf, lags: Lags) -> list[Candidate]:
+    """Who may answer, and the pairs to consider."""
+    able = answering(alone)
+    if all(c.engine.serves == "both" for c in alone):
+        return able
     computing = [c for c in alone if c.engine.serves != "decode"]
-    return answering + [
+    return able + [
         pair
         for first in nsmallest(CONSIDERED, computing, key=_until_computed_ms)
-        for second in nsmallest(CONSIDERED, answering, key=_load)
-        if (pair := _pair(first, second, can_hand_over, lags)) is not None
+        for second in nsmallest(CONSIDERED, able, key=_load)
+        if (pair := _pair(first, second, way_of, lags)) is not None
     ]
 
 
-def _pair(
-    first: Candidate, second: Candidate, can_hand_over: CanHandOver, lags: Lags
-) -> Candidate | None:
+def answering(alone: Sequence[Candidate]) -> list[Candidate]:
+    """`alone` without engines for prompts, if there are others."""
+    return [c for c in alone if c.engine.serves != "prefill"] or list(alone)
+
+
+def _pair(first: Candidate, second: Candidate, way_of: WayOf, lags: Lags) -> Candidate | None:
     one, other = first.engine, second.engine
-    if one.endpoint == other.endpoint or one.serves == other.serves == "both":
+    if one.endpoint == other.endpoint or one.serves == other.serves:
         return None
-    tokens = can_hand_over(first, second)
-    if tokens <= second.reuse.hbm_tokens:
+    way = way_of(one, other)
+    if way is None or way.num_tokens <= second.reuse.hbm_tokens:
         return None
-    link_ms = 0.0
-    if one.node_id != other.node_id and other.model is not None:
-        link_ms = other.block_bytes / other.model.block_tokens / LINK_BYTES_PER_MS
     return replace(
-        second, prefill=first, handed_tokens=tokens, link_ms=link_ms, lag=lags.of(one, other)
+        second,
+        prefill=first,
+        handed_tokens=way.num_tokens,
+        link_ms=way.link_ms,
+        lag=lags.of(one, other),
     )
 
 

@@ -180,6 +180,7 @@ class Model:
                 candidate
                 for candidate in one.chosen.candidates
                 if candidate.engine.engine_id not in self._without
+                and candidate.computing.engine.engine_id not in self._without
             ]
             if one.outcome is not None and candidates:
                 answers.append(self._serve(one.chosen, one.outcome, candidates, turn))
@@ -189,24 +190,30 @@ class Model:
         self, chosen: Chosen, told: Outcome, candidates: Sequence[Candidate], turn: int
     ) -> Outcome:
         now, blocks = chosen.at, _blocks(chosen.blocks)
-        seen = [
-            Candidate(
-                self._engine(one.engine).seen(one.engine, now),
-                told.prompt_tokens,
-                self._engine(one.engine).reuse(blocks, chosen.block_tokens),
+
+        def seen_now(one: Candidate) -> Candidate:
+            engine = self._engine(one.engine)
+            return structs.replace(
+                one,
+                engine=engine.seen(one.engine, now),
+                prompt_tokens=told.prompt_tokens,
+                reuse=engine.reuse(blocks, chosen.block_tokens),
+                prefill=seen_now(one.prefill) if one.prefill is not None else None,
             )
-            for one in candidates
-        ]
+
+        seen = [seen_now(one) for one in candidates]
         name = self._policy or chosen.policy
         draw = turn if name == "round_robin" != chosen.policy else chosen.draw
         best = policy.choose(name, seen, draw)[0]
-        engine = self._engine(best.candidate.engine)
-        first = max(engine.free_at, now) + best.terms.own_work / 1e3
-        engine.free_at = first
+        computing = self._engine(best.candidate.computing.engine)
+        computing.free_at = max(computing.free_at, now) + best.terms.own_work / 1e3
+        first = computing.free_at + best.terms.handoff / 1e3
         step_s = best.candidate.engine.rates.step_ms / 1e3
-        engine.first_tokens.append((first, first + told.completion_tokens * step_s))
-        engine.hbm.use(blocks)
-        engine.host.use(blocks)
+        answering = self._engine(best.candidate.engine)
+        answering.first_tokens.append((first, first + told.completion_tokens * step_s))
+        for engine in {id(one): one for one in (computing, answering)}.values():
+            engine.hbm.use(blocks)
+            engine.host.use(blocks)
         return Outcome(told.prompt_tokens, best.candidate.work, (first - now) * 1e3)
 
     def _engine(self, view: EngineView) -> _Engine:
@@ -249,8 +256,8 @@ def _error(found: Sequence[Exchange], sizes: Sizes, tier: str) -> int:
     """Between tokens reused in the model and in truth, each request at the engine where it was."""
     model, error = Model(sizes), 0
     for one in found:
-        if one.outcome is None:
-            continue
+        if one.outcome is None or one.chosen.candidates[0].prefill is not None:
+            continue  # what was handed over was no reuse
         engine = model._engine(one.chosen.candidates[0].engine)
         blocks = _blocks(one.chosen.blocks)
         reuse = engine.reuse(blocks, one.chosen.block_tokens)
