@@ -111,7 +111,7 @@ def _until_computed_ms(candidate: Candidate) -> float:
     return waiting + rates.fetch_ms(work) + rates.prefill_ms(work) * (1 + engine.queue)
 
 
-def _load(candidate: Candidate) -> tuple[int, int]:
+def _load(candidate: Candidate) -> tuple[float, int]:
     """Fewest answers first; of equals the one that has most of the prompt."""
     engine = candidate.engine
     return engine.num_decoding + engine.queue, -candidate.reuse.tokens
