@@ -20,6 +20,7 @@ from kvfabric.store.index import HIT, HOST, NO_ROW, RESERVED, BlockIndex, Lineag
 from kvfabric.store.quota import TierAccounts
 from kvfabric.store.reading import leading
 from kvfabric.store.residency import Residency
+from kvfabric.store.runs import EventSink
 from kvfabric.tiers.arena import PAGE_BYTES, Arena
 from kvfabric.types import DEFAULT_TENANT, BlockLayout, PartSpec, RecomputeCost, TenantId, TierName
 
@@ -31,6 +32,7 @@ class Replay:
 
     `capacity_blocks`: of the host tier; `max_blocks`: of the index, as `StoreLimits` has it; `growth`: as
     in `RecomputeCost`.
+    `events`: hears of what is stored and removed.
     `admitted`: first key words of the blocks that would have been written to SSD, each once.
     """
 
@@ -42,6 +44,7 @@ class Replay:
         max_blocks: int = 1 << 20,
         growth: float = 0.0,
         tenants: Mapping[TenantId, Tenant] | None = None,
+        events: EventSink | None = None,
     ) -> None:
         self.admitted: set[int] = set()
         self._index = BlockIndex(max_blocks)
@@ -50,7 +53,7 @@ class Replay:
             index=self._index,
             host=TierAccounts(size, lambda tenant: tenant.host),
             ssd=TierAccounts(0, lambda tenant: tenant.ssd),
-            events=_NoEvents(),
+            events=events or _NoEvents(),
             now=lambda: 1,
         )
         self.residency.host.configure(tenants or {})

@@ -30,7 +30,7 @@ from tests.simulation.world import (
 WARM_S = 0.5
 CALM_S = 3.6
 """After the last fault: leases, reservations, epoch leases and streams have all come to their ends."""
-CHECK_S = 0.5
+CHECK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)

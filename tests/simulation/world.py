@@ -110,11 +110,17 @@ def draw_plan(rng: random.Random) -> Plan:
         kinds=frozenset(kind for kind in FAULTS if rng.random() < share),
         fault_every_s=rng.choice((0.3, 0.7, 1.5)),
         operations=frozenset(kind for kind in OPERATIONS if rng.random() < 0.35),
-        operation_every_s=rng.choice((0.15, 0.4, 1.0)),
+        operation_every_s=rng.choice((0.3, 0.8, 2.0)),
         policy=rng.choice(("cost", "round_robin")),
         lease_s=rng.choice((0.25, 1.2)),
         copy_s=rng.choice((0.004, 0.03, 0.12)),
     )
+
+
+def plan_of(seed: int) -> Plan:
+    """What `simulate` draws first."""
+    with deterministic(seed) as rng:
+        return draw_plan(rng)
 
 
 class FixedKeyring(MemoryKeyring):

@@ -17,7 +17,7 @@ import logging
 import random
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -54,6 +54,7 @@ FIRST_ANSWER_S = 2.0
 LEAVE_S = 1.0
 FORGET_AFTER_LEASES = 5
 """A holder that has not renewed for so many lease times is struck off."""
+WATCHED_NODES = 3
 _POLL_S = 0.1
 
 _REASONS = (
@@ -216,7 +217,8 @@ class RedisRegistry(Registry):
 
     @property
     def holders(self) -> tuple[HolderRecord, ...]:
-        """Everybody registered, as seen within the last second."""
+        """Everybody registered within the last second, `applied_version` as it was when they were first seen:
+        `everybody` asks."""
         return self._holders
 
     async def everybody(self) -> tuple[HolderRecord, ...]:
@@ -429,14 +431,24 @@ class RedisRegistry(Registry):
             await asyncio.sleep(self._copy.lease_s / RENEWALS * random.uniform(0.5, 1.0))
 
     async def _look_around(self) -> None:
-        """Who else is there. Nodes strike off who has not renewed for several lease times."""
+        """Who else is there. Nodes strike off who has not renewed for several lease times.
+
+        Everybody asks for the names, which is one command, and for the records of those that are new; a node
+        watches its neighbours' heartbeats: what a fleet asks of its directory grows with its size, not with
+        the square of it.
+        """
+        known: dict[str, HolderRecord] = {}
         while self._store is not None:
             with contextlib.suppress(KVFabricError):
-                found = await self._there.holders()
-                known = (_record(row) for row in found)
-                self._holders = tuple(record for record in known if record is not None)
+                ids = await self._there.holder_ids()
+                for row in await self._there.holders([one for one in ids if one not in known]):
+                    if (record := _record(row)) is not None:
+                        known[row.holder_id] = record
+                known = {one: known[one] for one in ids if one in known}
+                self._holders = tuple(known.values())
                 if self._holder.kind == "node":
-                    await self._forget_silent(found)
+                    watched = neighbours(ids, known, self.holder_id)
+                    await self._forget_silent(await self._there.holders(watched))
             await asyncio.sleep(min(1.0, self._copy.lease_s / 2))
 
     async def _forget_silent(self, found: Sequence[HolderRow]) -> None:
@@ -480,6 +492,20 @@ class RedisRegistry(Registry):
             )
         self._problem = ""
         self._answered.set()
+
+
+def neighbours(ids: Sequence[str], known: Mapping[str, HolderRecord], own: str) -> list[str]:
+    """Whom a node watches: those that follow it in the order of `ids`, around the end, up to the
+    `WATCHED_NODES`-th node among them. So each is watched by so many nodes, and all by fewer."""
+    if own not in ids:
+        return []
+    at, nodes, watched = list(ids).index(own), 0, []
+    for one in (*ids[at + 1 :], *ids[:at]):
+        watched.append(one)
+        nodes += one not in known or known[one].kind == "node"
+        if nodes == WATCHED_NODES:
+            break
+    return watched
 
 
 def _record(row: HolderRow) -> HolderRecord | None:

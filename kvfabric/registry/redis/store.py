@@ -141,18 +141,23 @@ class Store:
             async with self._lease_lock:
                 await self._replicated(self._lease_link)
 
-    async def holders(self) -> list[HolderRow]:
-        key = self._key
+    async def holder_ids(self) -> list[str]:
+        """In order. One command, whatever their number."""
         async with self._work_lock, translated():
-            client = self._work_link.client
-            ids = sorted(bytes(one).decode() for one in await client.smembers(key("holders")))
-            if not ids:
-                return []
-            async with client.pipeline(transaction=True) as pipe:
-                pipe.mget([key(f"holder:{one}") for one in ids])
-                for one in ids:
-                    pipe.pexpiretime(key(f"holder:{one}"))
-                records, *beats = await pipe.execute()
+            found = await self._work_link.client.smembers(self._key("holders"))
+        return sorted(bytes(one).decode() for one in found)
+
+    async def holders(self, some: Sequence[str] | None = None) -> list[HolderRow]:
+        """Of `some`, or everybody's: two commands a holder."""
+        ids = await self.holder_ids() if some is None else some
+        if not ids:
+            return []
+        key = self._key
+        async with self._work_lock, self._transaction(self._work_link) as pipe:
+            pipe.mget([key(f"holder:{one}") for one in ids])
+            for one in ids:
+                pipe.pexpiretime(key(f"holder:{one}"))
+            records, *beats = await pipe.execute()
         return [
             HolderRow(one, record or b"", beat)
             for one, record, beat in zip(ids, records, beats, strict=True)

@@ -14,6 +14,7 @@ import contextlib
 import gc
 import heapq
 import random
+import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor, Future
@@ -84,7 +85,12 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             process = handle._context.get(_PROCESS)
             if process is None or process.runs(handle):
                 self.num_steps += 1
+                if process is None or not process.is_timed:
+                    handle._run()
+                    continue
+                began = time.thread_time()
                 handle._run()
+                process.cpu_s += time.thread_time() - began
 
     def continue_with(self, handles: list[asyncio.Handle]) -> None:
         """What a paused process missed is ready now."""
@@ -103,7 +109,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
 
 class Process:
-    """What lives and dies as one. `host`: of its network; `clock_ahead`: of its wall clock, seconds."""
+    """What lives and dies as one. `host`: of its network; `clock_ahead`: of its wall clock, seconds.
+    `cpu_s`: real processor time of what it ran, while `is_timed`."""
 
     def __init__(self, loop: SimulatedLoop, name: str, host: str, rng: random.Random) -> None:
         self.loop = loop
@@ -112,6 +119,8 @@ class Process:
         self.is_alive = True
         self.is_paused = False
         self.clock_ahead = 0.0
+        self.is_timed = False
+        self.cpu_s = 0.0
         self.threads = SimulatedThreads(self, rng)
         self._parked: list[asyncio.Handle] = []
         self._tasks: set[asyncio.Task[Any]] = set()
