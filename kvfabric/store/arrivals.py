@@ -66,18 +66,19 @@ class Arrivals:
 
 
 class Late:
-    """The charge of slots that somebody else fills: reserved, and draining once that is late."""
+    """The charge of slots, one of `num_bytes` a row, that somebody else fills: reserved, and draining once that
+    is late. A prompt's rows may be several tenants': those of a public prefix are nobody's else."""
 
-    def __init__(self, residency: Residency, tenant: int, num_bytes: int) -> None:
-        self._residency, self._tenant, self._num_bytes = residency, tenant, num_bytes
+    def __init__(self, residency: Residency, rows: Rows, num_bytes: int) -> None:
+        self._residency, self._rows, self._num_bytes = residency, rows, num_bytes
         self._drains = False
 
     def drain(self) -> None:
         self._drains = True
-        self._residency.begin_overdue(self._tenant, self._num_bytes)
+        self._residency.begin_overdue(self._rows, self._num_bytes)
 
     def settle(self) -> None:
         """It has ended: as if it had not been late."""
         if self._drains:
             self._drains = False
-            self._residency.end_overdue(self._tenant, self._num_bytes)
+            self._residency.end_overdue(self._rows, self._num_bytes)

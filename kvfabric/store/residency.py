@@ -315,17 +315,20 @@ class Residency:
         self.host.add("reserved", index.tenants_of(rows), -num_bytes)
         self.unhold(rows)
 
-    def begin_overdue(self, tenant: int, num_bytes: int) -> None:
-        """A begun part is not filled in time: nobody waits for it, and its slot drains."""
-        self.overdue_bytes += num_bytes
-        self.host.add_one("reserved", tenant, -num_bytes)
-        self.host.add_one("detached", tenant, num_bytes)
+    def begin_overdue(self, rows: Rows, num_bytes: int) -> None:
+        """Begun parts, of `num_bytes` each, are not filled in time: nobody waits for them, and their slots
+        drain."""
+        tenants = self.index.tenants_of(rows)
+        self.overdue_bytes += len(rows) * num_bytes
+        self.host.add("reserved", tenants, -num_bytes)
+        self.host.add("detached", tenants, num_bytes)
 
-    def end_overdue(self, tenant: int, num_bytes: int) -> None:
-        """It has ended after all: `publish` or `cancel` comes next."""
-        self.overdue_bytes -= num_bytes
-        self.host.add_one("detached", tenant, -num_bytes)
-        self.host.add_one("reserved", tenant, num_bytes)
+    def end_overdue(self, rows: Rows, num_bytes: int) -> None:
+        """They have ended after all: `publish` or `cancel` comes next."""
+        tenants = self.index.tenants_of(rows)
+        self.overdue_bytes -= len(rows) * num_bytes
+        self.host.add("detached", tenants, -num_bytes)
+        self.host.add("reserved", tenants, num_bytes)
 
     def publish(
         self, rows: Rows, parts: Rows, num_bytes: int, slots: Slots, checksums: bytes

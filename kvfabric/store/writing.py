@@ -333,9 +333,8 @@ class Writer:
         if found is None or not found.open.any():
             return False, MissReason.DEADLINE.value
         positions = np.flatnonzero(found.open)
-        parts, num_bytes = found.parts[positions], len(positions) * found.slot_bytes
-        tenant = int(self._index.tenants_of(found.rows[positions[:1]])[0])
-        late = Late(self._residency, tenant, num_bytes)
+        parts = found.parts[positions]
+        late = Late(self._residency, found.rows[positions], found.slot_bytes)
 
         def is_late() -> None:
             late.drain()

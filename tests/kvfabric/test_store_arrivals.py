@@ -5,14 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from kvfabric.errors import PeerClosed
 from kvfabric.store.copying import checksum
-from kvfabric.testing.store import PART_BYTES, SESSION, StoreRig, make_keys, make_layout, part_bytes
+from kvfabric.store.store import RequestGrant
+from kvfabric.testing.store import (
+    GRANT,
+    PART_BYTES,
+    SESSION,
+    StoreRig,
+    make_keys,
+    make_layout,
+    part_bytes,
+)
 from kvfabric.tiers.arena import PAGE_BYTES, Slots
-from kvfabric.types import BlockKey, MissReason, TierName
+from kvfabric.types import DEFAULT_TENANT, PUBLIC_TENANT, BlockKey, MissReason, TierName
 
 
 class Sender:
@@ -38,10 +48,14 @@ class Sender:
 
 @asynccontextmanager
 async def sending(
-    rig: StoreRig, keys: Sequence[BlockKey], *, deadline_s: float = 60.0
+    rig: StoreRig,
+    keys: Sequence[BlockKey],
+    *,
+    deadline_s: float = 60.0,
+    grant: RequestGrant = GRANT,
 ) -> AsyncIterator[tuple[Sender, asyncio.Task[tuple[bool, str]]]]:
     """`keys` on their way under a request of their own."""
-    rig.open("fetch")
+    rig.open("fetch", grant)
     reserved = rig.reserve("fetch", keys)
     assert set(reserved.states) == {0}
     sender = Sender(rig, keys)
@@ -142,6 +156,23 @@ async def test_late_is_a_miss_at_once_and_its_slots_drain_until_the_sender_has_e
             assert await received == (True, "")  # late, and good all the same
         assert rig.store.statistics().draining_bytes == 0
         assert await rig.get(keys) == [part_bytes(key) for key in keys]
+        rig.store._residency.check()
+
+
+async def test_late_blocks_of_a_public_prefix_drain_on_its_own_account() -> None:
+    grant = replace(GRANT, public_blocks=2, public_tag=b"public\0\0")
+    async with StoreRig() as rig:
+        keys = make_keys(5)
+        async with sending(rig, keys, deadline_s=0.01, grant=grant) as (_, received):
+            await asyncio.sleep(0.05)
+            accounts = {one.tenant: one for one in rig.store._host.accounts}
+            assert accounts[PUBLIC_TENANT].detached == 2 * PART_BYTES
+            assert accounts[DEFAULT_TENANT].detached == 3 * PART_BYTES
+            assert not any(one.reserved for one in accounts.values())
+            rig.store._residency.check()
+        assert (await received)[0]
+        assert accounts[PUBLIC_TENANT].ready == 2 * PART_BYTES
+        assert not any(one.detached or one.reserved for one in accounts.values())
         rig.store._residency.check()
 
 

@@ -197,8 +197,8 @@ class Faults:
     def _slow(self) -> None:
         self.world.network.chaos.slow = 0.1
         self.world.network.chaos.break_call = 0.03
-        self.world.fabric.chaos.slow = 0.2
-        self.world.fabric.chaos.lost = 0.1
+        self.world.fabric.chaos.slow = 0.4
+        self.world.fabric.chaos.lost = 0.3
         self.world.fabric.chaos.abort_s = self.rng.choice((0.02, 0.5))
         self._later(2.0, self._not_slow)
 

@@ -8,7 +8,7 @@ import copy
 import functools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -93,12 +93,47 @@ FAULTS = (
 OPERATIONS = ("withdraw", "purge", "roll back", "register", "invalidate", "quota")
 
 
+THEMES: dict[str, dict[str, Any]] = {
+    # Blocks go from node to node all the time.
+    "transfers": {
+        "num_nodes": 2,
+        "engines_per_node": 1,
+        "num_parts": 1,
+        "num_slots": 20,
+        "hbm_blocks": 0,
+        "num_requests": 40,
+        "request_every_s": 0.04,
+        "kinds": frozenset({"slow", "spoilt", "pause engine", "disconnect", "crash engine"}),
+        "fault_every_s": 0.3,
+        "operations": frozenset(),
+        "policy": "round_robin",
+    },
+    # Daemons die under engines that copy, and come back at once in the same memory.
+    "adoption": {
+        "num_nodes": 1,
+        "engines_per_node": 2,
+        "num_parts": 1,
+        "num_slots": 14,
+        "hbm_blocks": 0,
+        "num_requests": 40,
+        "request_every_s": 0.04,
+        "kinds": frozenset({"crash node", "pause engine", "disconnect"}),
+        "fault_every_s": 0.3,
+        "operations": frozenset(),
+        "copy_s": 0.05,
+        "confirm_elsewhere": 1.0,
+    },
+}
+"""Seeds that have one thing often, beside those that have a little of everything."""
+
+
 def draw_plan(rng: random.Random) -> Plan:
     """Swarm testing: each seed has some kinds of faults, few have all."""
     share = rng.choice((0.2, 0.4, 0.7))
     num_nodes = rng.choice((1, 2, 2, 3))
     num_parts = rng.choice((1, 1, 2))
-    return Plan(
+    theme = THEMES.get(rng.choice(("", "", "", *THEMES)), {})
+    plan = Plan(
         num_nodes=num_nodes,
         num_routers=rng.choice((1, 1, 1, 2)),
         engines_per_node=rng.choice((1, 2)) if num_nodes < 3 else 1,
@@ -115,6 +150,8 @@ def draw_plan(rng: random.Random) -> Plan:
         lease_s=rng.choice((0.25, 1.2)),
         copy_s=rng.choice((0.004, 0.03, 0.12)),
     )
+    kinds = frozenset(kind for kind in theme.get("kinds", ()) if rng.random() < 0.7)
+    return replace(plan, **{**theme, "kinds": kinds}) if theme else plan
 
 
 def plan_of(seed: int) -> Plan:
