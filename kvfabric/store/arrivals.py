@@ -66,8 +66,8 @@ class Arrivals:
 
 
 class Late:
-    """The charge of slots, one of `num_bytes` a row, that somebody else fills: reserved, and draining once that
-    is late. A prompt's rows may be several tenants': those of a public prefix are nobody's else."""
+    """The charge of slots, one of `num_bytes` a row, that somebody else fills: reserved, and draining once
+    that is late. A prompt's rows may be several tenants': those of a public prefix are nobody's else."""
 
     def __init__(self, residency: Residency, rows: Rows, num_bytes: int) -> None:
         self._residency, self._rows, self._num_bytes = residency, rows, num_bytes

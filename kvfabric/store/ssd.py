@@ -159,7 +159,7 @@ class SsdTraffic:
         assert residency.arena is not None
         buffer = residency.arena.part(int(slots.first_pages[0]), size)
         self._num_reads += 1
-        late = Late(residency, index.lineage_tenant.cell[index.lineage.cell[row]], size)
+        late = Late(residency, _rows(row), size)
         timer = asyncio.get_running_loop().call_later(
             self._deadline_s, self._read_is_late, part, late
         )
