@@ -26,6 +26,7 @@ from typing import Self, TypeVar
 
 SUBNET = "10.213.7"
 _MTU = 9000
+_PREFIX = "kvfabric"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x20000, 0x40000000
 _MS_REC_SLAVE, _MNT_DETACH = 0x4000 | 0x80000, 2
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 2, 0x1000
@@ -52,11 +53,12 @@ class Network:
     def __init__(self, names: tuple[str, ...], *, slow: tuple[str, ...] = ()) -> None:
         self._names = names
         self._slow = slow
-        self._prefix = f"kvfabric-{os.getpid()}-{os.urandom(2).hex()}"
+        self._prefix = f"{_PREFIX}-{os.getpid()}-{os.urandom(2).hex()}"
         self._closing = contextlib.ExitStack()
         self._cables: dict[str, Cable] = {}
 
     def __enter__(self) -> Self:
+        _sweep()
         try:
             self._add_namespace(self._hub)
             self._in_hub("link", "add", "bridge", "type", "bridge")
@@ -96,7 +98,10 @@ class Network:
     def lose(self, name: str) -> None:
         """As a power failure does: the machine is gone with its connections, and nobody is told. What comes
         back under its name is another one, with its address. Its processes must have ended."""
-        self._in_hub("link", "del", self._port(name))
+        if name in self._cables:
+            self._cables.pop(name).__exit__()
+        else:
+            self._in_hub("link", "del", self._port(name))
         # Its kernel part lives on for as long as it has connections to close, but nobody hears of that.
         _ip("netns", "del", self.namespace(name))
         _ip("netns", "add", self.namespace(name))
@@ -166,6 +171,8 @@ class Cable:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if not self._thread.is_alive():
+            return  # a second time
         os.eventfd_write(self._stop, 1)
         self._thread.join()
         for descriptor in (*self._ends, self._stop):
@@ -192,6 +199,15 @@ class Cable:
                 _, _, end, frame = heapq.heappop(due)
                 with contextlib.suppress(OSError):
                     os.write(end, frame)
+
+
+def _sweep() -> None:
+    """Remove namespaces of processes that were killed in the midst of a test."""
+    for file in Path("/run/netns").glob(f"{_PREFIX}-*"):
+        process = file.name.split("-")[1]
+        if not Path(f"/proc/{process}").exists():
+            with contextlib.suppress(subprocess.CalledProcessError):  # somebody else sweeps, too
+                _ip("netns", "del", file.name)
 
 
 def _tap(name: str) -> int:

@@ -14,7 +14,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from kvfabric_router.worker_link import WorkerLink
 from kvfabric_router.workers import Workers
 
 MAX_IN_FLIGHT = 2048
+_END_S = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -307,10 +308,19 @@ async def _background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             try:
                 yield
             finally:
-                for task in tasks:
-                    task.cancel()
+                await _end(tasks)
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel them until they have ended. Once is not always enough: where Redis hangs, what its client does
+    to leave a cancelled call ends in an error of its own, which looks like any other failure."""
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_END_S)
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 import pytest
 from kvfabric_router.api import MAX_BODY_BYTES, ApiError
-from kvfabric_router.app import running
+from kvfabric_router.app import _background, running
 from kvfabric_router.auth import TenantDirectory
 from kvfabric_router.request_rate import RequestRates
 
@@ -299,3 +299,22 @@ def test_a_key_that_a_rotation_left_ends_on_time() -> None:
     with pytest.raises(ApiError, match="revoked"):
         directory.authenticate(f"Bearer {left}")
     assert directory.authenticate(f"Bearer {fresh}") == rotated
+
+
+async def test_work_that_takes_a_cancellation_for_a_failure_ends_too() -> None:
+    """As it does when a client of Redis fails while it leaves a call that was cancelled."""
+    tries = 0
+
+    async def try_again() -> None:
+        nonlocal tries
+        while tries < 2:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                tries += 1
+        await asyncio.sleep(60)
+
+    async with asyncio.timeout(10):
+        async with _background(try_again()):
+            await asyncio.sleep(0)
+    assert tries == 2

@@ -13,8 +13,10 @@ process must not fork nodes of its own: it has threads.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Launcher:
@@ -119,6 +123,8 @@ def _become(request: dict[str, Any]) -> None:
 
     code = 70
     try:
+        # Whatever becomes of the test and of the launcher, nothing runs on.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)

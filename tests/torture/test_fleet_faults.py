@@ -35,15 +35,23 @@ TWIN_S = 4.0
 IDLE_S = 2.0
 """What was said before is acknowledged by then: nothing is left to be sent again, which would be refused."""
 
-SMALL = (("node", "lost"), ("redis", "cut off"), SLOW)
-"""Of CI, beside what the twins try."""
+FAULTS: dict[str, tuple[str, ...]] = (
+    {kind: (*HOWS, *([SLOW] if kind == "node" else [])) for kind in KINDS}
+    if FULL
+    else {"node": ("lost", SLOW), "redis": ("cut off",)}
+)
+"""By kind. In CI, beside what the twins try."""
 
+SLOW_NUMBER = 1
 ROUND_ROBIN = 1
 """The router that spreads requests."""
 
 AT_ONCE_S, PROBES_S, CLIENT_S = 4.0, 20.0, 24.0
 """Recovery at most: where deadlines of the fabric end the wait; where two probes of the routers have to fail;
 where the client's own patience ends it."""
+
+USUAL_S = 0.3
+"""At most, of an answer on an idle machine of two cores."""
 
 _CHANGES = {"node": ("waits_for_peers",), "router": ("asks_the_dead",)}
 
@@ -75,32 +83,32 @@ class Fleet:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     if reason := why_not():
         pytest.skip(reason)
-    with Lab(tmp_path_factory.mktemp("lab"), changes=_CHANGES, slow=("node1",)) as lab:
+    with Lab(tmp_path_factory.mktemp("lab"), changes=_CHANGES, slow=(f"node{SLOW_NUMBER}",)) as lab:
         lab.wait_well()
         asked = [prompts(NUM_PROMPTS), *(prompts(NUM_COLD, other=other) for other in (1, 2))]
         right = lab.reference(asked)
         yield Fleet(lab, asked, right)
 
 
-def test_whoever_fails_the_answers_are_the_same(fleet: Fleet) -> None:
-    faults = [(kind, how) for kind in KINDS for how in HOWS] + [SLOW] if FULL else SMALL
+@pytest.mark.parametrize("kind", FAULTS)
+def test_whoever_fails_the_answers_are_the_same(fleet: Fleet, kind: str) -> None:
     chance = random.Random(7)
-    for kind, how in faults:
+    for how in FAULTS[kind]:
         found = []
         for _ in range(ROUNDS):
             most = NUM_ROUTERS if kind == "router" else NUM_NODES
-            number = 1 if (kind, how) == SLOW else chance.randrange(most)
+            number = SLOW_NUMBER if how == SLOW else chance.randrange(most)
             found.append(fleet.suffers(Fault(kind, how, number)))
             holds(found[-1], fleet)
         publish(found)
-    nothing_is_left(fleet)
 
 
 def holds(one: Became, fleet: Fleet) -> None:
     told = f"{one}\n{fleet.lab.logs()}"
     assert one.num_failed == one.num_wrong == 0, told
     assert one.num_reusing > 0, told
-    assert one.recovery_s <= bound_s(one.fault), told
+    # On a busy machine all takes longer.
+    assert one.recovery_s <= bound_s(one.fault) * max(1.0, one.usual_s / USUAL_S), told
     if one.fault.kind != "router":
         assert one.num_retried == 0, told
 
@@ -109,22 +117,6 @@ def bound_s(fault: Fault) -> float:
     if fault.how == "killed" or fault.kind in ("node", "redis"):
         return AT_ONCE_S
     return CLIENT_S if fault.kind == "router" else PROBES_S
-
-
-def nothing_is_left(fleet: Fleet) -> None:
-    """No lease, no slot that somebody may write; no part was loaded as something else than was stored."""
-
-    def is_quiet() -> bool:
-        metrics = [fleet.lab.metrics(name) for name in NODES]
-        left = ("node_leased_bytes", "node_draining_bytes")
-        return all(found and not any(found[name] for name in left) for found in metrics)
-
-    until(is_quiet, deadline_s=60)
-    check = checks.loads_equal_stores("loads", fleet.lab.audits())
-    assert check.passed, check.seen
-    # And there was something to be wrong: each node that was not started anew says so for itself.
-    fetched = 'node_transfers_total{result="fetched_blocks"}'
-    assert sum(fleet.lab.metrics(name).get(fetched, 0) for name in NODES) > 0
 
 
 def publish(found: list[Became]) -> None:
@@ -182,3 +174,22 @@ def test_clients_ask_the_other_router(fleet: Fleet) -> None:
     assert found.num_retried > 0
     without = fleet.suffers(fault, fails_over=False, for_s=TWIN_S)
     assert without.num_failed > 0, (found, without)
+
+
+# ---------------------------------------------------------------------- after all of it
+
+
+def test_nothing_is_left(fleet: Fleet) -> None:
+    """No lease, no slot that somebody may write; no part was loaded as something else than was stored."""
+
+    def is_quiet() -> bool:
+        metrics = [fleet.lab.metrics(name) for name in NODES]
+        left = ("node_leased_bytes", "node_draining_bytes")
+        return all(found and not any(found[name] for name in left) for found in metrics)
+
+    until(is_quiet, deadline_s=60)
+    check = checks.loads_equal_stores("loads", fleet.lab.audits())
+    assert check.passed, check.seen
+    # And there was something to be wrong: each node that was not started anew says so for itself.
+    fetched = 'node_transfers_total{result="fetched_blocks"}'
+    assert sum(fleet.lab.metrics(name).get(fetched, 0) for name in NODES) > 0
