@@ -4,6 +4,7 @@ between them, an engine at each (`kvfabric engine`), a router in front. For test
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import urllib.request
@@ -17,6 +18,8 @@ from urllib.parse import urlsplit
 
 import grpc
 
+from kvfabric.handle import FORMAT_VERSION, Handle, Handoff, mint
+from kvfabric.keyring import Keyring
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
 from kvfabric.testing.processes import (
@@ -27,6 +30,7 @@ from kvfabric.testing.processes import (
     until,
 )
 from kvfabric.testing.redis import RedisServer
+from kvfabric.types import DEFAULT_TENANT
 
 READY_S = 60.0
 ANSWER_S = 120.0
@@ -53,7 +57,13 @@ class Answer:
 
 
 def ask(
-    url: str, prompt: Sequence[int], *, key: str = "", model: str = "reference", **fields: Any
+    url: str,
+    prompt: Sequence[int],
+    *,
+    key: str = "",
+    model: str = "reference",
+    request_id: str = "",
+    **fields: Any,
 ) -> Answer:
     """Greedy, streamed. Raises OSError, HTTPException and RuntimeError (a status that is no 200)."""
     body = {
@@ -69,6 +79,7 @@ def ask(
     }
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    headers |= {"X-Request-Id": request_id} if request_id else {}
     connection = HTTPConnection(urlsplit(url).netloc, timeout=ANSWER_S)
     try:
         began = time.monotonic()
@@ -146,18 +157,20 @@ def apart_fleet(
     node: Mapping[str, object] | None = None,
     router: Mapping[str, object] | None = None,
 ) -> Iterator[ApartFleet]:
-    """`engines`: by name, the node that each is at and its options; `node`, `router`: options of these."""
+    """`engines`: by name, the node that each is at and its options; `node`, `router`: options of these. One
+    node needs no Redis, and none is started."""
     with ExitStack() as stack:
-        redis = stack.enter_context(RedisServer(directory / "redis"))
-        keys = directory / "keys"
-        shared: dict[str, object] = {
-            "directory": redis.url,
-            "keyring_dir": keys,
-            "ucx_net_devices": "lo",
-            "http": "127.0.0.1:0",
-            "host_bytes": 1 << 30,
-        }
         names = sorted({name for name, _ in engines.values()})
+        shared: dict[str, object] = {"http": "127.0.0.1:0", "host_bytes": 1 << 30}
+        front: dict[str, object] = dict(router or {})
+        if len(names) > 1:
+            redis = stack.enter_context(RedisServer(directory / "redis"))
+            shared |= {"directory": redis.url, "keyring_dir": directory / "keys"}
+            shared |= {"ucx_net_devices": "lo"}
+            front |= {"directory": redis.url}
+        else:
+            admin = directory / names[0] / "admin.sock"
+            front |= {"nodes": f"unix:{admin}", "keyring_dir": directory / names[0]}
         nodes = {
             name: NodeProcess(directory / name, node_id=name, **(shared | dict(node or {})))  # type: ignore[arg-type]
             for name in names
@@ -174,10 +187,10 @@ def apart_fleet(
         first = nodes[names[0]]
         first.start()
         stack.push(first.__exit__)
-        front = RouterProcess(directory / "router", directory=redis.url, **dict(router or {}))
         rest = [one for one in nodes.values() if one is not first]
-        stack.enter_context(start_all([*rest, *processes.values(), front]))
-        found = ApartFleet(nodes, processes, front)
+        entry = RouterProcess(directory / "router", **front)
+        stack.enter_context(start_all([*rest, *processes.values(), entry]))
+        found = ApartFleet(nodes, processes, entry)
         with grpc.insecure_channel(f"unix:{first.state_dir / 'admin.sock'}") as channel:
             registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
             created = registry.CreateTenant(
@@ -186,3 +199,53 @@ def apart_fleet(
         found.key = created.api_key
         found.wait_engines(len(engines))
         yield found
+
+
+class EngineHandles:
+    """Handles for the engines themselves, as a router would mint them: (request id, handle). `node`: where
+    prompts are computed."""
+
+    def __init__(self, fleet: ApartFleet, *, node: str) -> None:
+        keys = fleet.nodes[node].options.get("keyring_dir") or fleet.nodes[node].state_dir
+        self._key_id, self._key = Keyring.open(Path(str(keys))).current_handle_key()
+        self._node = node
+        self._told = {name: _told_of(engine.url) for name, engine in fleet.engines.items()}
+        self._numbers = itertools.count()
+
+    def plain(self, engine: str) -> tuple[str, str]:
+        return self._mint(engine, None)
+
+    def prefill(self, engine: str, name: str) -> tuple[str, str]:
+        """For the engine that computes the prompt of hand-off `name`."""
+        return self._mint(engine, Handoff(name, self._node))
+
+    def decode(self, engine: str, name: str, wait_ms: int) -> tuple[str, str]:
+        """For the one that answers it."""
+        return self._mint(engine, Handoff(name, self._node, wait_ms))
+
+    def _mint(self, engine: str, handoff: Handoff | None) -> tuple[str, str]:
+        told, request_id = self._told[engine], f"r{next(self._numbers)}"
+        handle = Handle(
+            version=FORMAT_VERSION,
+            key_id=self._key_id,
+            tenant=DEFAULT_TENANT,
+            model_revision=told["model_revision"],
+            adapter="",
+            adapter_revision="",
+            layout_fingerprint=bytes.fromhex(told["layout_fingerprint"]),
+            segments=(),
+            public_tokens=0,
+            cacheable_tokens=-1,
+            epochs=(),
+            audience=bytes.fromhex(told["session"]),
+            request_id=request_id,
+            expires_at=int(time.time()) + 3600,
+            handoff=handoff,
+        )
+        return request_id, mint(handle, self._key)
+
+
+def _told_of(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=READY_S) as answer:
+        told: dict[str, Any] = json.load(answer)["data"][0]["kvfabric"]
+    return told

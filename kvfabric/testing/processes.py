@@ -156,13 +156,19 @@ class RouterProcess(NodeProcess):
 
 
 class ReferenceProcess(NodeProcess):
-    """A `kvfabric engine`, likewise. `options`: keys of EngineConfig; any free port unless they say."""
+    """A `kvfabric engine`, likewise. `options`: keys of EngineConfig; any free port unless they say.
+
+    `environment`: variables that it gets beside ours.
+    """
 
     verb = "engine"
 
     def __init__(self, directory: Path, **options: object) -> None:
         super().__init__(directory)
         self._flags = []
+        environment = options.pop("environment", {})
+        assert isinstance(environment, dict)
+        self._environment = self._environment | environment
         self.options = {"listen": "127.0.0.1:0"} | options
 
     @property
