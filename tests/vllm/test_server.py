@@ -249,7 +249,9 @@ def others(node: NodeProcess, session: bytes) -> tuple[str, bytes]:
         described = events.Describe(pb.DescribeRequest(), timeout=10)
     mine = next(engine.engine_id for engine in described.engines if engine.session == session)
     theirs = [engine for engine in described.engines if engine.engine_id != mine]
-    assert len({engine.engine_id for engine in theirs}) == 1, described.engines
+    told = [(e.engine_id, e.model, e.model_revision, e.session) for e in described.engines]
+    print("ENGINES", *told, sep="\n")
+    assert len({engine.engine_id for engine in theirs}) == 1, told
     return described.node_id, theirs[-1].session
 
 
