@@ -170,7 +170,7 @@ def apart_fleet(
             front |= {"directory": redis.url}
         else:
             admin = directory / names[0] / "admin.sock"
-            front |= {"nodes": f"unix:{admin}", "keyring_dir": directory / names[0]}
+            front |= {"nodes": admin, "keyring_dir": directory / names[0]}
         nodes = {
             name: NodeProcess(directory / name, node_id=name, **(shared | dict(node or {})))  # type: ignore[arg-type]
             for name in names

@@ -95,7 +95,7 @@ def answers_in_progress(fleet: ApartFleet) -> Iterator[None]:
     def keep(seed: int) -> None:
         while not stop.is_set():
             with suppress(OSError, HTTPException, RuntimeError):
-                fleet.ask(tokens(20, seed=seed), max_tokens=200)
+                fleet.ask(tokens(20, seed=seed), max_tokens=80)
 
     threads = [threading.Thread(target=keep, args=(seed,)) for seed in (1, 2, 3)]
     for thread in threads:

@@ -247,12 +247,8 @@ def others(node: NodeProcess, session: bytes) -> tuple[str, bytes]:
     with grpc.insecure_channel(f"unix:{node.state_dir / 'admin.sock'}") as channel:
         events = pb_grpc.NodeEventsStub(channel)  # type: ignore[no-untyped-call]
         described = events.Describe(pb.DescribeRequest(), timeout=10)
-    mine = next(engine.engine_id for engine in described.engines if engine.session == session)
-    theirs = [engine for engine in described.engines if engine.engine_id != mine]
-    told = [(e.engine_id, e.model, e.model_revision, e.session) for e in described.engines]
-    print("ENGINES", *told, sep="\n")
-    assert len({engine.engine_id for engine in theirs}) == 1, told
-    return described.node_id, theirs[-1].session
+    (other,) = {bytes(engine.session) for engine in described.engines} - {session}
+    return described.node_id, other
 
 
 def test_counts_are_in_metrics(server: Server, gate: Gate) -> None:
