@@ -26,7 +26,7 @@ Demo = tuple[subprocess.CompletedProcess[str], dict[str, Any]]
 def quick_demo(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Demo:
-    directory = tmp_path_factory.mktemp("demo")
+    directory = tmp_path_factory.mktemp("d")
     wheel = build(tmp_path_factory.mktemp("wheel"))
     python = make_environment(tmp_path_factory.mktemp("full") / "venv", wheel, EVERYTHING)
     done = subprocess.run(
@@ -93,12 +93,12 @@ def test_no_process_outlives_the_demo(quick_demo: Demo) -> None:
     assert _processes_that_name(quick_demo[1]["directory"]) == []
 
 
-def test_a_demo_that_is_stopped_takes_its_processes_with_it(tmp_path: Path) -> None:
+def test_a_demo_that_is_stopped_takes_its_processes_with_it(short_path: Path) -> None:
     """SIGTERM in the middle: children and files are gone when it is."""
     process = subprocess.Popen(
         [sys.executable, "-m", "kvfabric", "demo", "--quick"],
-        cwd=tmp_path,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        cwd=short_path,
+        env=os.environ | {"TMPDIR": str(short_path)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -108,11 +108,11 @@ def test_a_demo_that_is_stopped_takes_its_processes_with_it(tmp_path: Path) -> N
         for line in lines:
             if "creating tenants" in line:  # the node runs
                 break
-        assert len(_processes_that_name(tmp_path)) > 0
+        assert len(_processes_that_name(short_path)) > 0
         process.terminate()
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert _processes_that_name(tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
+    assert _processes_that_name(short_path) == []
+    assert list(short_path.iterdir()) == []
 
 
 def _processes_that_name(directory: Path) -> list[list[bytes]]:

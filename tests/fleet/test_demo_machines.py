@@ -20,11 +20,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 DEADLINE_S = 240
 
 
-def test_three_machines(tmp_path: Path) -> None:
+def test_three_machines(tmp_path: Path, short_path: Path) -> None:
     """Everything holds, blocks went from machine to machine, and nothing stays in Redis."""
     ((_, port),) = (one.split(":") for one in free_addresses(1))
-    home = tmp_path / "home"
-    home.mkdir()
+    home = short_path
     with RedisServer(tmp_path / "redis", port=port, bind="127.0.0.1") as redis:
         url = f"redis://127.0.0.1:{port}"
         done = subprocess.run(
