@@ -6,10 +6,13 @@ verified. Beside it, in turns and in the same run:
 
     perftest   `ucx_perftest` tag bandwidth, same message size, transport and settings, one process a side:
                no control messages, no checksums, always the same buffers
+    bound      messages of 2 MiB between two bare processes, as nodes have them: not out of the processor's
+               cache, and with XXH3 of each as it comes (`transfer_bound.py`)
     redis      GET of the same bytes from a redis-server on a Unix socket, one value a part, pipelined: what
                somebody would do by hand; nothing is verified
 
-A block is one part. Fetches alternate between prompts, so that nothing is there already.
+A block is one part. Fetches alternate between prompts, so that nothing is there already. CPU seconds are
+those that the nodes use while a fetch is under way. A second pair of nodes has `wire = "aes-gcm"`.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import transfer_bound
 from redis import Redis
 
 from kvfabric.registry.state import RegistryState
@@ -53,8 +57,8 @@ class Sizes:
     perftest_bytes: int
 
 
-FULL = Sizes(rounds=9, fetch_bytes=128 << 20, latency_rounds=60, perftest_bytes=2 << 30)
-QUICK = Sizes(rounds=2, fetch_bytes=32 << 20, latency_rounds=6, perftest_bytes=256 << 20)
+FULL = Sizes(rounds=9, fetch_bytes=128 << 20, latency_rounds=60, perftest_bytes=1 << 30)
+QUICK = Sizes(rounds=2, fetch_bytes=32 << 20, latency_rounds=6, perftest_bytes=128 << 20)
 
 
 class Bench:
@@ -66,6 +70,8 @@ class Bench:
         self._minter.sources = ("a",)
         self._number = 0
         self.num_missed = 0
+        self.cpu_s = [0.0, 0.0]  # of owner and asker, while blocks were fetched
+        self.num_bytes = 0
 
     def engines(self, part_bytes: int) -> tuple[TinyEngine, TinyEngine]:
         hello = tiny_hello(
@@ -90,11 +96,18 @@ class Bench:
         first.release(request)
         for _ in range(_TRIES):
             keys = second.open(request, prompt, num_blocks, self._handle(second, request))
+            before = [_cpu_s(node.pid) for node in (self._a, self._b)]
             began = time.perf_counter()
             located = second.locate(request, keys)
             took = time.perf_counter() - began
+            after = [_cpu_s(node.pid) for node in (self._a, self._b)]
             second.release(request)
             if located.num_blocks == num_blocks:
+                self.cpu_s = [
+                    total + later - earlier
+                    for total, later, earlier in zip(self.cpu_s, after, before, strict=True)
+                ]
+                self.num_bytes += num_blocks * second.part_bytes
                 return took
             self.num_missed += 1  # the peer did not answer at once, and is not waited for
         raise RuntimeError(
@@ -104,8 +117,11 @@ class Bench:
     def _handle(self, engine: TinyEngine, request: str) -> str:
         return self._minter.handle(engine, request, RegistryState(), tenant=DEFAULT_TENANT)
 
-    def cpu_s(self) -> tuple[float, float]:
-        return _cpu_s(self._a.pid), _cpu_s(self._b.pid)
+    def cpu_per_gib(self) -> tuple[float, float]:
+        """CPU seconds of owner and asker since the last time."""
+        owner, asker = (seconds / (self.num_bytes / 2**30) for seconds in self.cpu_s)
+        self.cpu_s, self.num_bytes = [0.0, 0.0], 0
+        return owner, asker
 
 
 def perftest(num_bytes: int, iterations: int) -> float:
@@ -169,11 +185,12 @@ def redis_values(redis: RedisServer, num_bytes: int, count: int) -> Iterator[Cal
 def measure(
     bench: Bench, redis: RedisServer, sizes: Sizes, part_bytes: int
 ) -> dict[str, list[float]]:
-    """GB/s of each side, a value a round, and CPU seconds per GiB of both nodes."""
+    """GB/s of each side, a value a round."""
     count = sizes.fetch_bytes // part_bytes
     pair = bench.engines(part_bytes)
     bench.fetch(pair, count)  # connections, first touches
-    found: dict[str, list[float]] = {"fetch": [], "perftest": [], "redis": [], "cpu": []}
+    bench.cpu_per_gib()
+    found: dict[str, list[float]] = {"fetch": [], "perftest": [], "redis": []}
     with redis_values(redis, part_bytes, count) as get:
         for _ in range(sizes.rounds):
             found["fetch"].append(sizes.fetch_bytes / bench.fetch(pair, count) / 1e9)
@@ -189,36 +206,13 @@ def latency(bench: Bench, sizes: Sizes, part_bytes: int) -> list[float]:
     return [bench.fetch(pair, 1) * 1e6 for _ in range(sizes.latency_rounds)]
 
 
-def cpu_per_gib(bench: Bench, sizes: Sizes) -> tuple[float, float]:
-    """CPU seconds of owner and asker, the storing of the same bytes at the owner taken off."""
-    pair = bench.engines(LARGE)
-    count = sizes.fetch_bytes // LARGE
-    rounds = sizes.rounds
-    stored = _stored_cpu(bench, pair[0], count, rounds)
-    before = bench.cpu_s()
-    for _ in range(rounds):
-        bench.fetch(pair, count)
-    after = bench.cpu_s()
-    gib = rounds * sizes.fetch_bytes / 2**30
-    return (after[0] - before[0] - stored) / gib, (after[1] - before[1]) / gib
-
-
-def _stored_cpu(bench: Bench, engine: TinyEngine, count: int, rounds: int) -> float:
-    before = bench.cpu_s()[0]
-    for number in range(rounds):
-        request = f"stored-{number}"
-        keys = engine.open(request, request, count, bench._handle(engine, request))
-        step = (64 << 20) // LARGE
-        for at in range(0, count, step):
-            parent = {"parent": keys[at - 1]} if at else {}
-            engine.store(request, keys[at : at + step], **parent)
-        engine.release(request)
-    return bench.cpu_s()[0] - before
-
-
 def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    """Of all threads that are there now."""
+    total = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):
+            total += int((thread / "schedstat").read_text().split()[0])
+    return total / 1e9
 
 
 def _ready(nodes: Sequence[NodeProcess]) -> None:
@@ -228,34 +222,61 @@ def _ready(nodes: Sequence[NodeProcess]) -> None:
         time.sleep(0.1)
 
 
+def sealed_rates(bench: Bench, sizes: Sizes) -> list[float]:
+    """GB/s, a value a round."""
+    pair = bench.engines(LARGE)
+    count = sizes.fetch_bytes // LARGE
+    bench.fetch(pair, count)
+    bench.cpu_per_gib()
+    return [sizes.fetch_bytes / bench.fetch(pair, count) / 1e9 for _ in range(sizes.rounds)]
+
+
+@contextmanager
+def nodes_of(home: Path, redis: RedisServer, wire: str) -> Iterator[Bench]:
+    """Two nodes of a fleet of their own."""
+    with ExitStack() as stack:
+        nodes = [
+            stack.enter_context(
+                NodeProcess(
+                    home / node,
+                    node_id=node,
+                    directory=redis.url,
+                    keyring_dir=home / "keys",
+                    ucx_net_devices=SETTINGS.net_devices,
+                    wire=wire,
+                    http="127.0.0.1:0",
+                    host_bytes=HOST_BYTES,
+                    epoch_lease_s=1.0,
+                )
+            )
+            for node in ("a", "b")
+        ]
+        _ready(nodes)
+        yield Bench(nodes[0], nodes[1], home / "keys", stack)
+
+
 def main() -> None:
     args = harness.parse_arguments(__doc__ or "")
     sizes = QUICK if args.quick else FULL
     with tempfile.TemporaryDirectory(prefix="bench-transfer-") as name, ExitStack() as stack:
         home = Path(name)
         redis = stack.enter_context(RedisServer(home / "redis", appendonly="no"))
-        nodes = [
-            NodeProcess(
-                home / node,
-                node_id=node,
-                directory=redis.url,
-                keyring_dir=home / "keys",
-                ucx_net_devices=SETTINGS.net_devices,
-                http="127.0.0.1:0",
-                host_bytes=HOST_BYTES,
-                epoch_lease_s=1.0,
-            )
-            for node in ("a", "b")
-        ]
-        for node in nodes:
-            stack.enter_context(node)
-        _ready(nodes)
-        bench = Bench(nodes[0], nodes[1], home / "keys", stack)
-        large = measure(bench, redis, sizes, LARGE)
-        # Large blocks first: an arena full of small ones has no room for them in one piece.
-        owner, asker = cpu_per_gib(bench, sizes)
-        one = {size: latency(bench, sizes, size) for size in (LARGE, SMALL)}
-        small = measure(bench, redis, sizes, SMALL)
+        with nodes_of(home / "plain", redis, "plain") as bench:
+            large = measure(bench, redis, sizes, LARGE)
+            # Large blocks first: an arena full of small ones has no room for them in one piece.
+            owner, asker = bench.cpu_per_gib()
+            one = {size: latency(bench, sizes, size) for size in (LARGE, SMALL)}
+            small = measure(bench, redis, sizes, SMALL)
+            owner_small, asker_small = bench.cpu_per_gib()
+        with (
+            RedisServer(home / "other", appendonly="no") as registry,
+            nodes_of(home / "sealed", registry, "aes-gcm") as other,
+        ):
+            sealed = sealed_rates(other, sizes)
+            owner_sealed, asker_sealed = other.cpu_per_gib()
+        alone, verified = transfer_bound.measure(
+            SETTINGS, size=LARGE, count=sizes.fetch_bytes // LARGE, rounds=sizes.rounds
+        )
     figures = {
         "fetch_gbps": harness.median(large["fetch"]),
         "fetch_over_perftest": _ratio(large, "perftest"),
@@ -265,11 +286,21 @@ def main() -> None:
         "fetch_64k_over_redis": _ratio(small, "redis"),
         "latency_64k_us_p50": harness.median(one[SMALL]),
         "latency_2m_us_p50": harness.median(one[LARGE]),
+        "bound_gbps": verified,
+        "fetch_over_bound": harness.median(large["fetch"]) / verified,
+        "bound_over_perftest": verified / harness.median(large["perftest"]),
+        "unverified_over_perftest": alone / harness.median(large["perftest"]),
+        "sealed_gbps": harness.median(sealed),
         "owner_cpu_s_per_gib": owner,
         "asker_cpu_s_per_gib": asker,
+        "owner_cpu_s_per_gib_64k": owner_small,
+        "asker_cpu_s_per_gib_64k": asker_small,
+        "owner_cpu_s_per_gib_sealed": owner_sealed,
+        "asker_cpu_s_per_gib_sealed": asker_sealed,
         "fetches_missed": bench.num_missed,
     }
-    rows = {"2MiB": large, "64KiB": small, "latency_us": {str(k): v for k, v in one.items()}}
+    rows: dict[str, object] = {"2MiB": large, "64KiB": small, "sealed": sealed}
+    rows["latency_us"] = {str(size): values for size, values in one.items()}
     harness.report("transfer", args, figures, rows)
 
 

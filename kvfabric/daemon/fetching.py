@@ -117,6 +117,7 @@ class Fetches:
         self._fetch_s = fetch_s
         self._hints: OrderedDict[tuple[SessionId, str], _Hint] = OrderedDict()
         self._channels: dict[str, Any] = {}
+        self._links: dict[str, Link] = {}
         self._flow = Flow(IN_FLIGHT_BYTES)
         self._buffers = Buffers(BUFFER_BYTES)
         self._group = asyncio.TaskGroup()
@@ -219,7 +220,7 @@ class Fetches:
                 here = self._store.peek(session.id, request_id, keys)
                 async for held in stub.Follow(self._hold_request(session, handle, keys)):
                     if peer is None:
-                        link = await self._transport.link_to(held.address)
+                        link = await self._link(source, held.address)
                         peer = _Peer(
                             stub, self._meter(source), link, held.hold, keys, session, num_chunks=1
                         )
@@ -253,8 +254,17 @@ class Fetches:
         """Raises KVFabricError, AioRpcError."""
         stub = self._stub(source)
         held: pb.Held = await stub.Hold(self._hold_request(session, handle, keys), timeout=ANSWER_S)
-        link = await self._transport.link_to(held.address)
+        link = await self._link(source, held.address)
         return _Peer(stub, self._meter(source), link, held.hold, keys, session), held.num_blocks
+
+    async def _link(self, source: str, address: bytes) -> Link:
+        """To the node's worker; one it had before, as it may have started anew, is not used any more."""
+        link = await self._transport.link_to(address)
+        before = self._links.get(source)
+        if before is not None and before.number != link.number:
+            before.close()
+        self._links[source] = link
+        return link
 
     def _stub(self, source: str) -> Any:
         """Raises TransferError."""

@@ -322,6 +322,8 @@ class Node:
             )
         )
         self.engines.services.fetches = self.transfers.fetches
+        if self.keeper.arena is not None:
+            self.transfers.transport.register(self.keeper.arena.view)
 
     async def _start_prefetches(self, stack: contextlib.AsyncExitStack) -> None:
         """Where there is anything to bring blocks from."""
@@ -458,7 +460,7 @@ class Node:
     def _attach(self, arena: Arena) -> None:
         self.store.attach_arena(arena)
         if self.transfers is not None:
-            self.transfers.transport.register(self.store.arena_memory())
+            self.transfers.transport.register(arena.view)
         self.engines.drop_without_arena()
 
     async def _await_arena(self) -> None:

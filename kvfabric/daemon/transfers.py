@@ -37,12 +37,7 @@ class Transfers:
     async def __aenter__(self) -> Transfers:
         """Raises ConfigError: UCX does not start."""
         async with contextlib.AsyncExitStack() as stack:
-            store = self._services.store
-            # One that engines of an earlier daemon have still to return comes later: `Node._attach`.
-            memory = store.arena_memory() if store.has_arena else None
-            self.transport = await stack.enter_async_context(
-                await Transport.start(self._settings, memory)
-            )
+            self.transport = await stack.enter_async_context(await Transport.start(self._settings))
             self.sender = await stack.enter_async_context(Sender(self._services, self.transport))
             assert self._services.meters is not None
             fetches = Fetches(

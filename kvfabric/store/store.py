@@ -395,10 +395,6 @@ class BlockStore:
         """
         return await self._writer.receive(session, reservation, fill, deadline_s=deadline_s)
 
-    @property
-    def has_arena(self) -> bool:
-        return self._residency.arena is not None
-
     def arena_memory(self) -> memoryview:
         """The whole arena. Only what is leased may be read there, only its slots be written by a `fill`."""
         assert self._residency.arena is not None

@@ -129,13 +129,17 @@ class Link:
         """What arrives under these tags, from whoever knows them. Post it before the sender is asked."""
         return self._progress.post(self.number, messages, is_send=False)
 
+    def close(self) -> None:
+        """Take nothing more, and end when what is in flight has."""
+        self._progress.submit(_Close(self.number))
+
     def abort(self) -> None:
         """End what is in flight as failed, as soon as UCX can. The link is of no use afterwards."""
         self._progress.submit(_Abort(self.number))
 
     @property
     def is_alive(self) -> bool:
-        """False once UCX found the peer gone, or `abort`."""
+        """False once UCX found the peer gone, and after `close` or `abort`."""
         return self._progress.is_alive(self.number)
 
 
@@ -150,14 +154,9 @@ class Transport:
         self._known: dict[bytes, concurrent.futures.Future[int]] = {}
 
     @classmethod
-    async def start(cls, settings: Settings, memory: memoryview | None = None) -> Transport:
-        """`memory`: where most messages come from and go to; registered once, here, and not to be unmapped
-        before the end. Raises ConfigError: no ucxx, or UCX does not start with these settings."""
-        return cls(await asyncio.to_thread(_Progress.start, settings, memory))
-
-    def register(self, memory: memoryview) -> None:
-        """As `memory` of `start`, for what comes later. What UCX does not register goes slower."""
-        self._progress.submit(_Register(memory))
+    async def start(cls, settings: Settings) -> Transport:
+        """Raises ConfigError: ucxx is not installed, or UCX does not start with these settings."""
+        return cls(await asyncio.to_thread(_Progress.start, settings))
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,6 +186,11 @@ class Transport:
     def num_in_flight(self) -> int:
         return self._progress.num_in_flight
 
+    def register(self, memory: memoryview) -> None:
+        """Where most messages will come from and go to: made known to the network once, instead of with each
+        message. Not to be unmapped before the end."""
+        self._progress.submit(_Register(memory))
+
     @property
     def information(self) -> Information:
         return self._progress.information
@@ -208,7 +212,8 @@ class Transport:
         """As `connect`, but one link for all who want one to this address, until it is ended. Whoever is
         cancelled meanwhile leaves the attempt to those who come later."""
         known = self._known.get(address)
-        if known is None or (known.done() and not self._is_good(known)):
+        if known is None or not self._is_good(known):
+            self._known = {a: k for a, k in self._known.items() if self._is_good(k)}
             known = concurrent.futures.Future()
             self._progress.submit(_Connect(address, known))
             self._known[address] = known
@@ -216,6 +221,9 @@ class Transport:
         return Link(self._progress, await asyncio.shield(asyncio.wrap_future(known)))
 
     def _is_good(self, known: concurrent.futures.Future[int]) -> bool:
+        """Or not known to be bad yet."""
+        if not known.done():
+            return True
         return known.exception() is None and self._progress.is_alive(known.result())
 
 
@@ -229,14 +237,19 @@ class _Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class _Register:
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
 class _Describe:
     link: int
     done: concurrent.futures.Future[str]
 
 
 @dataclass(frozen=True, slots=True)
-class _Register:
-    memory: memoryview
+class _Close:
+    link: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,16 +269,15 @@ class _Post:
     """Of those that ended, in order."""
 
 
-_Command = _Connect | _Describe | _Register | _Abort | _Post
+_Command = _Connect | _Register | _Describe | _Close | _Abort | _Post
 
 
 class _Progress:
     """All that touches UCX, on a thread of its own. `submit`, `post` and `stop` may be called from any."""
 
-    def __init__(self, settings: Settings, memory: memoryview | None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._memory = memory
-        self._mapped = 0
+        self._mapped: list[int] = []
         self._commands: collections.deque[_Command] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()  # of `_is_closed` beside `_commands`
@@ -274,7 +286,8 @@ class _Progress:
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="kvfabric-ucx", daemon=True)
         self._links: dict[int, Any] = {}
-        self._dead: set[int] = set()
+        self._dead: set[int] = set()  # that take nothing more
+        self._closed: set[int] = set()  # that UCX was told to end
         self._context: Any = None
         self._worker: Any = None
         self._next_link = 1
@@ -283,8 +296,8 @@ class _Progress:
         self.information = Information()
 
     @classmethod
-    def start(cls, settings: Settings, memory: memoryview | None) -> _Progress:
-        self = cls(settings, memory)
+    def start(cls, settings: Settings) -> _Progress:
+        self = cls(settings)
         self._thread.start()
         try:
             self._started.result()
@@ -297,7 +310,7 @@ class _Progress:
     def submit(self, command: _Command) -> None:
         with self._lock:
             if self._is_closed:
-                if isinstance(command, _Abort | _Register):
+                if isinstance(command, _Register | _Close | _Abort):
                     return
                 raise ClosedError("the transport was closed")
             self._commands.append(command)
@@ -372,8 +385,6 @@ class _Progress:
                 self._context, enable_delayed_submission=False, enable_python_future=False
             )
             self._worker.init_blocking_progress_mode()
-            if self._memory is not None:
-                self._mapped = map_memory(self._context.handle, self._memory)
         except self._failures as exc:
             self._context = self._worker = None
             devices = self.settings.net_devices
@@ -391,7 +402,7 @@ class _Progress:
             self._take_commands()
             self._progress()
             # What came in while UCX was asked is asked for again before anybody sleeps.
-            if not self._commands and self._worker.arm():
+            if not self._commands and not self._is_stopping and self._worker.arm():
                 self._poller.poll(WAKE_S if self._running else None)
             self._clear_wake()
 
@@ -420,19 +431,21 @@ class _Progress:
                     self._post(command)
                 case _Connect():
                     self._connect(command)
+                case _Register():
+                    self._register(command.memory)
                 case _Describe():
                     link = self._links.get(command.link)
                     command.done.set_result("" if link is None else describe_link(link.handle))
-                case _Register():
-                    self._register(command.memory)
+                case _Close():
+                    self._dead.add(command.link)
                 case _Abort():
                     self._end_link(command.link)
 
     def _register(self, memory: memoryview) -> None:
         try:
-            self._mapped = map_memory(self._context.handle, memory)
+            self._mapped.append(map_memory(self._context.handle, memory))
         except ConfigError as exc:
-            log.warning("%s", exc)
+            log.warning("transfers are slower than they could be: %s", exc)
 
     def _connect(self, command: _Connect) -> None:
         try:
@@ -467,6 +480,17 @@ class _Progress:
             if not worker.progress_once():
                 break
         self._running = [post for post in self._running if not self._has_ended(post)]
+        self._reap()
+
+    def _reap(self) -> None:
+        """End links whose peer is gone; forget those of which nothing is in flight any more."""
+        for number in [number for number, link in self._links.items() if not link.alive]:
+            self._end_link(number)
+        for number in self._dead - {post.link for post in self._running}:
+            self._end_link(number)
+            self._links.pop(number, None)
+            self._dead.discard(number)
+            self._closed.discard(number)
 
     def _has_ended(self, post: _Post) -> bool:
         """In the order of its messages: whoever waits, waits for the last, and what is in between need not
@@ -478,24 +502,26 @@ class _Progress:
             elif not request.completed:
                 return False
             else:
-                post.errors.append(self._error_of(post.link, request))
+                post.errors.append(self._error_of(request))
         post.posted._ended.set_result(tuple(post.errors))
         return True
 
-    def _error_of(self, link: int, request: Any) -> str:
+    def _error_of(self, request: Any) -> str:
         try:
             request.check_error()
         except self._failures as exc:
-            if not self._links[link].alive:
-                self._dead.add(link)
             return f"{type(exc).__name__}: {exc}"
         return ""
 
     def _end_link(self, number: int) -> None:
-        if number in self._links and number not in self._dead:
-            self._dead.add(number)
-            # Not `close`: of a link whose peer is gone ucxx 0.52 crashes in it.
-            self._links[number].close_blocking(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)
+        if number not in self._links or number in self._closed:
+            return
+        self._dead.add(number)
+        self._closed.add(number)
+        # Not `close`: of a link whose peer is gone ucxx 0.52 crashes in it.
+        self._links[number].close_blocking(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)
+        # What was in flight is cancelled in here, and not in `progress_once`.
+        self._worker.progress()
 
     def _close(self) -> None:
         """Memory is let go of when UCX has completed everything: it is waited for, and said if it takes."""
@@ -516,6 +542,6 @@ class _Progress:
         self._worker.cancel_inflight_requests(period=_CLOSE_NS, max_attempts=_CLOSE_ATTEMPTS)
         self._progress()
         self._poller.close()
-        if self._mapped:
-            unmap_memory(self._context.handle, self._mapped)
+        for handle in self._mapped:
+            unmap_memory(self._context.handle, handle)
         self._context = self._worker = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
+import json
+import mmap
 import os
 import signal
 import sys
@@ -17,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfabric.daemon import arriving, handoffs, sending
+from kvfabric.daemon import arriving, fetching, handoffs, sending
 from kvfabric.daemon.fetching import Fetches
 from kvfabric.daemon.handoffs import Handoffs
 from kvfabric.daemon.sending import Sender
@@ -116,8 +118,7 @@ def gives_up_sooner() -> None:
 
 
 def _fault() -> str:
-    directory = Path(sys.argv[sys.argv.index("--state-dir") + 1])
-    file = directory / "fault"
+    file = _state_dir() / "fault"
     return file.read_text() if file.exists() else ""
 
 
@@ -206,3 +207,66 @@ def waits_for_ever() -> None:
 def hopes_for_more() -> None:
     """Guard out: the node of an engine that computes for another does not look whether it still does."""
     Handoffs.may_come = lambda self, name, since: True  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------------- of both
+
+
+def notes_messages() -> None:
+    """Each vector of messages is a line of JSON in the file `messages` in the state directory."""
+    for name in ("send", "receive"):
+        setattr(Link, name, _noted(getattr(Link, name), name))
+
+
+def _noted(post: Callable[[Link, Sequence[Message]], Posted], name: str) -> Any:
+    def noted(self: Link, messages: Sequence[Message]) -> Posted:
+        line = {
+            "what": name,
+            "tags": [m.tag for m in messages],
+            "sizes": [len(m.buffer) for m in messages],
+            "in_arena": [isinstance(m.buffer.obj, mmap.mmap) for m in messages],
+        }
+        with (_state_dir() / "messages").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return post(self, messages)
+
+    return noted
+
+
+def notes_bytes_in_flight() -> None:
+    """The most that were asked for at once, in the file `in_flight` in the state directory. 1 MiB a chunk."""
+    fetching.CHUNK_BYTES = 1 << 20
+    sent, bytes_now, most = Fetches._sent, 0, 0
+
+    async def noted(self: Any, peer: Any, chunk: Any, slots: Any) -> bytes:
+        nonlocal bytes_now, most
+        bytes_now += chunk.num_bytes
+        if bytes_now > most:
+            most = bytes_now
+            (_state_dir() / "in_flight").write_text(str(most))
+        try:
+            return await sent(self, peer, chunk, slots)
+        finally:
+            bytes_now -= chunk.num_bytes
+
+    Fetches._sent = noted  # type: ignore[method-assign]
+
+
+def has_little_room() -> None:
+    """Not a guard: a bound that a test can reach."""
+    fetching.IN_FLIGHT_BYTES = 2 << 20
+
+
+def is_busy_when_told() -> None:
+    """While there is a file `busy` in the state directory, a hold is one too many."""
+    hold = Sender.Hold
+
+    async def told(self: Sender, request: Any, context: Any) -> Any:
+        sending.MAX_HOLDS = 0 if (_state_dir() / "busy").exists() else 256
+        return await hold(self, request, context)
+
+    Sender.Hold = told  # type: ignore[method-assign]
+
+
+def _state_dir() -> Path:
+    return Path(sys.argv[sys.argv.index("--state-dir") + 1])

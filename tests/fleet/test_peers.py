@@ -39,7 +39,7 @@ def wait(condition: Callable[[], object]) -> None:
 
 @dataclass
 class Pair:
-    """Node `a` has blocks, an engine of node `b` wants them."""
+    """Node `a` has blocks, an engine of node `b` wants them. `stack`: of the engines."""
 
     a: NodeProcess
     b: NodeProcess
@@ -111,7 +111,8 @@ def nodes_on(
         wait(lambda: all(node.metrics()["epoch_lease_valid"] for node in nodes))
         minter = Minter(keys)
         minter.sources = ("a",)
-        yield Pair(nodes[0], nodes[1], minter, stack)
+        with ExitStack() as engines:
+            yield Pair(nodes[0], nodes[1], minter, engines)
 
 
 def stored(pair: Pair, num_blocks: int, part_bytes: int, prompt: str = "p") -> None:
