@@ -131,7 +131,8 @@ def engines(sizes: Sizes, device: str) -> dict[str, tuple[str, dict[str, object]
             "log_level": "warning",
         }
         if device == "cuda":
-            options["environment"] = {"CUDA_VISIBLE_DEVICES": str(second)}
+            # Its own is the first that it sees; it sees the other too, to read that engine's HBM.
+            options["environment"] = {"CUDA_VISIBLE_DEVICES": "1,0" if second else "0,1"}
         node = "a" if device == "cuda" or not second else "b"
         found[name] = (node, options)
     return found
@@ -278,8 +279,9 @@ def run_load(fleet: ApartFleet, sizes: Sizes, model: str, seed: int, found: Load
         time.sleep(rng.expovariate(1 / sizes.load_every_s))
     for thread in threads:
         thread.join()
-    found.num_failed += len(failed) + sum(bool(answer.error) for answer in answers)
-    for answer in answers:
+    whole = [answer for answer in answers if not answer.error and answer.at]
+    found.num_failed += len(failed) + len(answers) - len(whole)
+    for answer in whole:
         found.ttft.append(answer.ttft_s * 1e3)
         span = answer.at[-1] - answer.at[0]
         found.per_token.append(span / max(len(answer.at) - 1, 1) * 1e3)

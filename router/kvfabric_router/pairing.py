@@ -133,9 +133,9 @@ def handoff_ms(pair: Candidate, computed_ms: float) -> float:
 
 def _exposed_ms(pair: Candidate) -> float:
     assert pair.prefill is not None
-    first, rates = pair.prefill, pair.engine.rates
-    num_tokens = pair.handed_tokens - pair.reuse.hbm_tokens
-    way = num_tokens * (pair.link_ms + rates.host_ms)
+    first, rates, reuse = pair.prefill, pair.engine.rates, pair.reuse
+    way = max(pair.handed_tokens - reuse.own_tokens, 0) * pair.link_ms
+    way += (pair.handed_tokens - reuse.hbm_tokens) * rates.host_ms
     last = way / max(-(-first.work.computed // CHUNK_TOKENS), 1)
     hidden = first.engine.rates.prefill_ms(first.work)
     return MESSAGES_MS + last + max(way - last - hidden, 0.0)
