@@ -107,7 +107,9 @@ class Handoffs:
 
     def released(self, session: SessionId, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
-            self._awaited.pop((session, request_id), None)
+            awaited = self._awaited.pop((session, request_id), None)
+            if awaited is not None:
+                awaited.is_over = True
             name = self._names.pop((session, request_id), None)
             known = self._computed.get(name) if name is not None else None
             if known is not None:
