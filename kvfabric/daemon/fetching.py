@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_S = 0.05
 """A peer that takes longer to say what it holds is not worth waiting for."""
+DROP_S = 5.0
+"""Nobody waits for it, and a hold that is not dropped has the peer's lease budget until it expires."""
 FETCH_S = 5.0
 """Blocks that are not there after this are computed; see also `sending.SEND_S`."""
 CHUNK_BYTES = 16 << 20
@@ -87,7 +89,7 @@ class _Peer:
     session: Session
     num_chunks: int = 0
     done: asyncio.Event = field(default_factory=asyncio.Event)
-    """Nothing is to come any more, and the peer was told."""
+    """Nothing is to come any more."""
 
 
 class Fetches:
@@ -368,8 +370,8 @@ class Fetches:
     async def _one_less(self, peer: _Peer) -> None:
         peer.num_chunks -= 1
         if not peer.num_chunks:
-            await self._drop(peer)
             peer.done.set()
+            await self._drop(peer)
 
     async def _fill(self, peer: _Peer, chunk: Chunk, slots: Slots) -> bytes:
         """Have the chunk sent into `slots`, and verify it. Raises KVFabricError, AioRpcError. However it
@@ -448,7 +450,7 @@ class Fetches:
 
     async def _drop(self, peer: _Peer) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
-            await peer.stub.Drop(pb.DropRequest(hold=peer.hold), timeout=ANSWER_S)
+            await peer.stub.Drop(pb.DropRequest(hold=peer.hold), timeout=DROP_S)
 
 
 async def _quiet(outcome: Callable[[], Any]) -> None:
