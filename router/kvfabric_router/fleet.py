@@ -338,7 +338,7 @@ class Fleet:
 
     def _sent_since(self, endpoint: str, at: float) -> tuple[int, float]:
         engine = self._engines.get(endpoint)
-        if engine is None:
+        if engine is None or not engine.activity.flights:
             return 0, 0.0
         late = [flight for flight in engine.activity.waiting() if flight.sent_at > at]
         return len(late), sum(flight.work_ms for flight in late)

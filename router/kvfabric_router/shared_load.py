@@ -154,22 +154,20 @@ class SharedLoad:
             return engine
         told = self._told.get(engine.endpoint, _NOTHING)
         mean, certain = self._mean, math.exp(-max(self._clock() - self._since, 0.0) / FADE_S)
-
-        def faded(name: str) -> float:
-            usual = float(getattr(mean, name))
-            return usual + certain * (float(getattr(told, name)) - usual)
-
+        vague = 1.0 - certain
         num_sent, sent_ms = self._sent_since(engine.endpoint, self._since)
         mirrored = MIRROR * len(self._others)
-        background_ms = faded("waiting_ms") + mirrored * sent_ms
+        background_ms = certain * told.waiting_ms + vague * mean.waiting_ms + mirrored * sent_ms
+        num_waiting = certain * told.num_waiting + vague * mean.num_waiting + mirrored * num_sent
+        num_decoding = certain * told.num_decoding + vague * mean.num_decoding
         return replace(
             engine,
             waiting_ms=engine.waiting_ms + background_ms,
-            num_waiting=engine.num_waiting + faded("num_waiting") + mirrored * num_sent,
-            num_decoding=engine.num_decoding + faded("num_decoding"),
-            held_ms=engine.held_ms + faded("held_ms"),
-            num_held=engine.num_held + faded("num_held"),
+            num_waiting=engine.num_waiting + num_waiting,
+            num_decoding=engine.num_decoding + num_decoding,
+            held_ms=engine.held_ms + certain * told.held_ms + vague * mean.held_ms,
+            num_held=engine.num_held + certain * told.num_held + vague * mean.num_held,
             background_ms=background_ms,
-            vague_ms=(1 - certain) * mean.waiting_ms,
-            vague_waiting=(1 - certain) * mean.num_waiting,
+            vague_ms=vague * mean.waiting_ms,
+            vague_waiting=vague * mean.num_waiting,
         )
