@@ -164,7 +164,7 @@ class Fleet:
         self._leaning_until = 0.0
         self.predicted = Predicted(clock=clock)
         self.topology = Topology()
-        self.shared = SharedLoad(clock, self._sent_since)
+        self.shared = SharedLoad(clock)
         self.distrusted: dict[NodeId, asyncio.Event] = {}
         """Set when what a node told is wrong about an engine of it, again and again: learn it anew."""
         self.room: Callable[[], None] = lambda: None
@@ -335,13 +335,6 @@ class Fleet:
                 )
             )
         return found
-
-    def _sent_since(self, endpoint: str, at: float) -> tuple[int, float]:
-        engine = self._engines.get(endpoint)
-        if engine is None or not engine.activity.flights:
-            return 0, 0.0
-        late = [flight for flight in engine.activity.waiting() if flight.sent_at > at]
-        return len(late), sum(flight.work_ms for flight in late)
 
     def _lean(self, taking: list[_Engine]) -> None:
         """What is known of all engines, for those of which less is. Now and then: it changes slowly."""

@@ -160,12 +160,9 @@ def has_room(engine: EngineView) -> bool:
     """Whether it should get another request now: before it runs dry, and hardly earlier.
 
     One that is computed and one that is next, whatever was predicted of them: a prediction that is too long
-    must not leave an engine idle, which would confirm it. Nor must what other replicas may have there.
+    must not leave an engine idle, which would confirm it.
     """
-    return (
-        engine.num_waiting - engine.vague_waiting < 2
-        or engine.waiting_ms - engine.vague_ms < HORIZON_MS
-    )
+    return engine.num_waiting < 2 or engine.waiting_ms < HORIZON_MS
 
 
 def room_in_ms(engines: Sequence[EngineView]) -> float:
@@ -176,7 +173,7 @@ def room_in_ms(engines: Sequence[EngineView]) -> float:
 def _room_in_ms(engine: EngineView) -> float:
     if has_room(engine):
         return 0.0
-    left = max(engine.waiting_ms - engine.vague_ms - HORIZON_MS + _SURE_MS, 0.0)
+    left = max(engine.waiting_ms - HORIZON_MS + _SURE_MS, 0.0)
     # What others have there is not seen to shrink: look again, but not all the time.
     return max(left, _LOOK_MS) if engine.background_ms else left
 

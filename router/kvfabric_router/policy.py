@@ -50,8 +50,7 @@ class EngineView(msgspec.Struct, frozen=True, gc=False):
     `waiting_ms`: predicted work there before a newcomer's; `num_waiting` requests without a first byte yet,
     `num_decoding` with one. `held_ms` and `num_held`: the same of requests at the router that wait for it.
     `background_ms`: how much of `waiting_ms` other replicas of the router have there, as far as is known;
-    numbers count theirs too, and are no whole ones then. `vague_ms` and `vague_waiting`: how much of them
-    is not known of this engine, but the mean of all.
+    numbers count theirs too, and are no whole ones then.
     """
 
     endpoint: str
@@ -70,8 +69,6 @@ class EngineView(msgspec.Struct, frozen=True, gc=False):
     held_ms: float = 0.0
     num_held: float = 0.0
     background_ms: float = 0.0
-    vague_ms: float = 0.0
-    vague_waiting: float = 0.0
     serves: str = "both"
 
     @property
