@@ -242,7 +242,7 @@ def test_node_serves_without_an_ssd_tier_that_does_not_open(tmp_path: Path) -> N
         (tmp_path / "ssd" / "index").unlink()
         until(lambda: node.metrics()['tier_up_info{tier="ssd"}'] == 1)
         assert ready_text(node) == "ok"
-        assert len(log_lines(node, "SSD tier is back")) == 1
+        until(lambda: len(log_lines(node, "SSD tier is back")) == 1)
         engine = TinyEngine.connect(node.socket)
         keys = engine.open("r", "prompt", 2)
         engine.store("r", keys)

@@ -227,7 +227,7 @@ def _flip_everywhere(pid: int) -> None:
 def test_without_an_epoch_lease(tmp_path: Path) -> None:
     with (
         RedisServer(tmp_path / "redis") as redis,
-        rig_at(tmp_path / "node", directory=redis.url, insecure="true", epoch_lease_s=1.0) as rig,
+        rig_at(tmp_path / "node", directory=redis.url, insecure="true") as rig,
     ):
         until(lambda: rig.node.metrics()["epoch_lease_valid"] == 1)
         keys = rig.store("r", "prompt 8", 3)
