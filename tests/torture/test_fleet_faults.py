@@ -47,8 +47,8 @@ ROUND_ROBIN = 1
 """The router that spreads requests."""
 
 AT_ONCE_S, PROBES_S, CLIENT_S = 4.0, 20.0, 24.0
-"""Recovery at most: where deadlines of the fabric end the wait; where two probes of the routers have to fail;
-where the client's own patience ends it."""
+"""Recovery at most: where deadlines of the fabric end the wait; where two probes of the routers have to fail,
+or all is computed until Redis is back; where the client's own patience ends it."""
 
 USUAL_S = 0.3
 """At most, of an answer on an idle machine of two cores."""
@@ -114,7 +114,7 @@ def holds(one: Became, fleet: Fleet) -> None:
 
 
 def bound_s(fault: Fault) -> float:
-    if fault.how == "killed" or fault.kind in ("node", "redis"):
+    if fault.kind != "redis" and (fault.how == "killed" or fault.kind == "node"):
         return AT_ONCE_S
     return CLIENT_S if fault.kind == "router" else PROBES_S
 
@@ -130,7 +130,7 @@ def publish(found: list[Became]) -> None:
         f"{at_most(0, requests)} requests failed or answered otherwise; "
         f"{sum(one.num_retried for one in found)} went to the other router; recovered after "
         f"{statistics.median(recovery):.1f} s (worst {max(recovery):.1f}), joined again "
-        f"{statistics.median(rejoin):.1f} s after the repair; {len(found)} times",
+        f"{statistics.median(rejoin):.1f} s after the repair; tried {len(found)} times",
     )
 
 
