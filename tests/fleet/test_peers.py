@@ -102,8 +102,7 @@ def nodes_on(
                     keyring_dir=keys,
                     ucx_net_devices="lo",
                     http="127.0.0.1:0",
-                    epoch_lease_s=1.0,
-                    **{"host_bytes": 512 << 20, **options},
+                    **{"host_bytes": 512 << 20, "epoch_lease_s": 1.0, **options},
                 )
             )
             for name, changes in (("a", sender), ("b", receiver))

@@ -33,6 +33,9 @@ ROUNDS = count(1, 10, "KVFABRIC_TORTURE_TRANSFERS")
 BLOCKS = CHUNK_BYTES // LARGE
 """What is sent at once."""
 
+LEASE_S = 5.0
+"""Of epochs: not what is tried here, so not to be lost on a busy machine."""
+
 NOTICED_S = 4.0
 """A peer whose process ended: its kernel says so, long before `FETCH_S`."""
 
@@ -43,7 +46,7 @@ NOTICED_S = 4.0
 def test_a_peer_that_dies_at_each_tenth_of_a_transfer(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     served = 0
-    with nodes_on(tmp_path, sender=("dies_on_the_way",)) as pair:
+    with nodes_on(tmp_path, sender=("dies_on_the_way",), epoch_lease_s=LEASE_S) as pair:
         for number in range(ROUNDS):
             for tenth in TENTHS:
                 seen.append(died_at(pair, tenth, f"{number} {tenth}"))
@@ -89,7 +92,9 @@ def died_at(pair: Pair, tenth: int, prompt: str) -> tuple[int, int]:
 def test_without_looking_what_failed_parts_are_served(tmp_path: Path) -> None:
     """The twin."""
     changes = ("takes_what_is_there",)
-    with nodes_on(tmp_path, sender=("dies_on_the_way",), receiver=changes) as pair:
+    with nodes_on(
+        tmp_path, sender=("dies_on_the_way",), receiver=changes, epoch_lease_s=LEASE_S
+    ) as pair:
         num_found, num_wrong = died_at(pair, 5, "half")
         assert num_found == BLOCKS
         assert 0 < num_wrong < BLOCKS
@@ -138,7 +143,7 @@ def test_without_draining_it_is_in_anothers_slot(tmp_path: Path) -> None:
 @contextmanager
 def late_pair(tmp_path: Path, *receiver: str) -> Iterator[Pair]:
     sender = ("sends_late",)
-    with nodes_on(tmp_path, sender=sender, receiver=receiver) as pair:
+    with nodes_on(tmp_path, sender=sender, receiver=receiver, epoch_lease_s=LEASE_S) as pair:
         (pair.a.state_dir / "fault").write_text("late")
         yield pair
 
@@ -197,7 +202,7 @@ def far_pair(tmp_path: Path, *receiver: str) -> Iterator[tuple[Pair, Network]]:
                     insecure="true",
                     ucx_net_devices="eth0",
                     http="127.0.0.1:0",
-                    epoch_lease_s=1.0,
+                    epoch_lease_s=LEASE_S,
                     host_bytes=512 << 20,
                 )
             )
