@@ -72,7 +72,7 @@ TOKENS_A_MS = 20.0
 BLOCK_TOKENS = 512
 PREFIX_BYTES = 8
 TAG = DEFAULT_TENANT.encode()[:8].ljust(8)
-FILL_BLOCKS = 256
+FILL_BLOCKS = 2048
 LEASE_S = 2.0
 _MODEL = ModelIdentity("model", bytes(32), BLOCK_TOKENS)
 _SECURITY = Security("router", None, True)
@@ -453,7 +453,7 @@ def measure_registry(num_nodes: int, num_routers: int, seed: int) -> dict[str, f
                 process = Process(loop, f"{kind}{number}", f"{kind}{number}", rng)
                 process.start(hold(process, kind))
                 await asyncio.sleep(LEASE_S / len(kinds))
-            await asyncio.sleep(6 * LEASE_S if len(kinds) < 200 else LEASE_S)
+            await asyncio.sleep(6 * LEASE_S)
             before, since = redis.num_commands, loop.time()
             await asyncio.sleep(2 * LEASE_S)
             return {

@@ -171,12 +171,20 @@ def _delays(plan: Plan) -> bool:
 
 TWINS = (
     Twin("leases free memory", _leases_free_memory, "slot", lambda plan: plan.lease_s < 1),
+    Twin(
+        "no generations",
+        _no_generations,
+        "wrong bytes",
+        lambda plan: "crash node" in plan.kinds and plan.confirm_elsewhere == 1,
+    ),
     Twin("no fence", _no_fence, "under"),
     Twin("no epoch lease", _no_epoch_lease, "under", lambda plan: "partition" in plan.kinds),
     Twin("success at once", _success_at_once, "under"),
     Twin("nobody gives back", _nobody_gives_back, "", lambda plan: "lose changes" in plan.kinds),
     Twin("no gaps", _no_gaps, "believes", lambda plan: "careless" in plan.kinds),
     Twin("nothing verified", _nothing_verified, "wrong bytes", _spoils),
+    Twin("slots given back early", _slots_given_back_early, "slot", _delays),
+    Twin("sends hold nothing", _sends_hold_nothing, "slot", _delays),
     Twin("no lineages", _no_lineages, "another tenant"),
     Twin("no floors", _no_floors, "floor", lambda plan: "invalidate" not in plan.operations),
     Twin("reservations stay", _reservations_stay, "keeps"),
