@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 4
 MODEL = "model-of-the-simulation"
 RESERVATION_S = 1.0
-FETCH_S, HOLD_S, SEND_S = 0.8, 1.5, 1.0
+FETCH_S, HOLD_S, SEND_S = 0.6, 1.5, 2.2
 _NO_SLOTS = np.empty(0, dtype=np.uint32)
 _POLL_S = 0.1
 

@@ -99,7 +99,7 @@ THEMES: dict[str, dict[str, Any]] = {
         "num_nodes": 2,
         "engines_per_node": 1,
         "num_parts": 1,
-        "num_slots": 20,
+        "num_slots": 26,
         "hbm_blocks": 0,
         "num_requests": 40,
         "request_every_s": 0.04,
