@@ -88,7 +88,7 @@ class Sizes:
     measured_s: float
 
 
-FULL = Sizes(80_000, 20_000, 15.0, 15.0)
+FULL = Sizes(80_000, 20_000, 10.0, 10.0)
 QUICK = Sizes(4_000, 1_000, 4.0, 4.0)
 
 

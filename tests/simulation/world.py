@@ -150,7 +150,7 @@ def draw_plan(rng: random.Random) -> Plan:
         lease_s=rng.choice((0.25, 1.2)),
         copy_s=rng.choice((0.004, 0.03, 0.12)),
     )
-    kinds = frozenset(kind for kind in theme.get("kinds", ()) if rng.random() < 0.7)
+    kinds = frozenset(kind for kind in sorted(theme.get("kinds", ())) if rng.random() < 0.7)
     return replace(plan, **{**theme, "kinds": kinds}) if theme else plan
 
 
