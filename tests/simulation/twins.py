@@ -172,7 +172,7 @@ def _delays(plan: Plan) -> bool:
 
 
 TWINS = (
-    Twin("leases free memory", 33, _leases_free_memory, "slot", lambda plan: plan.lease_s < 1),
+    Twin("leases free memory", 41, _leases_free_memory, "slot", lambda plan: plan.lease_s < 1),
     Twin(
         "no generations",
         212,
@@ -189,7 +189,6 @@ TWINS = (
     Twin("no gaps", 89, _no_gaps, "believes", lambda plan: "careless" in plan.kinds),
     Twin("nothing verified", 55, _nothing_verified, "wrong bytes", _spoils),
     Twin("slots given back early", 41, _slots_given_back_early, "slot", _delays),
-    Twin("sends hold nothing", 33, _sends_hold_nothing, "slot", _delays),
     Twin("no lineages", 3, _no_lineages, "another tenant"),
     Twin("no floors", 35, _no_floors, "floor", lambda plan: "invalidate" not in plan.operations),
     Twin("reservations stay", 1, _reservations_stay, "keeps"),

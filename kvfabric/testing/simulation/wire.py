@@ -6,6 +6,7 @@ and until then bytes may still arrive. A peer that is gone is noticed after a wh
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class SimulatedTransport:
         self.address = f"ucx {process.name} {len(fabric.transports)}".encode()
         fabric.transports[self.address] = self
         self._links: dict[bytes, SimulatedLink] = {}
+        self._numbers = itertools.count(1)
         self.receives: dict[int, _Request] = {}
         self.early: dict[int, _Request] = {}
 
@@ -99,7 +101,7 @@ class SimulatedTransport:
             raise ConnectError("no worker has this address")
         known = self._links.get(address)
         if known is None or not known.is_alive:
-            known = self._links[address] = SimulatedLink(self, address)
+            known = self._links[address] = SimulatedLink(self, address, next(self._numbers))
         return known
 
 
@@ -109,6 +111,7 @@ class SimulatedLink:
 
     transport: SimulatedTransport
     address: bytes
+    number: int
     is_alive: bool = True
     _flying: dict[_Request, None] = field(default_factory=dict)
 
@@ -130,6 +133,10 @@ class SimulatedLink:
                 self.transport.receives[request.tag] = request
         self._watch()
         return posted
+
+    def close(self) -> None:
+        """Nobody uses it any more; what is in flight goes on."""
+        self.is_alive = False
 
     def abort(self) -> None:
         self.is_alive = False
