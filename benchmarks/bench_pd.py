@@ -80,13 +80,13 @@ def cpu_sizes(*, quick: bool) -> Sizes:
     return Sizes(
         model=model,
         chunk=256,
-        rounds=1 if quick else 4,
+        rounds=1 if quick else 3,
         host_bytes=2 * GIB if quick else 4 * GIB,
         load_prompt=300 if quick else 1000,
         load_answer=20 if quick else 150,
-        load_requests=3 if quick else 16,
+        load_requests=3 if quick else 14,
         load_every_s=0.5 if quick else 1.2,
-        load_rounds=1 if quick else 2,
+        load_rounds=1,
     )
 
 

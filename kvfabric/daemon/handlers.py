@@ -16,7 +16,7 @@ import msgspec
 
 from kvfabric import handle as handles
 from kvfabric.daemon.grants import Terms, Weights, granted, state_of, terms_of
-from kvfabric.daemon.handoffs import Awaited, Handoffs
+from kvfabric.daemon.handoffs import MAY_COME, Awaited, Handoffs
 from kvfabric.daemon.lookups import Lookups
 from kvfabric.daemon.pools import Pools
 from kvfabric.daemon.sessions import Session
@@ -174,7 +174,8 @@ async def match_with_peers(caller: Caller, message: Match) -> Matched:
     awaited = services.handoffs.awaited(session.id, message.request_id)
     if awaited is not None and await _awaits_more(caller, message, awaited):
         matched = services.store.match(session.id, message.request_id, message.keys, counts=False)
-        return msgspec.structs.replace(matched, more=True)
+        if matched.reason in MAY_COME:
+            return msgspec.structs.replace(matched, more=True)
     if services.fetches is not None:
         await services.fetches.promise(session, message.request_id, message.keys)
     return match(caller, message)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvfabric.handle import Handoff
-from kvfabric.types import SessionId, TenantId
+from kvfabric.types import MissReason, SessionId, TenantId
 
 MAX_WAIT_S = 30.0
 OPEN_S = 1.0
@@ -29,6 +29,13 @@ LOOK_EVERY_S = 0.1
 """Without news: some of what ends a wait is told by nobody."""
 BATCH_S = 0.002
 MAX_KEPT = 4096
+
+MAY_COME = frozenset(
+    reason.value
+    for reason in (MissReason.NONE, MissReason.ABSENT, MissReason.EVICTED, MissReason.PENDING)
+)
+"""Why a block misses that another engine is computing. What misses for any other reason does so however long
+one waits."""
 
 Name = tuple[TenantId, str]
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from kvfabric.daemon.grants import Weights, granted, terms_of
 from kvfabric.daemon.handlers import Services
-from kvfabric.daemon.handoffs import LOOK_EVERY_S, MAX_WAIT_S
+from kvfabric.daemon.handoffs import LOOK_EVERY_S, MAX_WAIT_S, MAY_COME
 from kvfabric.daemon.rpc import stream, unary
 from kvfabric.daemon.sessions import to_layout
 from kvfabric.errors import BadHandle, NotFound, Overloaded, RemoteProtocolError
@@ -136,7 +136,7 @@ class Sender(pb_grpc.NodeTransferServicer):
                 if held.num_blocks > told:
                     told = held.num_blocks
                     yield held
-                if told * KEY_BYTES == len(request.keys):
+                if told * KEY_BYTES == len(request.keys) or held.reason not in MAY_COME:
                     more = False
                 elif more:
                     await handoffs.news.wait(LOOK_EVERY_S)

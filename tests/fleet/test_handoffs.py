@@ -31,6 +31,7 @@ LEAKS = ("leased_bytes", "draining_bytes")
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with nodes_on(tmp_path_factory.mktemp("handoffs")) as found:
+        found.minter.sources = ()  # nothing but what the hand-off itself names
         yield found
 
 
@@ -147,6 +148,20 @@ def ends(pair: Pair, decode: Decode, *, within_s: float, num_blocks: int) -> Non
     assert time.monotonic() < until, pair.told()
     assert matched.num_blocks == num_blocks, pair.told()
     check(decode.keys, decode.load(num_blocks), num_blocks)
+
+
+def test_more_than_may_be_leased_is_not_waited_for(pair: Pair, name: str) -> None:
+    """A tenth of the host tier: what is beyond it would not be given however long one asks."""
+    part_bytes = 8 << 20
+    decode, prefill = Decode(pair, name, part_bytes=part_bytes), Prefill(pair, name, part_bytes)
+    for number in range(NUM_CHUNKS):
+        prefill.chunk(number)
+    until, seen = time.monotonic() + 3.0, 0
+    while (matched := decode.follow(beyond=seen, wait_s=0.25)).more:
+        assert time.monotonic() < until, pair.told()
+        seen = max(seen, matched.num_blocks)
+    assert CHUNK <= matched.num_blocks < NUM_BLOCKS
+    nothing_leaks(pair, prefill.engine, decode.engine)
 
 
 @pytest.mark.parametrize("num_chunks", [0, 2], ids=["before", "during"])
