@@ -79,7 +79,7 @@ def cpu_sizes(*, quick: bool) -> Sizes:
     }
     return Sizes(
         model=model,
-        chunk=256,
+        chunk=128 if quick else 256,
         rounds=1 if quick else 3,
         host_bytes=2 * GIB if quick else 4 * GIB,
         load_prompt=300 if quick else 1000,
