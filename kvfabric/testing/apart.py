@@ -188,7 +188,7 @@ def apart_fleet(
         first.start()
         stack.push(first.__exit__)
         rest = [one for one in nodes.values() if one is not first]
-        entry = RouterProcess(directory / "router", **front)
+        entry = RouterProcess(directory / "router", **front)  # type: ignore[arg-type]
         stack.enter_context(start_all([*rest, *processes.values(), entry]))
         found = ApartFleet(nodes, processes, entry)
         with grpc.insecure_channel(f"unix:{first.state_dir / 'admin.sock'}") as channel:

@@ -146,8 +146,8 @@ class RouterProcess(NodeProcess):
 
     verb = "router"
 
-    def __init__(self, state_dir: Path, **options: object) -> None:
-        super().__init__(state_dir)
+    def __init__(self, state_dir: Path, *, python: str = sys.executable, **options: object) -> None:
+        super().__init__(state_dir, python=python)
         self.options = {"listen": "127.0.0.1:0"} | options
 
     @property

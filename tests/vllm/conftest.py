@@ -25,6 +25,10 @@ os.environ |= {
 }
 
 
+PYTHON = str(Path(__file__).parents[2] / ".venv" / "bin" / "python")
+"""Of the project's own environment, for its nodes and routers."""
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.vllm.checkpoint import write_checkpoint
@@ -50,8 +54,7 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 
 def make_node(state_dir: Path, **options: object) -> NodeProcess:
     """A node in the project's own environment, with an SSD tier."""
-    python = Path(__file__).parents[2] / ".venv" / "bin" / "python"
-    return NodeProcess(state_dir, python=str(python), ssd_bytes=256 << 20, **options)
+    return NodeProcess(state_dir, python=PYTHON, ssd_bytes=256 << 20, **options)
 
 
 class _Said(logging.Filter):

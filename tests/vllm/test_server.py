@@ -1,4 +1,5 @@
-"""The OpenAI server with the fabric's one flag and no other setting of it; its node is in its default place.
+"""The OpenAI server with the fabric's one flag, in which a router finds its address; its node is in its
+default place.
 
 It takes LoRA adapters at run time too: one start serves all tests here.
 """
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +26,9 @@ from vllm.lora.request import LoRARequest
 from kvfabric.handle import Handoff
 from kvfabric.protocol import kvfabric_pb2 as pb
 from kvfabric.protocol import kvfabric_pb2_grpc as pb_grpc
-from kvfabric.testing.processes import NodeProcess, until
+from kvfabric.testing.processes import NodeProcess, RouterProcess, until
 from tests.vllm.adapter import write_adapter
-from tests.vllm.conftest import make_node
+from tests.vllm.conftest import PYTHON, make_node
 from tests.vllm.engines import FLAG, Gate, Minter, in_thread, prompt, running, wait_for
 
 START_S = 400.0
@@ -48,7 +50,9 @@ class Server:
         command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
         command += ["--num-gpu-blocks-override", "128", "--max-num-batched-tokens", "512"]
         command += ["--enable-prompt-tokens-details", "--enable-lora", "--max-lora-rank", "8"]
-        command += ["--kv-transfer-config", json.dumps(FLAG)]
+        endpoint = {"endpoint": f"http://127.0.0.1:{self._port}"}  # for a router
+        flag = FLAG | {"kv_connector_extra_config": endpoint}
+        command += ["--kv-transfer-config", json.dumps(flag)]
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -99,7 +103,12 @@ class Server:
         self, tokens: list[int], *, answer_s: float = ANSWER_S, **fields: Any
     ) -> tuple[tuple[int, ...], int]:
         """(token ids of the answer, tokens of the prompt that were cached)."""
-        body = {
+        body = self.body(tokens) | fields
+        return _read(self.post("/v1/completions", body, answer_s=answer_s))
+
+    def body(self, tokens: list[int]) -> dict[str, Any]:
+        """Of a request for 16 tokens."""
+        return {
             "model": "small",
             "prompt": tokens,
             "max_tokens": 16,
@@ -107,11 +116,6 @@ class Server:
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        answer = json.loads(self.post("/v1/completions", body | fields, answer_s=answer_s))
-        assert answer.get("kv_transfer_params") is None
-        details = answer["usage"]["prompt_tokens_details"] or {}
-        token_ids = tuple(answer["choices"][0]["token_ids"])
-        return token_ids, details.get("cached_tokens") or 0
 
     def counter(self, name: str) -> float:
         """A counter of /metrics, all its labels together."""
@@ -125,6 +129,14 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _read(text: str | bytes) -> tuple[tuple[int, ...], int]:
+    """(token ids of the answer, tokens of the prompt that were cached)."""
+    answer = json.loads(text)
+    assert answer.get("kv_transfer_params") is None
+    details = answer["usage"]["prompt_tokens_details"] or {}
+    return tuple(answer["choices"][0]["token_ids"]), details.get("cached_tokens") or 0
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +261,60 @@ def others(node: NodeProcess, session: bytes) -> tuple[str, bytes]:
         described = events.Describe(pb.DescribeRequest(), timeout=10)
     (other,) = {bytes(engine.session) for engine in described.engines} - {session}
     return described.node_id, other
+
+
+def test_behind_a_router(
+    server: Server, gate: Gate, default_node: NodeProcess, tmp_path: Path
+) -> None:
+    """vLLM takes the router's handle and salt: reuse within a tenant and none across, out of HBM and, when
+    others have pushed it out there, out of the node; the router is told how much it was."""
+    admin = default_node.state_dir / "admin.sock"
+    tokens, state = PROMPTS[0], str(default_node.state_dir)
+    with (
+        RouterProcess(tmp_path, python=PYTHON, nodes=str(admin), keyring_dir=state) as router,
+        grpc.insecure_channel(f"unix:{admin}") as channel,
+    ):
+        registry = pb_grpc.RegistryServiceStub(channel)  # type: ignore[no-untyped-call]
+        keys = [
+            registry.CreateTenant(pb.CreateTenantRequest(name=name), timeout=10).api_key
+            for name in ("one", "two")
+        ]
+
+        def ask(key: str, prompt: list[int]) -> tuple[tuple[int, ...], int, str]:
+            body = server.body(prompt)
+            request = urllib.request.Request(
+                f"{router.url}/v1/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+            )
+            with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+                return *_read(answer.read()), answer.headers["X-Request-Id"]
+
+        def is_taking() -> bool:
+            try:
+                return ask(keys[1], prompt(20, seed=7))[1] == 0
+            except urllib.error.HTTPError:
+                return False
+
+        until(is_taking, deadline_s=ANSWER_S)
+        saved = server.counter("kvfabric_engine_saved_blocks_total")
+        expected = right(gate, tokens)
+        assert ask(keys[0], tokens)[:2] == (expected, 0)
+        assert ask(keys[0], tokens)[:2] == (expected, 640)
+        assert ask(keys[1], tokens)[:2] == (expected, 0)
+        for number in range(9):  # 128 pages of 128 tokens are all there are
+            ask(keys[1], prompt(1900, seed=700 + number))
+        wait_for(lambda: server.counter("kvfabric_engine_saved_blocks_total") >= saved + 10)
+        loaded = server.counter("kvfabric_engine_loaded_blocks_total")
+        found, cached, request_id = ask(keys[0], tokens)
+        assert (found, cached) == (expected, 640)
+        assert server.counter("kvfabric_engine_loaded_blocks_total") >= loaded + 5
+        asked = urllib.request.Request(
+            f"{router.url}/v1/explain/{request_id}", headers={"Authorization": f"Bearer {keys[0]}"}
+        )
+        with urllib.request.urlopen(asked, timeout=ANSWER_S) as answer:
+            told = json.load(answer)
+        print(json.dumps(told)[:3000])
 
 
 def test_counts_are_in_metrics(server: Server, gate: Gate) -> None:
