@@ -46,7 +46,7 @@ def test_every_seed_keeps_every_promise() -> None:
     assert not broken, "\n".join(broken[:10])
     # What is said of so many seeds means nothing if little happened in them.
     assert counts["blocks confirmed"] > 10 * SEEDS
-    assert counts["changes that reached everybody"] > 4 * SEEDS
+    assert counts["changes that reached everybody"] > 2 * SEEDS
     assert all(counts[f"transfers: {what}"] > SEEDS // 20 for what in _SEEN)
     assert counts["fault: changes were lost"] > SEEDS // 20
     faults = sum(number for what, number in counts.items() if what.startswith("fault"))
