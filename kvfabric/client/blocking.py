@@ -113,10 +113,10 @@ class NodeClient(Client):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         received: list[int] = []
         try:
-            _connect(sock, socket_path, deadline)
+            connect_socket(sock, socket_path, deadline)
             frame = encode(0, hello.to_wire(session=session, resumed=resumed))
             descriptors.send(sock, frame, returned)
-            client = cls(sock, attach(_first_reply(sock, received, deadline), received))
+            client = cls(sock, attach(first_reply(sock, received, deadline), received))
         except BaseException:
             discard(sock, received)
             raise
@@ -385,7 +385,9 @@ def _poll(sock: socket.socket, events: int, deadline: float) -> int:
     return ready[0][1] if ready else 0
 
 
-def _connect(sock: socket.socket, path: str | Path, deadline: float) -> None:
+def connect_socket(sock: socket.socket, path: str | Path, deadline: float) -> None:
+    """Connect by `deadline` (monotonic seconds); not blocking afterwards. Raises ConnectError and
+    DeadlineExceeded."""
     sock.settimeout(max(0.001, deadline - time.monotonic()))
     try:
         sock.connect(str(path))
@@ -396,11 +398,13 @@ def _connect(sock: socket.socket, path: str | Path, deadline: float) -> None:
     sock.setblocking(False)
 
 
-def _first_reply(sock: socket.socket, received: list[int], deadline: float) -> Reply:
+def first_reply(sock: socket.socket, received: list[int], deadline: float) -> Reply:
+    """The answer to a connection's first frame; descriptors that come along are appended to `received`.
+    Raises DeadlineExceeded, PeerClosed, RemoteProtocolError."""
     reader = FrameReader()
     while True:
         if not _poll(sock, select.POLLIN, deadline):
-            raise DeadlineExceeded("the node did not answer Hello in time")
+            raise DeadlineExceeded("the node did not answer the first frame in time")
         frames = descriptors.receive(sock, reader, received)
         if frames:
             return decode_reply(frames[0][1])

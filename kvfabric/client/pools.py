@@ -6,16 +6,16 @@ Apart from `NodeClient` because descriptors go along: they travel beside a conne
 from __future__ import annotations
 
 import os
-import select
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvfabric.client.blocking import connect_socket, first_reply
 from kvfabric.client.link import expect
-from kvfabric.errors import ConnectError, DeadlineExceeded, RemoteProtocolError
+from kvfabric.errors import RemoteProtocolError
 from kvfabric.protocol import descriptors
-from kvfabric.protocol.codec import FrameReader, decode_reply, encode
+from kvfabric.protocol.codec import encode
 from kvfabric.protocol.messages import Borrow, Done, Lend, Lent, PoolName, Reply
 
 
@@ -61,19 +61,6 @@ def _ask(
 ) -> Reply:
     deadline = time.monotonic() + deadline_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(deadline_s)
-        try:
-            sock.connect(str(socket_path))
-        except TimeoutError as exc:
-            raise DeadlineExceeded(f"no answer on {socket_path}") from exc
-        except OSError as exc:
-            raise ConnectError(f"no node at {socket_path}: {exc.strerror}") from exc
-        sock.setblocking(False)
+        connect_socket(sock, socket_path, deadline)
         descriptors.send(sock, encode(0, message), sent)
-        reader, waiter = FrameReader(), select.poll()
-        waiter.register(sock, select.POLLIN)
-        while True:
-            if not waiter.poll(max(0.0, (deadline - time.monotonic()) * 1000 + 0.5)):
-                raise DeadlineExceeded(f"{type(message).__name__} was not answered in time")
-            if frames := descriptors.receive(sock, reader, received):
-                return decode_reply(frames[0][1])
+        return first_reply(sock, received, deadline)

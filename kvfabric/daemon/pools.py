@@ -59,9 +59,6 @@ class Pools:
     def __repr__(self) -> str:
         return f"<Pools: {len(self._pools)} lent, {len(self._places)} blocks in them>"
 
-    def __len__(self) -> int:
-        return len(self._pools)
-
     def ended(self, session: SessionId) -> None:
         """Nobody keeps the memory of an engine that is gone: its borrowers hear of it at their next ping."""
         for name in [name for name in self._pools if name.session == session]:

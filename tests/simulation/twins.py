@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from kvfabric.daemon import arriving, fetching, sending
+from kvfabric.daemon import arriving, fetching
 from kvfabric.events.index import NodeFeed
 from kvfabric.registry.redis.copy import RegistryCopy
 from kvfabric.registry.redis.registry import RedisRegistry
@@ -125,10 +125,6 @@ def _slots_given_back_early() -> Any:
         return
 
     return patch.object(fetching, "_quiet", at_once)
-
-
-def _sends_hold_nothing() -> Any:
-    return patch.object(sending._Hold, "is_quiet", property(lambda _: True))
 
 
 def _no_lineages() -> Any:
